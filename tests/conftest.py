@@ -1,0 +1,118 @@
+"""Fixtures: `upstream` (scripted providers), `make_app` (in process), `serve` (over the wire)."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [path for path in (str(ROOT), str(Path(__file__).parent)) if path not in sys.path]
+
+from upstream import AUTH, HELLO, KEY, Upstream  # noqa: E402
+
+
+@pytest.fixture
+def upstreams() -> Iterator[list[Upstream]]:
+    """Every scripted provider of this test; closed at the end."""
+    made: list[Upstream] = []
+    yield made
+    for server in made:
+        server.close()
+
+
+@pytest.fixture
+def upstream(upstreams: list[Upstream]) -> Callable[..., Upstream]:
+    """upstream(answer, ...) or upstream(function): a scripted provider."""
+
+    def make(*script: Any) -> Upstream:
+        upstreams.append(Upstream(script[0] if callable(script[0]) else script))
+        return upstreams[-1]
+
+    return make
+
+
+@pytest.fixture
+def make_app(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """make_app(SETTING=value, ...): a fresh Flask app; the mapping is its whole environment."""
+    import router
+
+    made: list[Any] = []
+
+    def make(**settings: Any) -> Any:
+        made.append(router.create_app(config_for(tmp_path, settings)))
+        return made[-1]
+
+    yield make
+    for app in made:
+        app.extensions["router"].close()
+
+
+def config_for(home: Path, settings: dict[str, Any]) -> Any:
+    import router
+
+    env = {
+        "PORT": "0",
+        "HOST": "127.0.0.1",
+        "HR_HOME": str(home),
+        "PROXY_API_KEYS": KEY,
+        "ROUTER_PROBE": "0",
+        "ECHO_FALLBACK": "0",
+        **{name: str(value) for name, value in settings.items()},
+    }
+    return router.Config.from_env(env)
+
+
+@dataclass
+class Live:
+    """A router that listens on loopback."""
+
+    url: str
+    app: Any
+    session: requests.Session
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def chat(self, **body: Any) -> requests.Response:
+        payload = {"model": "hermes-router", "messages": HELLO, **body}
+        stream = bool(body.get("stream"))
+        url = f"{self.url}/v1/chat/completions"
+        return self.session.post(url, json=payload, stream=stream, timeout=60)
+
+
+@pytest.fixture
+def serve(upstreams: list[Upstream], tmp_path: Path) -> Iterator[Callable[..., Live]]:
+    """serve(SETTING=value, ...): the real Waitress server in a thread, stopped at the end."""
+    import router
+
+    running: list[tuple[Any, threading.Thread, Live]] = []
+
+    def start(**settings: Any) -> Live:
+        config = config_for(tmp_path, settings)
+        app = router.create_app(config)
+        server = router.make_server(app, config)
+        thread = threading.Thread(target=server.run, name="router", daemon=True)
+        thread.start()
+        session = requests.Session()
+        session.trust_env = False
+        session.headers.update(AUTH)
+        live = Live(f"http://127.0.0.1:{server.effective_port}", app, session)
+        running.append((server, thread, live))
+        return live
+
+    yield start
+    for up in upstreams:  # first, so that nothing is in flight when the router stops
+        up.close()
+    for server, thread, live in running:
+        live.session.close()
+        server.close()
+        thread.join(10)
+        live.app.extensions["router"].close()
