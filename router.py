@@ -3520,55 +3520,67 @@ class Rule(NamedTuple):
     verdict: Verdict
 
 
-def words(*patterns: str) -> re.Pattern[str]:
-    return re.compile("|".join(patterns), re.IGNORECASE)
-
-
 def codes(*statuses: int) -> frozenset[int]:
     return frozenset(statuses)
 
 
-RATE_WORDS: Final = words(
-    "resource.?exhausted",
-    "request limit reached",
-    "rate.?limit",
-    "too many requests",
-    "quota",
-    "overloaded",
+RATE_WORDS: Final = re.compile(
+    r"resource.?exhausted"
+    r"|request limit reached"
+    r"|rate.?limit"
+    r"|too many requests"
+    r"|quota"
+    r"|overloaded",
+    re.IGNORECASE,
 )
-CREDIT_WORDS: Final = words(
-    "insufficient_quota",
-    "insufficient balance",
-    "no payment",
-    "credits?\\b",
-    "billing",
-    "payment.?method",
+CREDIT_WORDS: Final = re.compile(
+    r"insufficient_quota"
+    r"|insufficient balance"
+    r"|no payment"
+    r"|credits?\b"
+    r"|billing"
+    r"|payment.?method",
+    re.IGNORECASE,
 )
-MODEL_WORDS: Final = words(
-    "model.?error",
-    "not supported",
-    "promotion has ended",
-    "subscri",
-    "model.{0,80}(?:not found|does not exist|not exist|decommissioned|deprecated|not available)",
-    "(?:unknown|invalid|no such) model",
-    "model_not_found",
-    "not allowed to access model",
+MODEL_WORDS: Final = re.compile(
+    r"model.?error"
+    r"|not supported"
+    r"|promotion has ended"
+    r"|subscri"
+    r"|model.{0,80}(?:not found|does not exist|not exist|decommissioned|deprecated|not available)"
+    r"|(?:unknown|invalid|no such) model"
+    r"|model_not_found"
+    r"|not allowed to access model",
+    re.IGNORECASE,
 )
-OVERFLOW_WORDS: Final = words(
-    "context_length_exceeded",
-    "maximum context length",
-    "context length exceeded",
-    "exceeds.{0,40}context (?:length|window|size)",
-    "prompt is too long",
-    "input is too long",
-    "input token count.{0,40}exceeds",
-    "exceeds the maximum number of tokens",
-    "exceeds max length",
-    "exceed_context_size",
-    "prompt token count of \\d+ exceeds",
+OVERFLOW_WORDS: Final = re.compile(
+    r"context_length_exceeded"
+    r"|maximum context length"
+    r"|context length exceeded"
+    r"|exceeds.{0,40}context (?:length|window|size)"
+    r"|prompt is too long"
+    r"|input is too long"
+    r"|input token count.{0,40}exceeds"
+    r"|exceeds the maximum number of tokens"
+    r"|exceeds max length"
+    r"|exceed_context_size"
+    r"|prompt token count of \d+ exceeds",
+    re.IGNORECASE,
 )
-DEAD_KEY_WORDS: Final = words(
-    "api key not valid", "invalid api key", "incorrect api key", "api_key_invalid"
+# In a 400 only plain words about the model itself: "X is not supported with this model" is
+# about the request.
+NO_SUCH_MODEL: Final = re.compile(
+    r"model.{0,80}(?:not found|does not exist|not exist|decommissioned|not available)"
+    r"|model \S+ is not supported|(?:unknown|invalid|no such) model|model_not_found"
+    r"|not allowed to access model|requested model is not supported",
+    re.IGNORECASE,
+)
+DEAD_KEY_WORDS: Final = re.compile(
+    r"api key not valid"
+    r"|invalid api key"
+    r"|incorrect api key"
+    r"|api_key_invalid",
+    re.IGNORECASE,
 )
 
 OVERFLOW: Final = Verdict("context_overflow")
@@ -3576,6 +3588,7 @@ RATE_LIMITED: Final = Verdict("rate_limited", "route", 60.0, then="key")
 SICK: Final = Verdict("provider_error", "route", 15.0, counts=True, then="key")
 BAD_ANSWER: Final = Verdict("bad_answer", "route", 30.0, counts=True)
 CLIENT_FAULT: Final = Verdict("client_fault", then="stop")
+MODEL_REFUSED: Final = Verdict("model_refused", "model", 3600.0)
 DEAD_KEY: Final = Verdict("dead_key", "key", 3600.0, then="key")
 NO_CREDIT: Final = Verdict("no_credit", "key", 3600.0, then="key")
 
@@ -3584,8 +3597,9 @@ RULES: Final = (
     Rule(codes(429), None, RATE_LIMITED),
     Rule(codes(400, 413, 422, 500), OVERFLOW_WORDS, OVERFLOW),
     Rule(codes(400, 401), DEAD_KEY_WORDS, DEAD_KEY),
-    Rule(codes(400), words("degraded function"), SICK),
-    Rule(codes(400, 401, 403), MODEL_WORDS, Verdict("model_refused", "model", 3600.0)),
+    Rule(codes(400), re.compile("degraded function", re.IGNORECASE), SICK),
+    Rule(codes(400), NO_SUCH_MODEL, MODEL_REFUSED),
+    Rule(codes(401, 403), MODEL_WORDS, MODEL_REFUSED),
     Rule(codes(401), None, DEAD_KEY),
     Rule(codes(402), None, NO_CREDIT),
     Rule(codes(403), None, Verdict("forbidden", "route", 600.0, then="key")),
@@ -3643,6 +3657,7 @@ PROSE: Final = re.compile(
     r"((?:\d+h)?\s?(?:\d+m(?!s))?\s?(?:[\d.]+m?s)?)",
     re.I,
 )
+RESETS_IN: Final = re.compile(r'"(?:resets_in_seconds|retry_after)"\s*:\s*"?(\d+(?:\.\d+)?)')
 RETRY_DELAY: Final = re.compile(r'"(?:retryDelay)"\s*:\s*"([\d.]+s)"')
 
 
@@ -3692,8 +3707,10 @@ def stated_wait(headers: Mapping[str, str], body: bytes, wall: float) -> float |
 
 
 def body_wait(body: bytes) -> float | None:
-    """`retryDelay: "17s"` (Gemini) or prose such as `try again in 7m12s` (Groq, OpenAI)."""
+    """`retryDelay: "17s"` (Gemini), resets_in_seconds (Codex), `try again in 7m12s` (Groq)."""
     text = body[:8192].decode("utf-8", "replace")
+    if seconds := RESETS_IN.search(text):
+        return float(seconds[1])
     match = RETRY_DELAY.search(text) or PROSE.search(text)
     return parse_duration(match[1]) if match else None
 
@@ -3967,7 +3984,10 @@ class Link:
     def keep(self) -> None:
         """Ready for the next request to the same origin."""
         self.idle_since = time.monotonic()
-        self.origin.idle.append(self)
+        if len(self.origin.idle) < MAX_IDLE_PER_ORIGIN:
+            self.origin.idle.append(self)
+        else:
+            self.close()
 
     def usable(self, now: float) -> bool:
         """Idle for a short time only, and not closed by the other side meanwhile."""
@@ -3988,7 +4008,7 @@ class Origin:
         parts = urlsplit(url)
         self.url, self.host = url, parts.netloc
         self.path = parts.path.rstrip("/")
-        self.idle: deque[Link] = deque(maxlen=MAX_IDLE_PER_ORIGIN)
+        self.idle: deque[Link] = deque()
         self.tls = parts.scheme == "https"
 
 
@@ -4183,6 +4203,7 @@ class Relay:
             block = self._more(self._response)
             if block:
                 return block
+        self.close()
         raise StopIteration
 
     def _more(self, response: Response) -> bytes:
@@ -4424,9 +4445,6 @@ def weigh_event(data: bytes) -> Attempt | bool:
 def committed(response: Response, events: bytes, rest: bytes, ask: Ask) -> Attempt:
     relay = Relay(response, rest, ask.wants_usage)
     relay.held = relay.pass_on(events)
-    if relay.failure:  # nothing has reached the client yet
-        response.close()
-        return failed(relay.failure, in_ok=True)
     return Attempt(None, Outcome(200, ""), content_type="text/event-stream", stream=relay)
 
 
@@ -4733,7 +4751,7 @@ class Router:
 
     def size(self, ask: Ask) -> int:
         """The request in tokens; counted exactly only where a decision hangs on it."""
-        estimate = token_bounds(len(ask.raw), ask.body)
+        estimate = token_bounds(text_bytes(ask.raw), ask.body)
         bounds = [
             s.skip_tokens_over for s in self.directory.services.values() if s.skip_tokens_over
         ]
@@ -4748,22 +4766,19 @@ class Router:
         """The one error that says honestly why nobody answered."""
         told, verdicts = walk.told(), walk.verdicts
         last = walk.tried[-1][1] if walk.tried else None
-        if last and last.verdict is CLIENT_FAULT:
-            return BadRequest(last.outcome.text or "the provider rejected the request", tried=told)
+        statuses = {attempt.outcome.status for _, attempt in walk.tried}
         if verdicts == {OVERFLOW.name}:
             text = walk.tried[0][1].outcome.text
             return BadRequest(text, param="messages", code="context_length_exceeded", tried=told)
+        if last and (last.verdict is CLIENT_FAULT or statuses <= {400, 422}):
+            return BadRequest(last.outcome.text or "the provider rejected the request", tried=told)
         if not walk.tried and not walk.waits:
             return self.nobody(tokens)
         wait = self.soonest(walk)
-        resting_only = verdicts <= {RATE_LIMITED.name, NO_CREDIT.name} and not late
-        if resting_only and (verdicts or self.limits_stated(walk)):
+        if statuses <= {429} and self.limits_stated(walk) and not late:
             return OverLimit(
                 "every provider that could serve this is rate limited", retry_after=wait, tried=told
             )
-        if verdicts and verdicts <= {"model_gone", "model_refused"}:
-            text = walk.tried[0][1].outcome.text
-            return NotFound(text, param="model", code="model_not_found", tried=told)
         why = "the request's deadline passed" if late else "All providers exhausted"
         return Exhausted(f"{why}: {'; '.join(told)[:1500]}", retry_after=wait, tried=told)
 
@@ -5671,6 +5686,7 @@ def cmd_serve(_: argparse.Namespace) -> int:
         say(f"cannot listen on {config.host}:{config.port}: {error}")
         return FAILED
     tell_start(config, app.extensions["router"], getattr(server, "effective_port", config.port))
+    threading.stack_size(4 << 20)  # Python 3.13 dies on deep JSON in a smaller one (musl, Windows)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(DONE_OK))
     try:
         server.run()
@@ -5690,13 +5706,17 @@ def start_logging(config: Config) -> None:
 
 
 def show_new_key(config: Config, key: str) -> None:
-    """The generated key, once, on the terminal: not through the log."""
+    """Tell of the generated key: itself only to a terminal, or where it could not be kept."""
+    kept = config.env_file.exists()
+    if kept and not sys.stderr.isatty():
+        say(f"a key for callers was written to {config.env_file.name}; `hr key` prints it")
+        return
     rule = "-" * 72
-    say(f"{rule}\nYour key for this router (kept in {config.env_file.name}):\n\n    {key}\n{rule}")
+    where = f"kept in {config.env_file.name}" if kept else "valid until the router stops"
+    say(f"{rule}\nYour key for this router ({where}):\n\n    {key}\n{rule}")
 
 
-def tell_start(config: Config, router: Router, port: int) -> None:
-    host = "localhost" if config.host in ("0.0.0.0", "::") else config.host
+def tell_start(config: Config, router: Router, port: int | str) -> None:
     for service in config.services:
         if service.resting:
             log.warning("%s is configured but not used: %s", service.name, service.resting)
@@ -5704,7 +5724,15 @@ def tell_start(config: Config, router: Router, port: int) -> None:
         log.warning("no provider is configured: the built-in echo answers (see .env.example)")
     else:
         log.info("providers: %s", ", ".join(router.directory.services) or "none")
-    log.info("listening on http://%s:%d", host, port)
+    # Said at every LOG_LEVEL: with PORT=0 nothing else tells the address.
+    level = max(log.getEffectiveLevel(), logging.INFO)
+    log.log(level, "listening on %s", address(config.host, port))
+
+
+def address(host: str, port: int | str) -> str:
+    """Where people on this machine reach a router bound to `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def cmd_check(_: argparse.Namespace) -> int:
@@ -5717,7 +5745,10 @@ def cmd_check(_: argparse.Namespace) -> int:
 
 
 def cmd_key(_: argparse.Namespace) -> int:
-    config, _made = with_proxy_key(Config.from_env())
+    config, made = with_proxy_key(Config.from_env())
+    if made and not config.env_file.exists():
+        say(f"{config.env_file.name} cannot be written: the running router made a key of its own")
+        return FAILED
     if not config.proxy_keys:
         say("no key is needed: AUTH_MODE=open")
         return FAILED
@@ -5727,8 +5758,7 @@ def cmd_key(_: argparse.Namespace) -> int:
 
 def cmd_status(args: argparse.Namespace) -> int:
     config = Config.from_env()
-    host = LOOPBACK_OF.get(config.host, config.host)
-    url = (args.url or f"http://{host}:{config.port}").rstrip("/") + "/v1/status"
+    url = (args.url or address(config.host, config.port)).rstrip("/") + "/v1/status"
     key = config.proxy_keys[0] if config.proxy_keys else ""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -5743,9 +5773,6 @@ def cmd_status(args: argparse.Namespace) -> int:
         return NOT_RUNNING
     print(json.dumps(status, indent=2) if args.json else status_table(status))
     return DONE_OK
-
-
-LOOPBACK_OF: Final = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
 
 
 def status_table(status: Json) -> str:

@@ -113,6 +113,6 @@ def serve(upstreams: list[Upstream], tmp_path: Path) -> Iterator[Callable[..., L
         up.close()
     for server, thread, live in running:
         live.session.close()
-        server.close()
+        server.trigger.pull_trigger(server.close)  # in its own thread: at once
         thread.join(10)
         live.app.extensions["router"].close()

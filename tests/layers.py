@@ -278,9 +278,10 @@ def is_environ(node: ast.AST) -> bool:
         return node.module == "os" and any(
             alias.name in ("environ", "environb", "getenv") for alias in node.names
         )
-    return isinstance(node, ast.Attribute) and re.fullmatch(
-        r"os\.(environb?|getenvb?|putenv|unsetenv)", ast.unparse(node)
-    ) is not None
+    return (
+        isinstance(node, ast.Attribute)
+        and re.fullmatch(r"os\.(environb?|getenvb?|putenv|unsetenv)", ast.unparse(node)) is not None
+    )
 
 
 def length(function: Function) -> int:

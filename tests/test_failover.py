@@ -6,11 +6,12 @@ test depends on which of two equal providers the router happens to prefer.
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import formatdate
 from typing import Any
 
@@ -540,18 +541,24 @@ def status(client):
 
 HALF = chunks("one ", "two ", "three ")
 AFTER_TWO = len(b"".join(sse(chunk) for chunk in HALF[:3]))  # role, "one ", "two "
+HELD = {"chunks": HALF, "hold_after": 3}  # the rest is sent when the client has the first words
+SAYING = [*HALF[:3], ERROR]
+NAMING = [*HALF[:3], b"event: error\n" + sse(ERROR)]
+BESIDE = [*HALF[:3], {**delta(content=""), **ERROR}]
 DEATHS = {
-    "reset": Stream(chunks=HALF, stop_at=AFTER_TWO),
-    "reset-inside-an-event": Stream(chunks=HALF, stop_at=AFTER_TWO + 25),
-    "fin": Stream(chunks=HALF, stop_at=AFTER_TWO, ending="fin"),
-    "fin-inside-an-event": Stream(chunks=HALF, stop_at=AFTER_TWO + 25, ending="fin"),
+    "reset": Stream(**HELD, stop_at=AFTER_TWO),
+    "reset-inside-an-event": Stream(**HELD, stop_at=AFTER_TWO + 25),
+    "fin": Stream(**HELD, stop_at=AFTER_TWO, ending="fin"),
+    "fin-inside-an-event": Stream(**HELD, stop_at=AFTER_TWO + 25, ending="fin"),
+    "short-of-its-length": Stream(**HELD, stop_at=AFTER_TWO, ending="fin", framing="length"),
     "fin-without-framing": Stream(chunks=HALF[:3], done=False, framing="close"),
-    "short-of-its-length": Stream(chunks=HALF, stop_at=AFTER_TWO, ending="fin", framing="length"),
     "clean-end-without-finish": Stream(chunks=HALF[:3], done=False),
-    "error-event": Stream(chunks=[*HALF[:3], ERROR], done=False),
-    "named-error-event": Stream(chunks=[*HALF[:3], b"event: error\n" + sse(ERROR)], done=False),
-    "error-beside-choices": Stream(chunks=[*HALF[:3], {**delta(content=""), **ERROR}], done=False),
-    "silence": Stream(chunks=HALF, hold_after=3),
+    "error-event": Stream(chunks=SAYING, hold_after=3, done=False),
+    "error-event-and-done": Stream(chunks=SAYING, hold_after=3),
+    "named-error-event": Stream(chunks=NAMING, hold_after=3, done=False),
+    "error-beside-choices": Stream(chunks=BESIDE, hold_after=3, done=False),
+    "error-beside-choices-and-done": Stream(chunks=BESIDE, hold_after=3),
+    "silence": Stream(**HELD),
 }
 
 
@@ -560,6 +567,9 @@ def test_death_after_the_first_words_is_told_and_nothing_is_faked(pair, death):
     both = pair(lambda _: DEATHS[death], STREAM_IDLE_TIMEOUT="0.5")
     got = both.ask(stream=True)
     assert got.status_code == 200
+    if death != "silence":
+        both.groq.open_gate()
+        both.cerebras.open_gate()
     events = [data for _, data in events_of(got.data)]
     assert "[DONE]" not in events
     *before, last = [json.loads(data) for data in events]
@@ -568,6 +578,17 @@ def test_death_after_the_first_words_is_told_and_nothing_is_faked(pair, death):
     assert "".join(c["choices"][0]["delta"].get("content") or "" for c in before) == "one two "
     assert all(c["choices"][0]["finish_reason"] is None for c in before)
     assert len(both.asked) == 1
+
+
+@pytest.mark.parametrize("error", [SAYING, NAMING, BESIDE], ids=["data", "named", "beside"])
+def test_an_error_right_behind_the_first_words_is_rescued_or_told(pair, error):
+    """Whether the client has the words by then is a matter of luck; a fake end is not allowed."""
+    one_write = [b"".join(map(sse, error))]
+    both = pair(failing_first(Stream(chunks=one_write), "rescued"))
+    got = both.ask(stream=True)
+    assert got.status_code == 200
+    last = events_of(got.data)[-1][1]
+    assert text_of(got.data) == "rescued" if last == "[DONE]" else "error" in json.loads(last)
 
 
 @pytest.mark.parametrize("done", [True, False])
@@ -579,9 +600,9 @@ def test_a_finish_without_done_is_a_whole_answer(pair, done):
 
 def test_a_dead_stream_counts_against_the_provider(pair):
     both = pair(lambda _: DEATHS["reset"], good(), BREAKER_MIN_SAMPLES="2", BREAKER_WINDOW="4")
-    answers = [both.ask(stream=True) for _ in range(20)]
+    bodies = [both.ask(stream=True).data for _ in range(20)]
     assert len(both.groq.requests) <= 6
-    assert text_of(answers[-1].data) == "hello"
+    assert text_of(bodies[-1]) == "hello"
 
 
 # --- the client leaves ------------------------------------------------------------------------
@@ -638,7 +659,7 @@ def test_a_client_that_leaves_while_waiting_frees_the_provider(upstream, serve, 
     assert_let_go(request, left_at)
     time.sleep(0.2)
     assert not spare.requests  # nobody is left to answer
-    assert live.chat().status_code == 200
+    assert live.chat(model="cerebras/m1").status_code == 200
 
 
 def test_a_client_that_leaves_in_the_middle_frees_the_provider(upstream, serve):
@@ -697,6 +718,53 @@ def test_upstream_connections_are_kept_alive(upstream, serve):
         got = live.chat(stream=bool(number % 2))
         assert got.status_code == 200 and got.content
     assert up.connections <= 2
+
+
+@BOTH
+def test_a_provider_that_hangs_up_after_each_answer_is_no_failure(upstream, make_app, stream):
+    """Keep-alive was promised, and the connection is closed all the same."""
+    answer = chat_stream("hi") if stream else chat("hi")
+    length = len(answer.payload())
+    up = upstream(replace(answer, framing="length", stop_at=length, ending="fin"))
+    client = make_app(**provider("groq", up)).test_client()
+    for number in range(5):
+        got = post(client, stream=stream)
+        assert (said(got), got.headers["X-Hermes-Attempts"]) == ("hi", "1")
+        until(lambda: not up.live)
+        assert len(up.requests) == number + 1
+
+
+@BOTH
+def test_a_kept_connection_that_dies_under_the_request_is_replaced(upstream, make_app, stream):
+    script = iter([None, Reset(), None, Reset(), None])
+    up = upstream(lambda request: next(script) or good()(request))
+    client = make_app(**provider("groq", up)).test_client()
+    for _ in range(3):
+        got = post(client, stream=stream)
+        assert (said(got), got.headers["X-Hermes-Attempts"]) == ("hello", "1")
+
+
+def test_a_connection_to_the_router_outlives_a_stream(upstream, serve):
+    live = serve(**provider("groq", upstream(good())))
+    connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=10)
+    sockets = set()
+    for number in range(6):
+        body = {"model": "hermes-router", "messages": HELLO, "stream": bool(number % 2)}
+        headers = {**AUTH, "Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        sockets.add(connection.sock)
+        answer = connection.getresponse()
+        assert answer.status == 200 and b"hello" in answer.read()
+    connection.close()
+    assert len(sockets) == 1
+
+
+@BOTH
+def test_a_long_wait_for_the_first_word_may_exceed_the_idle_limit(single, stream):
+    answer = chat_stream("late", delay=1.0) if stream else Reply(200, completion("late"), delay=1.0)
+    _, client = single([answer], TTFT_TIMEOUT="10", STREAM_IDLE_TIMEOUT="0.3")
+    got = post(client, stream=stream)
+    assert (got.status_code, said(got)) == (200, "late")
 
 
 @BOTH

@@ -81,6 +81,7 @@ class Reply:
     framing: str = "length"  # length | chunked | close
     cuts: Sequence[int] = ()  # byte offsets at which the body is cut into separate writes
     gap: float = 0.0  # between those writes
+    hold_after: int | None = None  # after that many writes, wait until the gate opens
     stop_at: int | None = None  # body bytes after which the connection ends too early ...
     ending: str = "reset"  # ... with a reset | fin
     gzipped: bool = False
@@ -116,7 +117,6 @@ class Stream(Reply):
     chunks: Sequence[Any] = ()
     done: bool = True  # close with `data: [DONE]`
     framing: str = "chunked"
-    hold_after: int | None = None  # after that many chunks, wait until the gate opens
 
     def head_fields(self) -> dict[str, str]:
         given = {name.lower(): value for name, value in self.headers.items()}
@@ -333,7 +333,7 @@ class Connection:
         for count, piece in enumerate(reply.pieces()):
             if count:
                 self.pause(reply.gap)
-            if isinstance(reply, Stream) and count == reply.hold_after:
+            if count == reply.hold_after:
                 self.pause(600.0)
             if left is not None and len(piece) > left:
                 self.send_piece(reply, piece[:left])
@@ -493,7 +493,7 @@ def free_port() -> int:
 
 def events_of(body: bytes) -> list[tuple[str, str]]:
     """The (event name, data) pairs of a stream; comments and line-end styles do not matter."""
-    text = body.decode().replace("\r\n", "\n")
+    text = body.decode().removeprefix("\ufeff").replace("\r\n", "\n")
     return [event for block in text.split("\n\n") if (event := parse_event(block.split("\n")))]
 
 
