@@ -66,7 +66,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from email.utils import parsedate_to_datetime
+from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal, NamedTuple, cast
@@ -2054,6 +2054,7 @@ def event_data(event: bytes) -> bytes:
     """The joined `data:` lines of one event; b"" for comments and other fields."""
     if event.startswith(b"data: ") and event.find(b"\n") >= len(event) - 2:
         return event[6:].rstrip(b"\r\n")
+    event = event.removeprefix(b"\xef\xbb\xbf")  # a byte order mark may lead the stream
     lines = (line for line in LINE_END.split(event) if line.startswith(b"data:"))
     return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
 
@@ -4018,8 +4019,8 @@ class Transport:
     The settings of `requests` hold: HTTPS_PROXY, NO_PROXY, REQUESTS_CA_BUNDLE.
     """
 
-    def __init__(self, connect_timeout: float, idle_timeout: float) -> None:
-        self._connect_timeout, self._idle_timeout = connect_timeout, idle_timeout
+    def __init__(self, connect_timeout: float) -> None:
+        self._connect_timeout = connect_timeout
         self._session = requests.Session()
         self._adapter = requests.adapters.HTTPAdapter(max_retries=0)
         self._origins: dict[str, Origin] = {}
@@ -4115,7 +4116,7 @@ class Transport:
             raise TransportError(
                 "network", f"{type(error).__name__}: {scrub(str(error), 200)}"
             ) from error
-        connection.sock.settimeout(self._idle_timeout)
+        connection.sock.settimeout(None)  # from here the watchdog keeps the time
         return Link(origin, connection)
 
     def _pool(self, origin: Origin) -> Any:
@@ -4184,6 +4185,7 @@ class Relay:
 
     def __init__(self, response: Response | None, rest: bytes, wants_usage: bool) -> None:
         self._response, self._pending = response, rest
+        self.patience: Callable[[bool], None] | None = None  # told before and after each wait
         self.held = b""  # whole events that commit the stream
         self._wants_usage = wants_usage
         self.tokens: Tokens | None = None
@@ -4212,7 +4214,7 @@ class Relay:
             self._end(response)
             return b""
         try:
-            data = response.read1()
+            data = self._read(response)
         except TransportError as error:
             return self._fail(Outcome(0, error.text, error.sort))
         if not data:
@@ -4224,6 +4226,15 @@ class Relay:
         if len(self._pending) > MAX_EVENT_BYTES:
             return self._fail(Outcome(0, "an event without an end", "garbled"))
         return self.pass_on(pending[:cut])
+
+    def _read(self, response: Response) -> bytes:
+        """What came; only the provider's silence counts against it, not a slow client's."""
+        if self.patience is None:
+            return response.read1()
+        self.patience(True)
+        data = response.read1()
+        self.patience(False)
+        return data
 
     def pass_on(self, block: bytes) -> bytes:
         """A block of whole events as the client gets it."""
@@ -4305,7 +4316,18 @@ class Upstream:
             attempt = failed(Outcome(0, error.text, error.sort))
         ask.guard.deadline = deadline
         attempt.seconds = self._now() - started
+        if attempt.stream:
+            attempt.stream.patience = self._patience(ask.guard, deadline)
         return attempt
+
+    def _patience(self, guard: Guard, deadline: float) -> Callable[[bool], None]:
+        """Moves the guard's deadline: the idle limit while a stream waits, else the total one."""
+        idle_s, now = self._config.stream_idle_timeout, self._now
+
+        def wait(begins: bool) -> None:
+            guard.deadline = min(now() + idle_s, deadline) if begins else deadline
+
+        return wait
 
     def _try(self, target: Target, lease: Lease, ask: Ask) -> Attempt:
         response = self._transport.post(
@@ -4565,7 +4587,7 @@ class Router:
         self.gate = Gate(config.max_streams)
         self.watchdog = Watchdog(now)
         self.encoder = Encoder()
-        self.transport = transport or Transport(config.connect_timeout, config.stream_idle_timeout)
+        self.transport = transport or Transport(config.connect_timeout)
         self.upstream = Upstream(config, self.transport, now)
 
     def close(self) -> None:
@@ -5401,13 +5423,59 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
         return bool(pending)
 
 
+@functools.lru_cache(maxsize=2)
+def http_date(second: int) -> str:
+    return formatdate(second, usegmt=True)
+
+
 class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
-    """Tells the app how to hear that the client has gone."""
+    """Tells the app how to hear that the client has gone; keeps connections alive after streams.
+
+    Waitress closes the connection after each chunked answer and sends head and body apart;
+    here a connection outlives its streams, and a whole answer leaves in one piece.
+    """
+
+    wrote_header: bool = False
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
         environ[ON_CLOSE] = self.channel.on_close
         return environ
+
+    def build_response_header(self) -> bytes:
+        """Status line and headers; decides about chunked coding and keep-alive (RFC 9112)."""
+        asked = self.request.headers.get("CONNECTION", "").lower()
+        keep = asked != "close" if self.version == "1.1" else asked == "keep-alive"
+        lines = [f"HTTP/{self.version} {self.status}"]
+        lines += [f"{k}: {v}" for k, v in self.response_headers if k.lower() != "connection"]
+        headers = {k.lower() for k, _ in self.response_headers}
+        if self.content_length is not None and self.has_body and "content-length" not in headers:
+            lines.append(f"Content-Length: {self.content_length}")
+        if self.content_length is None and self.has_body:
+            self.chunked_response = self.version == "1.1"
+            keep = keep and self.chunked_response
+            if self.chunked_response:
+                lines.append("Transfer-Encoding: chunked")
+        if not keep:
+            self.close_on_finish = True
+            lines.append("Connection: close")
+        elif self.version == "1.0":
+            lines.append("Connection: keep-alive")
+        lines += ["Server: hermes-router", f"Date: {http_date(int(self.start_time))}", "", ""]
+        return "\r\n".join(lines).encode("latin-1")
+
+    def write(self, data: bytes) -> None:
+        """A piece of the body, with the head in front of the first."""
+        head = b"" if self.wrote_header else self.build_response_header()
+        self.wrote_header = True
+        if not data or not self.has_body:
+            data = b""
+        elif self.chunked_response:
+            data = b"%X\r\n%b\r\n" % (len(data), data)
+        else:
+            self.content_bytes_written += len(data)
+        if head or data:
+            self.channel.write_soon(head + data)
 
 
 class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
