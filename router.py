@@ -41,7 +41,6 @@ import argparse
 import fnmatch
 import functools
 import hmac
-import http.client
 import itertools
 import json
 import logging
@@ -60,7 +59,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -117,6 +115,7 @@ class RouterError(Exception):
         self.message, self.param = message, param
         self.code = code or type(self).code
         self.retry_after, self.tried = retry_after, tuple(tried)
+        self.attempts = 0  # candidates that were tried
 
 
 class BadRequest(RouterError):
@@ -2975,6 +2974,11 @@ class Breakers:
             if circuit := self._circuits.get(provider):
                 circuit.probe_until = 0.0
 
+    def probing(self, provider: str) -> bool:
+        """Half open, and the one probe is under way."""
+        circuit = self._circuits.get(provider)
+        return circuit is not None and self._now() < circuit.probe_until
+
     def is_open(self, provider: str) -> bool:
         """Open and not yet due for a probe, or being probed by somebody else."""
         circuit = self._circuits.get(provider)
@@ -3735,7 +3739,7 @@ READ_BYTES: Final = 65_536
 MAX_ANSWER_BYTES: Final = 50 << 20
 MAX_IDLE_S: Final = 50.0  # below the keep-alive of common front ends (60 s and more)
 MAX_IDLE_PER_ORIGIN: Final = 1024
-STALE: Final = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
+STALE: Final = (EOFError, ConnectionResetError, BrokenPipeError)
 
 
 class TransportError(Exception):
@@ -3885,20 +3889,79 @@ class Dechunker:
             self._state = "data" if self._left else "trailer"
 
 
+class Head(NamedTuple):
+    """Status line and headers (names in lower case) of one answer, and what came behind them."""
+
+    status: int
+    headers: dict[str, str]
+    rest: bytes
+    keep: bool  # the provider keeps the connection open
+
+
+STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: |$)")
+MAX_HEAD_BYTES: Final = 65_536
+
+
+def read_head(sock: socket.socket) -> Head:
+    """The next final answer's head; EOFError when the connection closes before its first byte.
+
+    Written out because a third of a small request's time went into the standard library's
+    way through a buffered file and the e-mail parser (bench/RESULTS.md).
+    """
+    data = b""
+    while True:
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            piece = sock.recv(READ_BYTES)
+            if not piece:
+                raise (
+                    ConnectionError("the head broke off") if data else EOFError("closed unanswered")
+                )
+            data += piece
+            if len(data) > 2 * MAX_HEAD_BYTES and b"\r\n\r\n" not in data[:MAX_HEAD_BYTES]:
+                raise ValueError("a head larger than 64 KB")
+            continue
+        head = parse_head(data[:end], data[end + 4 :])
+        if head.status >= 200:
+            return head
+        data = head.rest  # 100 Continue and 103 Early Hints come before the answer
+
+
+def parse_head(head: bytes, rest: bytes) -> Head:
+    lines = head.split(b"\r\n")
+    match = STATUS_LINE.match(lines[0])
+    if not match:
+        raise ValueError(f"not HTTP: {lines[0][:40]!r}")
+    headers = {}
+    for line in lines[1:]:
+        name, _, value = line.partition(b":")
+        headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
+    asked = headers.get("connection", "").lower()
+    keep = "close" not in asked if match[1] == b"1" else "keep-alive" in asked
+    return Head(int(match[2]), headers, rest, keep)
+
+
 class Response:
     """A provider's answer whose head has arrived: status, headers, and the body as it comes."""
 
-    def __init__(self, link: Link, raw: http.client.HTTPResponse, guard: Guard) -> None:
-        self._link, self._raw, self._guard = link, raw, guard
-        self.status = raw.status
-        self.headers = {name.lower(): value for name, value in raw.getheaders()}
+    def __init__(self, link: Link, head: Head, guard: Guard) -> None:
+        self._link, self._head, self._guard = link, head, guard
+        self.status, self.headers = head.status, head.headers
         coding = self.headers.get("content-encoding", "identity").lower()
         self._unzip = zlib.decompressobj(47) if coding in ("gzip", "deflate", "x-gzip") else None
-        self._chunks = Dechunker() if raw.chunked else None
-        self._left = raw.length if self._chunks is None else None
+        chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
+        self._chunks = Dechunker() if chunked else None
+        self._left = None if chunked else self._length()  # None = not known
+        self._arrived = head.rest
         self._open = True
         if self._left == 0:
-            self._finish(True)
+            self._finish(not head.rest)
+
+    def _length(self) -> int | None:
+        if self.status in (204, 304):
+            return 0
+        stated = self.headers.get("content-length", "")
+        return int(stated) if stated.isascii() and stated.isdigit() else None
 
     def read(self, limit: int = MAX_ANSWER_BYTES) -> bytes:
         """The whole body; TransportError when it is cut short or larger than `limit`."""
@@ -3921,15 +3984,15 @@ class Response:
 
     def _step(self) -> bytes:
         try:
-            data = self._raw.fp.read1(READ_BYTES)
-            content = self._decode(data)
+            data, self._arrived = self._arrived, b""
+            content = self._decode(data or self._link.sock.recv(READ_BYTES))
             return self._unzip.decompress(content) if self._unzip and content else content
         except (OSError, ValueError, zlib.error) as error:
             self.close()
             raise self._guard.explain(error, "reset") from error
 
     def _decode(self, data: bytes) -> bytes:
-        """`data` without its transfer coding; notes the end of the body."""
+        """`data` without its transfer coding; notes the end of the body. b"" = closed."""
         if self._chunks is not None:
             content = self._chunks.feed(data)
             if self._chunks.finished:
@@ -3955,9 +4018,7 @@ class Response:
         """The body is complete: the connection goes back, or away."""
         self._open = False
         self._guard.release()
-        will_close = self._raw.will_close
-        self._raw.close()
-        if reusable and not will_close:
+        if reusable and self._head.keep:
             self._link.keep()
         else:
             self._link.close()
@@ -3968,8 +4029,6 @@ class Response:
             self._open = False
             self._guard.release()
             self._link.close()
-            with suppress(OSError):
-                self._raw.close()
 
 
 class Link:
@@ -3995,9 +4054,6 @@ class Link:
         return now - self.idle_since < MAX_IDLE_S and self.connection.is_connected
 
     def close(self) -> None:
-        # http.client's reader may hold the file descriptor: shutdown reaches the peer at once.
-        with suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
         with suppress(OSError, ssl.SSLError):
             self.connection.close()
 
@@ -4059,21 +4115,25 @@ class Transport:
                 if not reused or guard.cut:
                     raise guard.explain(error, "reset") from error
                 link, reused = None, False
-            except (OSError, ValueError, http.client.HTTPException) as error:
+            except (OSError, ValueError) as error:
                 link.close()
                 guard.release()
                 raise guard.explain(error, "reset") from error
 
     def _exchange(self, link: Link, head: bytes, body: bytes, guard: Guard) -> Response:
         guard.hold(link.sock)
-        if len(body) < READ_BYTES:
-            link.sock.sendall(head + body)
-        else:
-            link.sock.sendall(head)
-            link.sock.sendall(body)
-        raw = http.client.HTTPResponse(link.sock, method="POST")
-        raw.begin()
-        return Response(link, raw, guard)
+        try:
+            if len(body) < READ_BYTES:
+                link.sock.sendall(head + body)
+            else:
+                link.sock.sendall(head)
+                link.sock.sendall(body)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            # Refused before all of it was read: a 413 may be waiting.
+            with suppress(OSError, EOFError, ValueError):
+                return Response(link, read_head(link.sock)._replace(keep=False), guard)
+            raise error
+        return Response(link, read_head(link.sock), guard)
 
     def _head(self, origin: Origin, path: str, headers: bytes, body: bytes) -> bytes:
         pool = self._pools.get(origin.url)
@@ -4533,6 +4593,11 @@ class Walk:
         return target.label in self.out or target.provider in self.out
 
     @property
+    def candidates(self) -> int:
+        """How many (provider, model) were tried, whatever the number of keys."""
+        return len({label for label, _ in self.tried})
+
+    @property
     def verdicts(self) -> set[str]:
         return {a.verdict.name for _, a in self.tried if a.verdict}
 
@@ -4654,7 +4719,7 @@ class Router:
                 attempt = self.attempt(target, lease, ask, deadline)
                 walk.tried.append((target.label, attempt))
                 if attempt.verdict is None:
-                    return self.deliver(target, lease, ask, attempt, len(walk.tried))
+                    return self.deliver(target, lease, ask, attempt, walk.candidates)
                 walk.rule(target, attempt.verdict)
                 self.learn(target, lease, attempt)
                 if attempt.verdict.then == "stop":
@@ -4663,7 +4728,9 @@ class Router:
             self.watchdog.unwatch(ask.guard)
             raise
         self.watchdog.unwatch(ask.guard)
-        raise self.exhausted(walk, tokens, self.now() >= deadline)
+        error = self.exhausted(walk, tokens, self.now() >= deadline)
+        error.attempts = walk.candidates
+        raise error
 
     def attempt(self, target: Target, lease: Lease, ask: Ask, deadline: float) -> Attempt:
         """One attempt; a probe token is given back whatever happens."""
@@ -4697,7 +4764,9 @@ class Router:
             lease = self.keys.lease(target.provider, target.model, tried=tried, ignoring=ignoring)
             if lease is None:
                 break
-            if not self.breakers.enter(target.provider) and not ignoring:
+            if not self.breakers.enter(target.provider) and (
+                not ignoring or self.breakers.probing(target.provider)
+            ):
                 return
             tried.add(lease.key)
             yield target, lease
@@ -5073,6 +5142,7 @@ HTTP_ERRORS: Final = {404: NotFound, 405: MethodNotAllowed, 413: TooLarge, 415: 
 # when the client's connection closes, with None it forgets it.
 ON_CLOSE: Final = "hermes.on_client_close"
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+HARMLESS_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 def create_app(config: Config, **parts: Any) -> flask.Flask:
@@ -5081,7 +5151,7 @@ def create_app(config: Config, **parts: Any) -> flask.Flask:
     router = Router(config, **parts)
     app.extensions["router"] = router
     door = Door(config)
-    app.before_request(lambda: door.check(flask.request, router))
+    app.before_request(lambda: door.check(current_request()))
     app.register_error_handler(RouterError, lambda error: error_response(router, error))
     app.register_error_handler(HTTPException, lambda error: http_error(router, error))
     app.register_error_handler(Exception, lambda error: crash(router, error))
@@ -5124,20 +5194,27 @@ def tagged(function: Callable[..., Any]) -> Callable[..., flask.Response]:
     """Every answer carries the request's id."""
 
     def view(**arguments: Any) -> flask.Response:
-        response = flask.make_response(function(**arguments))
-        response.headers["X-Request-ID"] = request_id()
+        made = function(**arguments)
+        response = made if isinstance(made, flask.Response) else flask.make_response(made)
+        response.headers["X-Request-ID"] = request_id(current_request())
         return response
 
     return view
 
 
-def request_id() -> str:
+def current_request() -> flask.Request:
+    """The request itself: every look through Flask's proxy costs a microsecond."""
+    return cast(flask.Request, flask.request._get_current_object())  # type: ignore[attr-defined]
+
+
+def request_id(request: flask.Request) -> str:
     """The client's own id where it is a harmless one, else a new one; the same for one request."""
-    made = flask.g.get("request_id")
+    environ = request.environ
+    made = environ.get("hermes.request_id")
     if made is None:
-        given = flask.request.headers.get("X-Request-ID", "")
-        harmless = re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII)
-        made = flask.g.request_id = given if harmless else f"req_{uuid.uuid4().hex}"
+        given = environ.get("HTTP_X_REQUEST_ID", "")
+        made = given if HARMLESS_ID.fullmatch(given) else "req_" + secrets.token_hex(16)
+        environ["hermes.request_id"] = made
     return cast(str, made)
 
 
@@ -5152,21 +5229,21 @@ class Door:
             for n, key in enumerate(config.proxy_keys, 1)
         ]
 
-    def check(self, request: flask.Request, router: Router) -> None:
+    def check(self, request: flask.Request) -> None:
         """Before anything else of a request is looked at; Unauthorized stops it here."""
         if request.path not in self._public:
-            flask.g.caller = self.caller(request)
+            request.environ["hermes.caller"] = self.caller(request)
 
     def caller(self, request: flask.Request) -> Caller:
         """The owner of the key in Authorization (with or without Bearer) or x-api-key.
 
         Every key is compared, in constant time, as bytes: time tells nothing about them.
         """
-        given = request.headers.get("Authorization", "") or request.headers.get("x-api-key", "")
+        environ = request.environ
+        given = environ.get("HTTP_AUTHORIZATION", "") or environ.get("HTTP_X_API_KEY", "")
         scheme, _, rest = given.partition(" ")
-        credential = (
-            (rest if scheme.lower() == "bearer" else given).strip().encode("utf-8", "replace")
-        )
+        # WSGI hands header bytes over as Latin-1 text.
+        credential = (rest if scheme.lower() == "bearer" else given).strip().encode("latin-1")
         found = None
         for key, caller in self._callers:
             if hmac.compare_digest(key, credential):
@@ -5195,24 +5272,30 @@ def serve_model(router: Router, model: str) -> Json:
 
 
 def serve_chat(router: Router) -> flask.Response:
-    ask = read_ask(router, "/chat/completions", validate_chat)
+    request = current_request()
+    ask = read_ask(router, request, "/chat/completions", validate_chat)
     ask.stream = bool(ask.body.get("stream"))
     options = ask.body.get("stream_options") or {}
     ask.wants_usage = bool(options.get("include_usage"))
-    profile = flask.request.headers.get("X-Hermes-Profile", "").strip().lower()
+    profile = request.environ.get("HTTP_X_HERMES_PROFILE", "").strip().lower()
     profile = profile if profile in ("fast", "local") else ""
-    return respond(router, ask, lambda: router.complete(ask, flask.g.caller, profile))
+    caller = request.environ["hermes.caller"]
+    return respond(router, request, ask, lambda: router.complete(ask, caller, profile))
 
 
 def serve_embeddings(router: Router) -> flask.Response:
-    ask = read_ask(router, "/embeddings", validate_embeddings)
-    return respond(router, ask, lambda: router.embed(ask, flask.g.caller))
+    request = current_request()
+    ask = read_ask(router, request, "/embeddings", validate_embeddings)
+    return respond(
+        router, request, ask, lambda: router.embed(ask, request.environ["hermes.caller"])
+    )
 
 
-def read_ask(router: Router, path: str, validate: Callable[[Json], None]) -> Ask:
+def read_ask(
+    router: Router, request: flask.Request, path: str, validate: Callable[[Json], None]
+) -> Ask:
     """The request as sent and as parsed; BadRequest names the field that is wrong."""
-    request = flask.request
-    coding = request.headers.get("Content-Encoding", "identity").lower()
+    coding = request.environ.get("HTTP_CONTENT_ENCODING", "identity").lower()
     if coding not in ("", "identity"):
         raise UnsupportedMedia(f"request bodies with content encoding {coding[:40]!r} are not read")
     if (request.content_length or 0) > router.config.max_request_bytes:
@@ -5220,12 +5303,14 @@ def read_ask(router: Router, path: str, validate: Callable[[Json], None]) -> Ask
     raw = request.get_data(cache=False)
     body = parse_body(raw)
     validate(body)
-    return Ask(path, raw, body, Guard(), started=router.now(), request_id=request_id())
+    return Ask(path, raw, body, Guard(), started=router.now(), request_id=request_id(request))
 
 
-def respond(router: Router, ask: Ask, answer: Callable[[], Answer]) -> flask.Response:
+def respond(
+    router: Router, request: flask.Request, ask: Ask, answer: Callable[[], Answer]
+) -> flask.Response:
     """Run one request inside the gate, cut when the client goes away."""
-    on_close = flask.request.environ.get(ON_CLOSE, forget)
+    on_close = request.environ.get(ON_CLOSE, forget)
     router.gate.enter()
     visit = Visit(router, ask, on_close)
     try:
@@ -5243,18 +5328,13 @@ def respond(router: Router, ask: Ask, answer: Callable[[], Answer]) -> flask.Res
         "X-Hermes-Model": made.model.encode("ascii", "replace").decode(),
         "X-Hermes-Attempts": str(made.attempts),
         "X-Hermes-Cache": "off",
+        "Content-Type": made.content_type,
     }
     if isinstance(made.body, bytes):
         visit.leave(200, made)
-        return flask.Response(made.body, 200, headers, content_type=made.content_type)
+        return flask.Response(made.body, 200, headers)
     body = Stream(made.body, functools.partial(visit.leave, 200, made))
-    return flask.Response(
-        body,
-        200,
-        {**headers, **STREAM_HEADERS},
-        content_type="text/event-stream",
-        direct_passthrough=True,
-    )
+    return flask.Response(body, 200, {**headers, **STREAM_HEADERS}, direct_passthrough=True)
 
 
 def forget(_callback: Callable[[], None] | None) -> None:
@@ -5307,13 +5387,13 @@ def error_response(router: Router, error: RouterError) -> flask.Response:
     response = flask.Response(
         dump_json(error_body(error)), error.status, mimetype="application/json"
     )
-    response.headers["X-Request-ID"] = request_id()
+    response.headers["X-Request-ID"] = request_id(current_request())
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    if error.tried:
-        response.headers["X-Hermes-Attempts"] = str(len(error.tried))
+    if error.attempts:
+        response.headers["X-Hermes-Attempts"] = str(error.attempts)
     router.usage.answered(error.status)
-    log.info("%s %d %s", request_id(), error.status, scrub(error.message, 300))
+    log.info("%s %d %s", request_id(current_request()), error.status, scrub(error.message, 300))
     return response
 
 
@@ -5335,7 +5415,7 @@ def http_error(router: Router, error: HTTPException) -> flask.Response:
 
 def crash(router: Router, error: Exception) -> flask.Response:
     """The request boundary: a fault of ours is logged with its traceback and told as a 500."""
-    log.error("%s failed", request_id(), exc_info=error)
+    log.error("%s failed", request_id(current_request()), exc_info=error)
     return error_response(router, RouterError("an internal error; the log has the details"))
 
 
@@ -5488,7 +5568,7 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         self.status = f"{refused.code} {refused.reason}"
         self.response_headers += [
             ("Content-Type", "application/json"),
-            ("X-Request-ID", f"req_{uuid.uuid4().hex}"),
+            ("X-Request-ID", f"req_{secrets.token_hex(16)}"),
         ]
         self.set_close_on_finish()
         self.content_length = len(body)
