@@ -1,0 +1,231 @@
+"""Breakers: a true sliding window, then exactly one probe, on a clock that tests move."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router import Breakers
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self):
+        self.time = 1000.0
+
+    def __call__(self):
+        return self.time
+
+    def pass_by(self, seconds):
+        self.time += seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def breakers(clock):
+    return Breakers(now=clock)
+
+
+def note(breakers, outcomes, provider="p"):
+    """F = a failure, S = a success."""
+    for outcome in outcomes:
+        breakers.note(provider, outcome == "S")
+
+
+@pytest.fixture
+def due(breakers, clock):
+    """A breaker that was open and may be probed now."""
+    note(breakers, "FFFF")
+    clock.pass_by(60)
+    return breakers
+
+
+# --- when it opens ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "is_open"),
+    [
+        ("", False),
+        ("FFF", False),
+        ("FFFF", True),
+        ("FFFSFFF", True),
+        ("SFSF", True),
+        ("SSSF", False),
+        ("SSSSSSSSFFF", False),
+        ("SSSSSSSSFFFF", True),
+        ("FSSSFSSSFSSSFSSS", False),
+        ("FFFSSSSSSSSFFF", False),
+    ],
+)
+def test_it_opens_by_the_share_of_failures_in_the_window(breakers, outcomes, is_open):
+    note(breakers, outcomes)
+    assert breakers.is_open("p") is is_open
+    assert breakers.enter("p") is not is_open
+    assert breakers.snapshot("p")["open"] is is_open
+
+
+def test_it_is_one_providers_affair(breakers):
+    note(breakers, "FFFF")
+    assert breakers.is_open("p") and not breakers.is_open("q") and breakers.enter("q")
+
+
+def test_its_numbers_can_be_set(clock):
+    breakers = Breakers(window=2, min_samples=2, error_rate=1.0, cooldown=5, now=clock)
+    note(breakers, "FSFS")
+    assert not breakers.is_open("p")
+    note(breakers, "FF")
+    assert breakers.is_open("p")
+    clock.pass_by(5)
+    assert breakers.enter("p")
+
+
+def test_a_window_smaller_than_the_samples_it_needs_still_opens(clock):
+    breakers = Breakers(window=2, min_samples=4, now=clock)
+    note(breakers, "FF")
+    assert breakers.is_open("p")
+
+
+# --- open, half open, closed -----------------------------------------------------------
+
+
+def test_it_stays_open_for_the_cooldown(breakers, clock):
+    note(breakers, "FFFF")
+    clock.pass_by(59.9)
+    assert breakers.is_open("p") and not breakers.enter("p")
+    clock.pass_by(0.1)
+    assert not breakers.is_open("p") and breakers.enter("p")
+
+
+def test_late_failures_do_not_prolong_the_cooldown(breakers, clock):
+    note(breakers, "FFFF")
+    clock.pass_by(50)
+    note(breakers, "FFF")
+    clock.pass_by(10)
+    assert breakers.enter("p")
+
+
+def test_a_late_success_does_not_end_the_cooldown(breakers, clock):
+    """An answer that was under way when it opened is no probe."""
+    note(breakers, "FFFFS")
+    assert breakers.is_open("p")
+    clock.pass_by(60)
+    assert breakers.enter("p")
+
+
+def test_only_one_may_probe(due):
+    assert [due.enter("p") for _ in range(5)] == [True, False, False, False, False]
+    assert due.is_open("p"), "for others it is as good as open while the probe is under way"
+
+
+def test_of_fifty_at_once_exactly_one_probes(due):
+    start, entered = threading.Barrier(50), []
+
+    def enter():
+        start.wait()
+        if due.enter("p"):
+            entered.append(threading.get_ident())
+
+    threads = [threading.Thread(target=enter) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(entered) == 1
+
+
+def test_a_probe_that_succeeds_closes_it_and_clears_the_window(due):
+    assert due.enter("p")
+    note(due, "S")
+    assert not due.is_open("p") and due.snapshot("p")["recent_health_fails"] == 0
+    note(due, "FFF")
+    assert not due.is_open("p")
+    assert all(due.enter("p") for _ in range(5))
+
+
+def test_a_probe_that_fails_opens_it_for_another_cooldown(due, clock):
+    assert due.enter("p")
+    note(due, "F")
+    assert due.is_open("p")
+    clock.pass_by(59)
+    assert not due.enter("p")
+    clock.pass_by(1)
+    assert [due.enter("p"), due.enter("p")] == [True, False]
+
+
+def test_a_probe_that_says_nothing_is_given_back(due):
+    assert due.enter("p")
+    due.leave("p")
+    assert [due.enter("p"), due.enter("p")] == [True, False]
+
+
+def test_a_probe_that_never_comes_back_is_given_to_another(due, clock):
+    assert due.enter("p")
+    clock.pass_by(24 * 3600)
+    assert [due.enter("p"), due.enter("p")] == [True, False]
+
+
+def test_giving_back_what_nobody_took_changes_nothing(breakers):
+    breakers.leave("p")
+    assert breakers.enter("p") and not breakers.is_open("p")
+
+
+# --- what order and status make of it --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "bucket"),
+    [("", 0), ("FFF", 0), ("SSSS", 0), ("SSSF", 1), ("SSSFSS", 1), ("SFSF", 2), ("FFFF", 2)],
+)
+def test_health(breakers, outcomes, bucket):
+    note(breakers, outcomes)
+    assert breakers.bucket("p") == bucket
+    assert breakers.bucket("q") == 0
+
+
+def test_below_a_tenth_is_well(clock):
+    breakers = Breakers(window=20, now=clock)
+    note(breakers, "S" * 19 + "F")
+    assert breakers.bucket("p") == 0
+    note(breakers, "F")
+    assert breakers.bucket("p") == 1
+
+
+def test_status(breakers, clock):
+    assert breakers.snapshot("p") == {"open": False, "opens_in_s": 0, "recent_health_fails": 0}
+    note(breakers, "SFFF")
+    clock.pass_by(0.5)
+    assert breakers.snapshot("p") == {"open": True, "opens_in_s": 60, "recent_health_fails": 3}
+    clock.pass_by(100)
+    assert breakers.snapshot("p")["opens_in_s"] == 0
+
+
+STEPS = st.lists(st.sampled_from(["ok", "fail", "enter", "leave", "wait"]), max_size=60)
+
+
+@given(STEPS)
+def test_it_always_comes_back(steps):
+    """Whatever happened, after a rest somebody may enter, and a success closes it."""
+    clock = Clock()
+    breakers = Breakers(now=clock)
+    for step in steps:
+        if step in ("ok", "fail"):
+            breakers.note("p", step == "ok")
+        elif step == "wait":
+            clock.pass_by(30)
+        else:
+            getattr(breakers, step)("p")
+        state = breakers.snapshot("p")
+        assert 0 <= state["recent_health_fails"] <= 8 and 0 <= state["opens_in_s"] <= 60
+    clock.pass_by(24 * 3600)
+    assert breakers.enter("p")
+    breakers.note("p", True)
+    assert not breakers.is_open("p") and breakers.enter("p")
