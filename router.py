@@ -4204,19 +4204,23 @@ class Transport:
 
 MAX_HELD_BYTES: Final = 1 << 20  # of a stream before its first useful event
 NOT_EVENTS: Final = (b"{", b"<", b"[")  # how JSON and HTML begin, and no event
-# What makes an event more than content. Counting is six fast searches for a whole block; a
-# pattern that stops at every quote costs ten times as much.
-NULLABLE: Final = tuple(
-    (name, (name + b":null", name + b": null")) for name in (b'"usage"', b'"finish_reason"')
-)
 
 
 def only_content(block: bytes) -> bool:
-    """Whether a block of events surely holds no error, finish, usage or end."""
-    if b'"error"' in block or b"[DONE]" in block or b"event:" in block or b'"x_groq"' in block:
-        return False
-    return all(
-        block.count(name) == sum(block.count(null) for null in nulls) for name, nulls in NULLABLE
+    """Whether a block of events surely holds no error, finish, usage or end.
+
+    A few fast searches for a whole block: a pattern that stops at every quote costs ten times
+    as much, parsing fifty times.
+    """
+    count = block.count
+    return (
+        count(b'"finish_reason"')
+        == count(b'"finish_reason":null') + count(b'"finish_reason": null')
+        and b'"error"' not in block
+        and count(b'"usage"') == count(b'"usage":null') + count(b'"usage": null')
+        and b"[DONE]" not in block
+        and b"event:" not in block
+        and b'"x_groq"' not in block
     )
 
 
@@ -4316,7 +4320,12 @@ class Relay:
         """A block of whole events as the client gets it."""
         if only_content(block):
             return block
-        return b"".join(map(self._look, split_events(block)))
+        middle = len(block) // 2
+        cut = last_event_end(block[:middle])
+        if not cut:
+            return b"".join(map(self._look, split_events(block)))
+        # Halving finds the few events that need a look without parsing all the others.
+        return self.pass_on(block[:cut]) + self.pass_on(block[cut:])
 
     def _look(self, event: bytes) -> bytes:
         """One event that may be more than content; what the client gets of it."""

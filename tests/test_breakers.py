@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from upstream import AUTH, HELLO, Hang, Reply, provider
 
 from router import Breakers
 
@@ -171,6 +173,23 @@ def test_a_probe_that_never_comes_back_is_given_to_another(due, clock):
     assert due.enter("p")
     clock.pass_by(24 * 3600)
     assert [due.enter("p"), due.enter("p")] == [True, False]
+
+
+def test_an_older_request_does_not_give_back_anothers_probe(upstream, make_app, monkeypatch):
+    """It went out before the breaker opened, and its 429 comes while somebody else probes."""
+    up = upstream(Hang(60, Reply(429, {})))
+    app = make_app(**provider("groq", up))
+    breakers = app.extensions["router"].breakers
+    asked = {"json": {"model": "m1", "messages": HELLO}, "headers": AUTH}
+    older = threading.Thread(target=lambda: app.test_client().post("/v1/chat/completions", **asked))
+    older.start()
+    up.wait_for(1)
+    note(breakers, "FFFF", "groq")
+    monkeypatch.setattr(breakers, "_now", lambda: time.monotonic() + 61)
+    assert [breakers.enter("groq"), breakers.enter("groq")] == [True, False]
+    up.open_gate()
+    older.join(30)
+    assert not older.is_alive() and not breakers.enter("groq")
 
 
 def test_giving_back_what_nobody_took_changes_nothing(breakers):

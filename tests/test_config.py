@@ -1,4 +1,4 @@
-"""Config: every setting is read once, from one mapping, .env and auth.json; nothing bad is silent."""
+"""Config: settings are read once, from one mapping, .env and auth.json; nothing bad is silent."""
 
 from __future__ import annotations
 
@@ -291,9 +291,7 @@ def test_auth_json_elsewhere(read, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["a b", "a\nb", "schlüssel", "\x7f"])
-def test_a_key_that_cannot_be_a_header_is_dropped_with_a_warning_that_hides_it(
-    read, tmp_path, key
-):
+def test_a_key_that_cannot_be_a_header_is_dropped_with_a_warning_that_hides_it(read, tmp_path, key):
     (tmp_path / "auth.json").write_text(json.dumps({"providers": {"groq": [key, "good"]}}))
     config = read()
     assert service(config).keys == ("good",)
