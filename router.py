@@ -57,8 +57,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -281,7 +279,10 @@ PROVIDERS = (
         ),
         "free",
         context_window=262_144,
-        headers=(("X-Title", "hermes-router"),),
+        headers=(
+            ("HTTP-Referer", ""),
+            ("X-Title", "hermes-router"),
+        ),
         free=FreeLimits(
             rpm=20,
             rpd=50,
@@ -1363,7 +1364,9 @@ def setting(default: Any, env: str, group: str, help: str, **extra: Any) -> Any:
     `also` names older variables that are read when `env` is unset, `low`/`high` bound a
     number, `choices` lists the words allowed.
     """
-    return field(default=default, metadata={"env": env, "group": group, "help": help, **extra})
+    shown = not extra.get("secret", False)
+    row = {"env": env, "group": group, "help": help, **extra}
+    return field(default=default, repr=shown, metadata=row)
 
 
 @dataclass(frozen=True)
@@ -1412,7 +1415,14 @@ class Config:
     metrics_require_auth: bool = setting(
         False, "METRICS_REQUIRE_AUTH", "Access", "1 = /metrics needs a key"
     )
-    log_level: str = setting("INFO", "LOG_LEVEL", "Server", "DEBUG, INFO, WARNING or ERROR")
+    log_level: str = setting(
+        "INFO",
+        "LOG_LEVEL",
+        "Server",
+        "DEBUG, INFO, WARNING or ERROR",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        upper=True,
+    )
     auth_file: str = setting(
         "auth.json", "ROUTER_AUTH_FILE", "Files", "JSON file with provider keys (HR_HOME)"
     )
@@ -1550,6 +1560,11 @@ class Config:
         )
         if values["auth_mode"] == "open" and values["host"] not in LOOPBACK:
             reader.problems.append("AUTH_MODE=open needs a loopback HOST (127.0.0.1)")
+        reader.warnings += [
+            f"MODEL_ALIASES: {row!r} is not pattern=provider/model"
+            for row in values["model_aliases"]
+            if "=" not in row
+        ]
         reader.check_overrides(overrides)
         if reader.problems:
             raise ConfigError(reader.problems)
@@ -1619,7 +1634,8 @@ class SettingsReader:
             return self.convert(text, row.default, meta)
         except ValueError as error:
             note = self.warnings if meta.get("lenient") else self.problems
-            note.append(f"{meta['env']}={text!r}: {error}")
+            name = next(n for n in names if self.env.get(n, "").strip())
+            note.append(f"{name}={text!r}: {error}")
             return row.default
 
     def flag(self, name: str, default: bool) -> bool:
@@ -1634,6 +1650,7 @@ class SettingsReader:
         if isinstance(default, bool):
             return text.lower() not in FALSE_WORDS
         if isinstance(default, str):
+            text = text.upper() if meta.get("upper") else text
             if "choices" in meta and text not in meta["choices"]:
                 raise ValueError("expected " + " or ".join(meta["choices"]))
             return text
@@ -1685,14 +1702,23 @@ def split_list(text: str | None) -> list[str]:
 
 
 def read_key_scopes(auth: Json) -> dict[str, frozenset[str]]:
-    """auth.json `proxy_keys`: key -> providers it may use (empty = all)."""
+    """auth.json `proxy_keys`: key -> providers it may use (empty = all, {""} = none)."""
     rows = auth.get("proxy_keys")
     scopes = {}
     for key, row in rows.items() if isinstance(rows, dict) else ():
-        allowed = row.get("allowed_providers") if isinstance(row, dict) else None
-        names = [n for n in allowed if isinstance(n, str)] if isinstance(allowed, list) else []
-        scopes[key] = frozenset(p.name if (p := provider_named(n)) else n for n in names)
+        if key.strip():
+            scopes[key.strip()] = read_scope(
+                row.get("allowed_providers") if isinstance(row, dict) else None
+            )
     return scopes
+
+
+def read_scope(allowed: object) -> frozenset[str]:
+    """Provider names; what cannot be read lets nobody through instead of everybody."""
+    if allowed is None or allowed == []:
+        return frozenset()
+    names = [n for n in allowed if isinstance(n, str)] if isinstance(allowed, list) else []
+    return frozenset(p.name if (p := provider_named(n)) else n for n in names) or frozenset({""})
 
 
 def read_services(reader: SettingsReader, auth: Json, port: int) -> tuple[Service, ...]:
@@ -1707,6 +1733,8 @@ def read_service(reader: SettingsReader, row: Provider, stored: Json, port: int)
     prefix = row.name.upper()
     pairs = read_keys(reader, row, stored)
     named = any(reader.env.get(f"{prefix}_{part}", "").strip() for part in ("BASE_URL", "MODEL"))
+    if row.tier == "local" and not named:
+        return None
     if row.keyless and named and not pairs:
         pairs = [("", "none needed")]
     if not pairs:
@@ -1770,26 +1798,30 @@ def read_base_url(reader: SettingsReader, row: Provider, port: int) -> tuple[str
     """(URL, whether the user gave it). "" when it cannot be used, with a problem noted."""
     name = f"{row.name.upper()}_BASE_URL"
     text = reader.text(name)
-    if text:
-        parts = urlsplit(text)
-        # OPENAI_BASE_URL is also the SDK's own variable: it may point at this very router.
-        if row.name == "openai" and parts.hostname in LOOPBACK and parts.port == port:
-            text = None
     try:
+        # OPENAI_BASE_URL is also the SDK's own variable: it may point at this very router.
+        if text and row.name == "openai" and points_here(text, port):
+            text = None
         url = normalise_base_url(text, row.known_path) if text else row.url
         for placeholder, variable in row.extra_env:
-            url = url.replace("{" + placeholder + "}", fill(reader, variable))
+            if "{" + placeholder + "}" in url:
+                url = url.replace("{" + placeholder + "}", fill(reader, variable))
     except ValueError as error:
-        reader.problems.append(f"{name}={text!r}: {error}" if text else f"{row.name}: {error}")
+        reader.problems.append(f"{name}: {error}" if text else f"{row.name}: {error}")
         return "", False
     return url, bool(text)
 
 
+def points_here(url: str, port: int) -> bool:
+    parts = urlsplit(url)
+    return parts.hostname in LOOPBACK and parts.port == port
+
+
 def fill(reader: SettingsReader, variable: str) -> str:
     """A part of a URL such as CLOUDFLARE_ACCOUNT_ID."""
-    text = reader.text(variable) or ""
-    if not re.fullmatch(r"[\w.-]*", text):
-        raise ValueError(f"{variable} has characters that do not belong in a URL")
+    text = reader.text(variable)
+    if not text or not re.fullmatch(r"[\w.-]+", text):
+        raise ValueError(f"{variable} must be set, to letters, digits and dashes")
     return text
 
 
@@ -1827,7 +1859,7 @@ def read_headers(reader: SettingsReader, row: Provider) -> tuple[tuple[str, str]
     return tuple(
         (name, (reader.text(own[name]) or value) if name in own else value)
         for name, value in row.headers
-        if "\n" not in value
+        if value or reader.text(own.get(name, ""))
     )
 
 
@@ -2535,6 +2567,7 @@ class Outcome(NamedTuple):
     text: str
     sort: str = ""  # "", "network", "timeout", "empty", "garbled": set when status is 0
     retry_after: float | None = None
+    code: str = ""  # the provider's machine-readable word for it
 
 
 def read_json(body: bytes) -> Any:
@@ -2565,6 +2598,16 @@ def error_text(body: bytes) -> str:
         title = re.search(r"(?is)<title>(.*?)</title>", text)
         return scrub("an HTML page" + (f": {title[1]}" if title else ""))
     return scrub(text)
+
+
+def error_code(body: bytes) -> str:
+    """`code`, `type` and `status` words of an error body, for the rules only."""
+    value = read_json(body)
+    value = value[0] if isinstance(value, list) and value else value
+    error = value.get("error") if isinstance(value, dict) else None
+    places = [place for place in (error, value) if isinstance(place, dict)]
+    found = (place.get(name) for place in places for name in ("code", "type", "status"))
+    return " ".join(word for word in found if isinstance(word, str))[:300]
 
 
 def dig_message(value: Any, depth: int = 6) -> str:
@@ -2758,6 +2801,19 @@ def output_edits(chat: Json, reserve: int, ceiling: int) -> dict[str, object]:
 # 10. Keys
 # =============================================================================
 
+# Rests that a last round may overlook when nothing else is left: guesses about health,
+# not limits that the provider stated.
+GUESSES: Final = frozenset(
+    {
+        "provider_error",
+        "unreachable",
+        "timeout",
+        "reset",
+        "empty_answer",
+        "bad_answer",
+        "unexpected_status",
+    }
+)
 ANY: Final = "*"  # every model of a key, or every key of a model
 
 
@@ -2838,11 +2894,13 @@ class KeyPool:
                 self._rests[place] = Rest(until, why)
 
     def forgive(self, lease: Lease) -> None:
-        """A success ends the rests of its (key, model)."""
+        """A success ends the guesses over its (key, model), not the limits that were stated."""
         if self._rests:  # the usual case costs no lock
             with self._lock:
                 for key, model in self._places(lease.key, lease.model):
-                    self._rests.pop((lease.provider, key, model), None)
+                    rest = self._rests.get((lease.provider, key, model))
+                    if rest and rest.why in GUESSES:
+                        del self._rests[lease.provider, key, model]
 
     def soonest(self, provider: str, model: str) -> float | None:
         """Seconds until some key of the provider is ready for the model; None without keys."""
@@ -2854,12 +2912,12 @@ class KeyPool:
         return max(0.0, min(waits)) if waits else None
 
     def why(self, provider: str, model: str) -> str:
-        """Why no key is ready: the reason of the rest that ends first."""
+        """Why no key is ready: the reason that keeps the key that is ready first."""
         with self._lock:
-            rests = [
-                r for k in self._keys.get(provider, ()) for r in self._over(provider, k, model)
-            ]
-        return min(rests).why if rests else ""
+            now = self._now()
+            over = (self._over(provider, key, model) for key in self._keys.get(provider, ()))
+            last = [max(live) for rests in over if (live := [r for r in rests if r.until > now])]
+        return min(last).why if last else ""
 
     def snapshot(self, provider: str, models: Sequence[str]) -> list[Json]:
         """Per key: the worst state over the provider's models, and hand-outs."""
@@ -2915,12 +2973,13 @@ class KeyPool:
 class Circuit:
     """The latest outcomes of one provider and whether it is open."""
 
-    __slots__ = ("open_until", "outcomes", "probe_until")
+    __slots__ = ("open_until", "outcomes", "owner", "probe_until")
 
     def __init__(self, window: int) -> None:
         self.outcomes: deque[bool] = deque(maxlen=window)
         self.open_until = 0.0  # 0 = closed; in the past = half open
         self.probe_until = 0.0  # a probe is under way until then
+        self.owner: object = None  # whose probe it is
 
 
 class Breakers:
@@ -2943,20 +3002,24 @@ class Breakers:
         self._circuits: dict[str, Circuit] = {}
         self._lock = threading.Lock()
 
-    def note(self, provider: str, ok: bool) -> None:
-        """Record one outcome; 429s and client faults are no outcome and are not noted."""
+    def note(self, provider: str, ok: bool, owner: object = None) -> None:
+        """Record one outcome; 429s and client faults are no outcome and are not noted.
+
+        While open nothing counts; when half open only the probe's outcome does.
+        """
         with self._lock:
             circuit = self._circuits.get(provider)
             if circuit is None:
                 circuit = self._circuits[provider] = Circuit(self._window)
             if circuit.open_until:
-                self._settle(circuit, ok)
+                if self._now() >= circuit.open_until and self._owns(circuit, owner):
+                    self._settle(circuit, ok)
                 return
             circuit.outcomes.append(ok)
             if not ok and self._tripped(circuit):
                 circuit.open_until = self._now() + self._cooldown
 
-    def enter(self, provider: str) -> bool:
+    def enter(self, provider: str, owner: object = None) -> bool:
         """Whether a request may go there; when half open the first caller gets the probe."""
         with self._lock:
             circuit = self._circuits.get(provider)
@@ -2965,14 +3028,21 @@ class Breakers:
             now = self._now()
             if now < circuit.open_until or now < circuit.probe_until:
                 return False
+            # The owner gives it back; the time limit is for one that cannot.
             circuit.probe_until = now + max(self._cooldown, 1.0)
+            circuit.owner = owner
             return True
 
-    def leave(self, provider: str) -> None:
+    def leave(self, provider: str, owner: object = None) -> None:
         """Give an unused probe back: the attempt said nothing about the provider's health."""
         with self._lock:
-            if circuit := self._circuits.get(provider):
+            circuit = self._circuits.get(provider)
+            if circuit and self._owns(circuit, owner):
                 circuit.probe_until = 0.0
+
+    @staticmethod
+    def _owns(circuit: Circuit, owner: object) -> bool:
+        return owner is None or circuit.owner is owner
 
     def probing(self, provider: str) -> bool:
         """Half open, and the one probe is under way."""
@@ -3012,12 +3082,12 @@ class Breakers:
         return seen >= self._min and circuit.outcomes.count(False) / seen >= self._rate
 
     def _settle(self, circuit: Circuit, ok: bool) -> None:
-        """An outcome while open or half open."""
+        """The outcome of the probe."""
         circuit.probe_until = 0.0
         if ok:
             circuit.open_until = 0.0
             circuit.outcomes.clear()
-        elif self._now() >= circuit.open_until:
+        else:
             circuit.open_until = self._now() + self._cooldown
 
 
@@ -3538,17 +3608,10 @@ RATE_WORDS: Final = re.compile(
     r"|overloaded",
     re.IGNORECASE,
 )
-CREDIT_WORDS: Final = re.compile(
-    r"insufficient_quota"
-    r"|insufficient balance"
-    r"|no payment"
-    r"|credits?\b"
-    r"|billing"
-    r"|payment.?method",
-    re.IGNORECASE,
-)
+# Only what says that money is gone: ordinary rate limits advertise billing pages and credits.
+CREDIT_WORDS: Final = re.compile(r"insufficient.?(?:quota|balance|funds)", re.IGNORECASE)
 MODEL_WORDS: Final = re.compile(
-    r"model.?error"
+    r"model.?error|no payment|credits?\b"
     r"|not supported"
     r"|promotion has ended"
     r"|subscri"
@@ -3598,7 +3661,7 @@ DEAD_KEY: Final = Verdict("dead_key", "key", 3600.0, then="key")
 NO_CREDIT: Final = Verdict("no_credit", "key", 3600.0, then="key")
 
 RULES: Final = (
-    Rule(codes(429), CREDIT_WORDS, NO_CREDIT),
+    Rule(codes(429), CREDIT_WORDS, NO_CREDIT),  # not where a wait is stated, see judge
     Rule(codes(429), None, RATE_LIMITED),
     Rule(codes(400, 413, 422, 500), OVERFLOW_WORDS, OVERFLOW),
     Rule(codes(400, 401), DEAD_KEY_WORDS, DEAD_KEY),
@@ -3623,19 +3686,6 @@ SORTS: Final = {
     "empty": Verdict("empty_answer", "route", 30.0, counts=True),
     "garbled": BAD_ANSWER,
 }
-# Rests that a last round may overlook when nothing else is left: guesses about health,
-# not limits that the provider stated.
-GUESSES: Final = frozenset(
-    {
-        "provider_error",
-        "unreachable",
-        "timeout",
-        "reset",
-        "empty_answer",
-        "bad_answer",
-        "unexpected_status",
-    }
-)
 MAX_REST_S: Final = 86_400.0
 
 
@@ -3648,9 +3698,13 @@ def judge(outcome: Outcome, in_ok: bool = False) -> Verdict:
         return SORTS[outcome.sort]
     if in_ok and outcome.status == 502:
         return RATE_LIMITED if RATE_WORDS.search(outcome.text) else BAD_ANSWER
+    text = f"{outcome.text} {outcome.code}"
     for rule in RULES:
-        if outcome.status in rule.statuses and (not rule.words or rule.words.search(outcome.text)):
-            return rule.verdict
+        if outcome.status in rule.statuses and (not rule.words or rule.words.search(text)):
+            # "Insufficient quota" that comes back in a minute is a rate limit.
+            return (
+                RATE_LIMITED if rule.verdict is NO_CREDIT and outcome.retry_after else rule.verdict
+            )
     return BAD_ANSWER
 
 
@@ -3675,7 +3729,8 @@ def parse_wait(text: str, wall: float) -> float | None:
     try:
         number = float(text)
     except ValueError:
-        return parse_duration(text) or parse_date(text, wall)
+        wait = parse_duration(text)
+        return parse_date(text, wall) if wait is None else wait
     if not math.isfinite(number):
         return None
     if number > 1e11:
@@ -3951,6 +4006,7 @@ class Response:
     def __init__(self, link: Link, head: Head, guard: Guard) -> None:
         self._link, self._head, self._guard = link, head, guard
         self.status, self.headers = head.status, head.headers
+        self.secret = b""  # the key it was asked with: what repeats it in an error is masked
         coding = self.headers.get("content-encoding", "identity").lower()
         self._unzip = zlib.decompressobj(47) if coding in ("gzip", "deflate", "x-gzip") else None
         chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
@@ -4265,6 +4321,7 @@ class Relay:
 
     def __init__(self, response: Response | None, rest: bytes, wants_usage: bool) -> None:
         self._response, self._pending = response, rest
+        self._secret = response.secret if response else b""
         self.patience: Callable[[bool], None] | None = None  # told before and after each wait
         self.held = b""  # whole events that commit the stream
         self._wants_usage = wants_usage
@@ -4336,9 +4393,9 @@ class Relay:
             self.done = self.finished = True
             return event
         chunk = read_json(data)
-        error = embedded_error(chunk)
-        if error:
-            return self._fail(error)
+        if embedded_error(chunk):
+            hidden = embedded_error(read_json(masked(data, self._secret)))
+            return self._fail(hidden or BROKEN)
         self.tokens = tokens_of(chunk) or self.tokens
         choices = chunk.get("choices") if isinstance(chunk, dict) else None
         if any(isinstance(c, dict) and c.get("finish_reason") for c in choices or ()):
@@ -4422,25 +4479,26 @@ class Upstream:
             self._body(target, ask),
             ask.guard,
         )
+        response.secret = lease.key.encode()
         if response.status != 200:
-            return self._refused(response, lease.key)
+            return self._refused(response)
         if not ask.stream:
             return whole_answer(response, ask)
         return first_useful(response, ask)
 
-    def _refused(self, response: Response, key: str) -> Attempt:
+    def _refused(self, response: Response) -> Attempt:
         """A status other than 200, with the provider's reason."""
         try:
-            body = response.read(limit=1 << 20)
+            body = masked(response.read(limit=1 << 20), response.secret)
         except TransportError as error:
             body = error.text.encode()
-        text = error_text(body)
-        if key:
-            text = text.replace(key, "[redacted]")
         wait = None
         if response.status in (429, 503, 529):
             wait = stated_wait(response.headers, body, time.time())
-        return failed(Outcome(response.status, text, retry_after=wait))
+        outcome = Outcome(
+            response.status, error_text(body), retry_after=wait, code=error_code(body)
+        )
+        return failed(outcome)
 
     def _headers(self, service: Service, key: str) -> bytes:
         """Header lines for one (service, key), made once."""
@@ -4485,6 +4543,14 @@ class Upstream:
         return edits
 
 
+BROKEN: Final = Outcome(0, "an answer that cannot be used", "garbled")
+
+
+def masked(data: bytes, secret: bytes) -> bytes:
+    """`data` without the provider's key: some repeat it in their errors."""
+    return data.replace(secret, b"[redacted]") if secret and secret in data else data
+
+
 def failed(outcome: Outcome, in_ok: bool = False) -> Attempt:
     return Attempt(judge(outcome, in_ok), outcome)
 
@@ -4492,9 +4558,11 @@ def failed(outcome: Outcome, in_ok: bool = False) -> Attempt:
 def whole_answer(response: Response, ask: Ask) -> Attempt:
     """A 200 read to its end and judged; its bytes are kept as they came."""
     body = response.read()
-    problem, reply = judge_reply(body) if ask.is_chat else judge_embeddings(body)
+    weigh = judge_reply if ask.is_chat else judge_embeddings
+    problem, reply = weigh(body)
     if problem:
-        return failed(problem, in_ok=True)
+        problem, _ = weigh(masked(body, response.secret))
+        return failed(problem or BROKEN, in_ok=True)
     content_type = response.headers.get("content-type", "")
     if "json" not in content_type:
         content_type = "application/json"  # deepseek sends octet-stream, others text/plain
@@ -4522,7 +4590,7 @@ def first_useful(response: Response, ask: Ask) -> Attempt:
         cut = last_event_end(bytes(held))
         for event in split_events(bytes(held[start:cut])):
             start += len(event)
-            attempt = weigh_event(event_data(event))
+            attempt = weigh_event(masked(event_data(event), response.secret))
             if isinstance(attempt, Attempt):
                 response.close()
                 return attempt
@@ -4562,7 +4630,7 @@ def not_a_stream(response: Response, start: bytes, ask: Ask) -> Attempt:
             "the stream ended before its first useful event" if start.strip() else "an empty stream"
         )
         return failed(Outcome(0, text, "empty"))
-    body = start + response.read()
+    body = masked(start + response.read(), response.secret)
     problem, reply = judge_reply(body)
     if problem:
         return failed(problem, in_ok=True)
@@ -4613,6 +4681,11 @@ class Walk:
             self.out.add(target.provider)
         elif verdict.then == "model":
             self.out.add(target.label)
+
+    def first_failure(self, label: str, attempt: Attempt) -> bool:
+        """Whether this is the first failure of that model: its other keys tell nothing new."""
+        counted = any(seen == label and a.verdict and a.verdict.counts for seen, a in self.tried)
+        return attempt.verdict is not None and not counted
 
     def ruled_out(self, target: Target) -> bool:
         return target.label in self.out or target.provider in self.out
@@ -4740,13 +4813,14 @@ class Router:
         walk = Walk()
         self.watchdog.watch(ask.guard)
         try:
-            for target, lease in self.routes(candidates, walk, deadline):
+            for target, lease in self.routes(candidates, walk, deadline, ask.guard):
                 attempt = self.attempt(target, lease, ask, deadline)
+                first = walk.first_failure(target.label, attempt)
                 walk.tried.append((target.label, attempt))
                 if attempt.verdict is None:
                     return self.deliver(target, lease, ask, attempt, walk.candidates)
                 walk.rule(target, attempt.verdict)
-                self.learn(target, lease, attempt)
+                self.learn(target, lease, attempt, ask.guard, first)
                 if attempt.verdict.then == "stop":
                     break
         except BaseException:
@@ -4762,11 +4836,11 @@ class Router:
         try:
             return self.upstream.send(target, lease, ask, deadline)
         except BaseException:
-            self.breakers.leave(target.provider)
+            self.breakers.leave(target.provider, ask.guard)
             raise
 
     def routes(
-        self, candidates: Iterable[Candidate], walk: Walk, deadline: float
+        self, candidates: Iterable[Candidate], walk: Walk, deadline: float, owner: Guard
     ) -> Iterator[tuple[Target, Lease]]:
         """(target, lease) pairs to try: every ready key of every candidate, each pair once.
 
@@ -4775,24 +4849,30 @@ class Router:
         seen = []
         for target, _why in candidates:
             seen.append(target)
-            yield from self.leases(target, walk, deadline, frozenset())
+            yield from self.leases(target, walk, deadline, frozenset(), owner)
         for target in seen:
-            yield from self.leases(target, walk, deadline, GUESSES)
+            yield from self.leases(target, walk, deadline, GUESSES, owner)
 
     def leases(
-        self, target: Target, walk: Walk, deadline: float, ignoring: frozenset[str]
+        self,
+        target: Target,
+        walk: Walk,
+        deadline: float,
+        ignoring: frozenset[str],
+        owner: Guard,
     ) -> Iterator[tuple[Target, Lease]]:
         tried = walk.keys.setdefault(target.label, set())
+        provider = target.provider
         while len(walk.tried) < MAX_ATTEMPTS and self.now() < deadline:
             if walk.ruled_out(target):
                 return
-            lease = self.keys.lease(target.provider, target.model, tried=tried, ignoring=ignoring)
-            if lease is None:
-                break
-            if not self.breakers.enter(target.provider) and (
-                not ignoring or self.breakers.probing(target.provider)
-            ):
+            entered = self.breakers.enter(provider, owner)
+            if not entered and (not ignoring or self.breakers.probing(provider)):
                 return
+            lease = self.keys.lease(provider, target.model, tried=tried, ignoring=ignoring)
+            if lease is None:
+                self.breakers.leave(provider, owner)
+                break
             tried.add(lease.key)
             yield target, lease
         if not tried and not ignoring:
@@ -4801,8 +4881,10 @@ class Router:
             walk.waits.append(wait)
             walk.skipped.append(f"{target.label}: resting {math.ceil(wait)} s ({why})")
 
-    def learn(self, target: Target, lease: Lease, attempt: Attempt) -> None:
-        """Let rest what the verdict blames, and tell the breaker."""
+    def learn(
+        self, target: Target, lease: Lease, attempt: Attempt, owner: Guard, first: bool = True
+    ) -> None:
+        """Let rest what the verdict blames, and tell the breaker: of one model once a request."""
         verdict, outcome = attempt.verdict, attempt.outcome
         if verdict is None:
             return
@@ -4811,10 +4893,9 @@ class Router:
         if verdict.rests:
             seconds = outcome.retry_after or verdict.rest_s
             self.keys.rest(target.provider, key, model, seconds, verdict.name)
-        if verdict.counts:
-            self.breakers.note(target.provider, False)
-        else:
-            self.breakers.leave(target.provider)
+        if verdict.counts and first:
+            self.breakers.note(target.provider, False, owner)
+        self.breakers.leave(target.provider, owner)
         self.usage.attempt(target.provider, False, attempt.seconds)
         log.warning(
             "%s %s key=%s: %s (%s) %s",
@@ -4831,7 +4912,7 @@ class Router:
     ) -> Answer:
         """A success: health, usage, and for a stream what happens when it ends."""
         self.keys.forgive(lease)
-        self.breakers.note(target.provider, True)
+        self.breakers.note(target.provider, True, ask.guard)
         self.usage.attempt(target.provider, True, attempt.seconds)
         answer = Answer(attempt.body, attempt.content_type, target.provider, target.model, attempts)
         if attempt.stream is None:
@@ -4847,7 +4928,7 @@ class Router:
         self.watchdog.unwatch(ask.guard)
         self.charge(target, relay.tokens)
         if relay.failure:
-            self.learn(target, lease, failed(relay.failure, in_ok=True))
+            self.learn(target, lease, failed(relay.failure, in_ok=True), ask.guard)
 
     def charge(self, target: Target, tokens: Tokens | None) -> None:
         if tokens is None:
@@ -5145,7 +5226,7 @@ def prometheus(router: Router) -> str:
     for metric in METRICS:
         name = "hermes_router_" + metric.name
         lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
-        lines += [f"{name}{labels_text(labels)} {value:g}" for labels, value in metric.read(router)]
+        lines += [f"{name}{labels_text(labels)} {value!r}" for labels, value in metric.read(router)]
     return "\n".join(lines) + "\n"
 
 
@@ -5898,7 +5979,7 @@ def cmd_serve(_: argparse.Namespace) -> int:
     app = create_app(config)
     try:
         server = make_server(app, config)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         say(f"cannot listen on {config.host}:{config.port}: {error}")
         return FAILED
     tell_start(config, app.extensions["router"], getattr(server, "effective_port", config.port))
@@ -5913,17 +5994,13 @@ def cmd_serve(_: argparse.Namespace) -> int:
 
 
 def start_logging(config: Config) -> None:
-    level = logging.getLevelName(config.log_level.upper())
-    logging.basicConfig(
-        format="%(asctime)s [%(levelname)s] %(message)s",
-        level=level if isinstance(level, int) else logging.INFO,
-    )
+    logging.basicConfig(format="%(asctime)s [%(levelname)s] %(message)s", level=config.log_level)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
 
 
 def show_new_key(config: Config, key: str) -> None:
     """Tell of the generated key: itself only to a terminal, or where it could not be kept."""
-    kept = config.env_file.exists()
+    kept = read_dotenv(config.env_file).get("PROXY_API_KEYS") == key
     if kept and not sys.stderr.isatty():
         say(f"a key for callers was written to {config.env_file.name}; `hr key` prints it")
         return
@@ -5962,7 +6039,7 @@ def cmd_check(_: argparse.Namespace) -> int:
 
 def cmd_key(_: argparse.Namespace) -> int:
     config, made = with_proxy_key(Config.from_env())
-    if made and not config.env_file.exists():
+    if made and read_dotenv(config.env_file).get("PROXY_API_KEYS") != made:
         say(f"{config.env_file.name} cannot be written: the running router made a key of its own")
         return FAILED
     if not config.proxy_keys:
@@ -5976,18 +6053,23 @@ def cmd_status(args: argparse.Namespace) -> int:
     config = Config.from_env()
     url = (args.url or address(config.host, config.port)).rstrip("/") + "/v1/status"
     key = config.proxy_keys[0] if config.proxy_keys else ""
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    session = requests.Session()
+    session.trust_env = False  # a proxy has no business between a router and its owner
     try:
-        with opener.open(request, timeout=5) as response:
-            status = json.load(response)
-    except urllib.error.HTTPError as error:
-        say(f"{url} answered {error.code}: {error_text(error.read(4000))}")
-        return FAILED
-    except (OSError, ValueError) as error:
-        say(f"no router answers at {url}: {error}")
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = session.get(url, headers=headers, timeout=5, allow_redirects=False)
+        status = answer.json() if answer.status_code == 200 else {}
+        text = json.dumps(status, indent=2) if args.json else status_table(status)
+    except (requests.RequestException, OSError, ValueError) as error:
+        say(f"no router answers at {url}: {scrub(str(error), 200)}")
         return NOT_RUNNING
-    print(json.dumps(status, indent=2) if args.json else status_table(status))
+    except (KeyError, TypeError, AttributeError):
+        if answer.status_code != 200:
+            say(f"{url} answered {answer.status_code}: {error_text(answer.content)}")
+            return FAILED
+        say(f"no router answers at {url}: what answers there is something else")
+        return NOT_RUNNING
+    print(text)
     return DONE_OK
 
 

@@ -20,8 +20,8 @@ Everything listens on 127.0.0.1. mock.c is the provider, load.c the client; both
 a temporary folder. load.c checks every answer: status 200, the whole text, every chunk once and in
 order. CPU is user + system time of the gateway's process tree, from /proc, divided by what was
 asked; it holds on a busy machine within some 25 %, wall-clock times do not. Figures are medians of
-the rounds; verdicts judge the medians. Exit code: 0 measured, 1 the router gave a wrong answer (or --gate and it missed a
-gate), 2 the bench could not run.
+the rounds, and verdicts judge the medians. Exit code: 0 measured, 1 the router gave a wrong answer
+(or --gate and it missed a gate), 2 the bench could not run.
 """
 
 from __future__ import annotations
