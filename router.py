@@ -2614,9 +2614,11 @@ def dig_message(value: Any, depth: int = 6) -> str:
     """The most specific message text inside an error value."""
     if isinstance(value, str):
         return value
+    if not depth:
+        return ""
     if isinstance(value, list):
         return next((text for item in value[:5] if (text := dig_message(item, depth - 1))), "")
-    if not isinstance(value, dict) or not depth:
+    if not isinstance(value, dict):
         return ""
     raw = (value.get("metadata") or {}).get("raw") if isinstance(value.get("metadata"), dict) else 0
     if isinstance(raw, str) and raw.strip():
@@ -2684,7 +2686,7 @@ def answers(choice: Any) -> bool:
     return (
         has_content(choice.get("message"))
         or bool(choice.get("text"))
-        or choice.get("finish_reason") in TELLING_FINISHES
+        or str(choice.get("finish_reason")) in TELLING_FINISHES
     )
 
 
@@ -2698,7 +2700,7 @@ def chunk_sign(chunk: Any) -> Literal["", "useful", "finish", "empty finish"]:
         delta = choice.get("delta") or choice.get("message")
         if has_content(delta) or choice.get("text"):
             return "useful"
-        finish = choice.get("finish_reason") or finish
+        finish = str(choice.get("finish_reason") or "") or finish
     if not finish:
         return ""
     return "finish" if finish in TELLING_FINISHES else "empty finish"
@@ -2740,6 +2742,7 @@ DROP: Final = object()  # an edit that removes a member
 # Reasoning of earlier turns that most providers answer 400 to when it comes back
 # (groq "property 'reasoning_content' is unsupported", cerebras, mistral; seen 2026-09).
 REASONING_KEYS: Final = ("reasoning", "reasoning_content", "reasoning_details", "think", "thinking")
+ASCII_ESCAPE: Final = re.compile(rb"\\u00[2-7]")
 SCALAR: Final = rb'\s*:\s*(?:"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|true|false|null)'
 
 
@@ -2762,10 +2765,14 @@ def splice(body: bytes, name: str, value: object, present: bool) -> bytes | None
     """One edit made in the bytes; None when that is not safe."""
     if value is DROP:
         return None if present else body
+    if b"\\u00" in body and ASCII_ESCAPE.search(body):
+        return None  # a name may be spelled "mod\u0065l"
     member = b'"%b"' % name.encode()
     written = dump_json(value)
     if not present:
         start = body.index(b"{") + 1
+        if body[start:].lstrip().startswith(b"}"):
+            return None
         return b"%b%b:%b,%b" % (body[:start], member, written, body[start:])
     if body.count(member) != 1:
         return None
@@ -3824,9 +3831,17 @@ class Guard:
     def hold(self, sock: socket.socket) -> None:
         """From now on `sock` is what gets cut. ClientGone if it is too late already."""
         with self._lock:
-            self._sock, self.cut = sock, False
+            self._sock = sock
         if self.gone:
             raise ClientGone
+        if self.cut:
+            raise TimeoutError
+
+    def begin(self, deadline: float) -> None:
+        """A new attempt, to be cut at `deadline`."""
+        with self._lock:
+            self.cut = False
+        self.deadline = deadline
 
     def release(self) -> None:
         with self._lock:
@@ -3839,8 +3854,8 @@ class Guard:
     def cut_off(self) -> None:
         """Wake whoever reads or writes the socket, with an error."""
         with self._lock:
+            self.cut = True
             if self._sock is not None:
-                self.cut = True
                 # A TLS socket is shut below its TLS layer: no reply is wanted any more.
                 with suppress(OSError):
                     socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
@@ -3893,6 +3908,9 @@ class Watchdog:
                     self._some.set()
 
 
+CHUNK_SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,15}")
+
+
 class Dechunker:
     """HTTP/1.1 chunked coding undone: bytes in any pieces in, content out."""
 
@@ -3942,9 +3960,10 @@ class Dechunker:
         elif self._state == "trailer":
             self.finished = not line
         else:
-            self._left = int(line.partition(b";")[0], 16)
-            if self._left < 0:
-                raise ValueError("a negative chunk size")
+            size = line.partition(b";")[0].strip()
+            if not CHUNK_SIZE.fullmatch(size):
+                raise ValueError("not a chunk size")
+            self._left = int(size, 16)
             self._state = "data" if self._left else "trailer"
 
 
@@ -4006,7 +4025,6 @@ class Response:
     def __init__(self, link: Link, head: Head, guard: Guard) -> None:
         self._link, self._head, self._guard = link, head, guard
         self.status, self.headers = head.status, head.headers
-        self.secret = b""  # the key it was asked with: what repeats it in an error is masked
         coding = self.headers.get("content-encoding", "identity").lower()
         self._unzip = zlib.decompressobj(47) if coding in ("gzip", "deflate", "x-gzip") else None
         chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
@@ -4020,8 +4038,13 @@ class Response:
     def _length(self) -> int | None:
         if self.status in (204, 304):
             return 0
-        stated = self.headers.get("content-length", "")
-        return int(stated) if stated.isascii() and stated.isdigit() else None
+        stated = {part.strip() for part in self.headers.get("content-length", "").split(",")}
+        if stated == {""}:
+            return None
+        length = stated.pop()
+        if stated or not (length.isascii() and length.isdigit()):
+            raise ValueError("a content length that is none")
+        return int(length)
 
     def read(self, limit: int = MAX_ANSWER_BYTES) -> bytes:
         """The whole body; TransportError when it is cut short or larger than `limit`."""
@@ -4046,10 +4069,20 @@ class Response:
         try:
             data, self._arrived = self._arrived, b""
             content = self._decode(data or self._link.sock.recv(READ_BYTES))
-            return self._unzip.decompress(content) if self._unzip and content else content
+            return self._inflate(content) if self._unzip and content else content
         except (OSError, ValueError, zlib.error) as error:
             self.close()
             raise self._guard.explain(error, "reset") from error
+
+    def _inflate(self, content: bytes) -> bytes:
+        """Gzip undone; a body may consist of several members."""
+        out = b""
+        while content and self._unzip:
+            out += self._unzip.decompress(content)
+            content = self._unzip.unused_data
+            if self._unzip.eof:
+                self._unzip = zlib.decompressobj(47)
+        return out
 
     def _decode(self, data: bytes) -> bytes:
         """`data` without its transfer coding; notes the end of the body. b"" = closed."""
@@ -4103,7 +4136,10 @@ class Link:
 
     def keep(self) -> None:
         """Ready for the next request to the same origin."""
-        self.idle_since = time.monotonic()
+        self.idle_since = now = time.monotonic()
+        with suppress(IndexError):  # another thread may be faster
+            while now - self.origin.idle[0].idle_since > MAX_IDLE_S:
+                self.origin.idle.popleft().close()
         if len(self.origin.idle) < MAX_IDLE_PER_ORIGIN:
             self.origin.idle.append(self)
         else:
@@ -4198,7 +4234,11 @@ class Transport:
     def _head(self, origin: Origin, path: str, headers: bytes, body: bytes) -> bytes:
         pool = self._pools.get(origin.url)
         # A plain-HTTP proxy wants the whole URL in the request line.
-        prefix = f"http://{origin.host}" if pool and pool.proxy and not origin.tls else ""
+        prefix = ""
+        if pool and pool.proxy and not origin.tls:
+            prefix = f"http://{origin.host}"
+            lines = (f"{name}: {value}\r\n" for name, value in pool.proxy_headers.items())
+            headers += "".join(lines).encode("latin-1")
         return b"POST %b HTTP/1.1\r\nHost: %b\r\n%bContent-Length: %d\r\n\r\n" % (
             f"{prefix}{origin.path}{path}".encode(),
             origin.host.encode(),
@@ -4227,7 +4267,8 @@ class Transport:
             # (`_get_conn`) for years. `_prepare_proxy` opens the tunnel through a proxy.
             pool = self._pool(origin)
             connection = pool._new_conn()
-            connection.timeout = self._connect_timeout
+            left = guard.deadline - time.monotonic()
+            connection.timeout = min(self._connect_timeout, max(left, 0.05))
             if pool.proxy and origin.tls:
                 pool._prepare_proxy(connection)
             else:
@@ -4259,6 +4300,7 @@ class Transport:
 # =============================================================================
 
 MAX_HELD_BYTES: Final = 1 << 20  # of a stream before its first useful event
+LINGER_S: Final = 0.3  # for the end of the coding after [DONE]
 NOT_EVENTS: Final = (b"{", b"<", b"[")  # how JSON and HTML begin, and no event
 
 
@@ -4292,6 +4334,7 @@ class Ask:
     wants_usage: bool = False
     started: float = 0.0
     request_id: str = ""
+    secret: bytes = b""  # the key of the attempt under way
 
     @property
     def is_chat(self) -> bool:
@@ -4321,8 +4364,9 @@ class Relay:
 
     def __init__(self, response: Response | None, rest: bytes, wants_usage: bool) -> None:
         self._response, self._pending = response, rest
-        self._secret = response.secret if response else b""
-        self.patience: Callable[[bool], None] | None = None  # told before and after each wait
+        self.secret = b""  # the provider's key, masked where an error repeats it
+        self.patience: Callable[[float | None], None] | None = None  # limits the next wait
+        self.idle_s = 0.0
         self.held = b""  # whole events that commit the stream
         self._wants_usage = wants_usage
         self.tokens: Tokens | None = None
@@ -4368,9 +4412,9 @@ class Relay:
         """What came; only the provider's silence counts against it, not a slow client's."""
         if self.patience is None:
             return response.read1()
-        self.patience(True)
+        self.patience(self.idle_s)
         data = response.read1()
-        self.patience(False)
+        self.patience(None)
         return data
 
     def pass_on(self, block: bytes) -> bytes:
@@ -4394,7 +4438,7 @@ class Relay:
             return event
         chunk = read_json(data)
         if embedded_error(chunk):
-            hidden = embedded_error(read_json(masked(data, self._secret)))
+            hidden = embedded_error(read_json(masked(data, self.secret)))
             return self._fail(hidden or BROKEN)
         self.tokens = tokens_of(chunk) or self.tokens
         choices = chunk.get("choices") if isinstance(chunk, dict) else None
@@ -4425,6 +4469,8 @@ class Relay:
     def _end(self, response: Response) -> None:
         """After [DONE]: read what is left of the coding so that the connection can be kept."""
         self._response = None
+        if self.patience:
+            self.patience(LINGER_S)
         try:
             response.read(limit=READ_BYTES)
         except TransportError:
@@ -4451,7 +4497,7 @@ class Upstream:
         """One attempt; `deadline` is the monotonic time when the whole request ends."""
         started = self._now()
         patience = self._config.ttft_timeout * (1 if ask.stream else 3)
-        ask.guard.deadline = min(started + patience, deadline)
+        ask.guard.begin(min(started + patience, deadline))
         try:
             attempt = self._try(target, lease, ask)
         except TransportError as error:
@@ -4460,14 +4506,14 @@ class Upstream:
         attempt.seconds = self._now() - started
         if attempt.stream:
             attempt.stream.patience = self._patience(ask.guard, deadline)
+            attempt.stream.idle_s = self._config.stream_idle_timeout
         return attempt
 
-    def _patience(self, guard: Guard, deadline: float) -> Callable[[bool], None]:
-        """Moves the guard's deadline: the idle limit while a stream waits, else the total one."""
-        idle_s, now = self._config.stream_idle_timeout, self._now
+    def _patience(self, guard: Guard, deadline: float) -> Callable[[float | None], None]:
+        """Moves the guard's deadline: some seconds while a stream waits, else the total one."""
 
-        def wait(begins: bool) -> None:
-            guard.deadline = min(now() + idle_s, deadline) if begins else deadline
+        def wait(seconds: float | None) -> None:
+            guard.deadline = deadline if seconds is None else min(self._now() + seconds, deadline)
 
         return wait
 
@@ -4479,17 +4525,17 @@ class Upstream:
             self._body(target, ask),
             ask.guard,
         )
-        response.secret = lease.key.encode()
+        ask.secret = lease.key.encode()
         if response.status != 200:
-            return self._refused(response)
+            return self._refused(response, ask.secret)
         if not ask.stream:
             return whole_answer(response, ask)
         return first_useful(response, ask)
 
-    def _refused(self, response: Response) -> Attempt:
+    def _refused(self, response: Response, secret: bytes) -> Attempt:
         """A status other than 200, with the provider's reason."""
         try:
-            body = masked(response.read(limit=1 << 20), response.secret)
+            body = masked(response.read(limit=1 << 20), secret)
         except TransportError as error:
             body = error.text.encode()
         wait = None
@@ -4561,7 +4607,7 @@ def whole_answer(response: Response, ask: Ask) -> Attempt:
     weigh = judge_reply if ask.is_chat else judge_embeddings
     problem, reply = weigh(body)
     if problem:
-        problem, _ = weigh(masked(body, response.secret))
+        problem, _ = weigh(masked(body, ask.secret))
         return failed(problem or BROKEN, in_ok=True)
     content_type = response.headers.get("content-type", "")
     if "json" not in content_type:
@@ -4590,7 +4636,7 @@ def first_useful(response: Response, ask: Ask) -> Attempt:
         cut = last_event_end(bytes(held))
         for event in split_events(bytes(held[start:cut])):
             start += len(event)
-            attempt = weigh_event(masked(event_data(event), response.secret))
+            attempt = weigh_event(masked(event_data(event), ask.secret))
             if isinstance(attempt, Attempt):
                 response.close()
                 return attempt
@@ -4619,6 +4665,7 @@ def weigh_event(data: bytes) -> Attempt | bool:
 
 def committed(response: Response, events: bytes, rest: bytes, ask: Ask) -> Attempt:
     relay = Relay(response, rest, ask.wants_usage)
+    relay.secret = ask.secret
     relay.held = relay.pass_on(events)
     return Attempt(None, Outcome(200, ""), content_type="text/event-stream", stream=relay)
 
@@ -4630,7 +4677,7 @@ def not_a_stream(response: Response, start: bytes, ask: Ask) -> Attempt:
             "the stream ended before its first useful event" if start.strip() else "an empty stream"
         )
         return failed(Outcome(0, text, "empty"))
-    body = masked(start + response.read(), response.secret)
+    body = masked(start + response.read(), ask.secret)
     problem, reply = judge_reply(body)
     if problem:
         return failed(problem, in_ok=True)
@@ -5459,7 +5506,7 @@ class Visit:
         if status:
             self._router.usage.answered(status)
         if answer:
-            log.info(
+            log.debug(
                 "%s %s/%s attempts=%d %.0f ms",
                 self._ask.request_id,
                 answer.provider,
@@ -5560,7 +5607,11 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
             if self._count >= self._most:
                 return
             self._count += 1
-        threading.Thread(target=self._work, name="worker", daemon=True).start()
+        try:
+            threading.Thread(target=self._work, name="worker", daemon=True).start()
+        except RuntimeError:  # the system gives no more threads: those there are will do it
+            with self._guard:
+                self._count -= 1
 
     def _work(self) -> None:
         wake = threading.Lock()
