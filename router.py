@@ -2149,7 +2149,11 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     if nests_too_deep(body):
         field = next(name for name, value in body.items() if nests_too_deep([value]))
         raise BadRequest(f"{field} is nested deeper than {MAX_NESTING} levels", param=field)
-    if HALF_PAIR.search(raw) and LONE_HALF.search(raw.replace(b"\\\\", b"__")):
+    if (
+        (b"\\ud" in raw or b"\\uD" in raw)
+        and HALF_PAIR.search(raw)
+        and LONE_HALF.search(raw.replace(b"\\\\", b"__"))
+    ):
         path = find_value(body, is_broken_text)
         message = f"{path or 'request body'} holds half of a surrogate pair, which is not text"
         raise BadRequest(message, param=path)
@@ -2723,10 +2727,12 @@ def chunks_from_reply(reply: Json) -> bytes:
     """A whole reply as a stream, for a provider that does not stream when asked to."""
     head = {k: v for k, v in reply.items() if k not in ("choices", "usage", "object")}
     choices = []
-    for n, choice in enumerate(reply["choices"]):
-        delta: Json = {"role": "assistant", **(choice.get("message") or {})}
+    for n, choice in enumerate(c for c in reply["choices"] if isinstance(c, dict)):
+        message = choice.get("message")
+        delta: Json = {"role": "assistant", **(message if isinstance(message, dict) else {})}
         if isinstance(calls := delta.get("tool_calls"), list):
-            delta["tool_calls"] = [{"index": at, **call} for at, call in enumerate(calls)]
+            made = (call for call in calls if isinstance(call, dict))
+            delta["tool_calls"] = [{"index": at, **call} for at, call in enumerate(made)]
         finish = choice.get("finish_reason") or "stop"
         choices.append({"index": n, "delta": delta, "finish_reason": finish})
     chunk = {**head, "object": "chat.completion.chunk", "choices": choices}
@@ -4396,8 +4402,13 @@ class Relay:
             return b""
         try:
             data = self._read(response)
+        except ClientGone:
+            self._response = None
+            return b""
         except TransportError as error:
-            return self._fail(Outcome(0, error.text, error.sort))
+            if not self.finished:
+                return self._fail(Outcome(0, error.text, error.sort))
+            data = b""  # the answer was whole; only the connection's end was not
         if not data:
             self._response = None
             return self._last()
@@ -4442,7 +4453,8 @@ class Relay:
             return self._fail(hidden or BROKEN)
         self.tokens = tokens_of(chunk) or self.tokens
         choices = chunk.get("choices") if isinstance(chunk, dict) else None
-        if any(isinstance(c, dict) and c.get("finish_reason") for c in choices or ()):
+        listed = choices if isinstance(choices, list) else ()
+        if any(isinstance(c, dict) and c.get("finish_reason") for c in listed):
             self.finished = True
         only_usage = choices == [] and isinstance(chunk, dict) and bool(chunk.get("usage"))
         return b"" if only_usage and not self._wants_usage else event
@@ -4450,7 +4462,9 @@ class Relay:
     def _last(self) -> bytes:
         """The body ended: the event without a blank line, if any, and a proper end."""
         rest, self._pending = self._pending.strip(b"\r\n"), b""
-        block = self._look(rest + b"\n\n") if event_data(rest) else b""
+        data = event_data(rest)
+        whole = data == b"[DONE]" or read_json(data) is not None
+        block = self._look(rest + b"\n\n") if whole else b""
         if self.failure:
             return block
         if not self.finished:
@@ -4631,7 +4645,9 @@ def first_useful(response: Response, ask: Ask) -> Attempt:
     while True:
         data = response.read1()
         held += data
-        if not data or bytes(held[:64]).lstrip()[:1] in NOT_EVENTS:
+        if not data and read_json(event_data(bytes(held[start:]).strip())) is not None:
+            held += b"\n\n"  # an event without its blank line, and the end
+        elif not data or bytes(held[:64]).lstrip()[:1] in NOT_EVENTS:
             return not_a_stream(response, bytes(held), ask)
         cut = last_event_end(bytes(held))
         for event in split_events(bytes(held[start:cut])):
@@ -4642,7 +4658,7 @@ def first_useful(response: Response, ask: Ask) -> Attempt:
                 return attempt
             if attempt:
                 return committed(response, bytes(held[:cut]), bytes(held[cut:]), ask)
-        if len(held) > MAX_HELD_BYTES:
+        if start > MAX_HELD_BYTES or len(held) > MAX_EVENT_BYTES:
             response.close()
             return failed(Outcome(0, "nothing useful in the first megabyte", "garbled"))
 
