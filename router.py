@@ -3983,6 +3983,7 @@ class Head(NamedTuple):
 
 
 STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: |$)")
+HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
 MAX_HEAD_BYTES: Final = 65_536
 
 
@@ -3994,28 +3995,28 @@ def read_head(sock: socket.socket) -> Head:
     """
     data = b""
     while True:
-        end = data.find(b"\r\n\r\n")
-        if end < 0:
+        end = HEAD_END.search(data)
+        if end is None:
             piece = sock.recv(READ_BYTES)
             if not piece:
                 raise (
                     ConnectionError("the head broke off") if data else EOFError("closed unanswered")
                 )
             data += piece
-            if len(data) > 2 * MAX_HEAD_BYTES and b"\r\n\r\n" not in data[:MAX_HEAD_BYTES]:
+            if len(data) > 2 * MAX_HEAD_BYTES and not HEAD_END.search(data, 0, MAX_HEAD_BYTES):
                 raise ValueError("a head larger than 64 KB")
             continue
-        head = parse_head(data[:end], data[end + 4 :])
+        head = parse_head(data[: end.start()], data[end.end() :])
         if head.status >= 200:
             return head
         data = head.rest  # 100 Continue and 103 Early Hints come before the answer
 
 
 def parse_head(head: bytes, rest: bytes) -> Head:
-    lines = head.split(b"\r\n")
-    match = STATUS_LINE.match(lines[0])
+    lines = head.splitlines()
+    match = STATUS_LINE.match(lines[0]) if lines else None
     if not match:
-        raise ValueError(f"not HTTP: {lines[0][:40]!r}")
+        raise ValueError(f"not HTTP: {head[:40]!r}")
     headers = {}
     for line in lines[1:]:
         name, _, value = line.partition(b":")
