@@ -4379,6 +4379,7 @@ class Relay:
         self.tokens: Tokens | None = None
         self.finished = False  # a finish reason or [DONE] was seen
         self.done = False
+        self.read_out = False  # the client got all of it
         self.failure: Outcome | None = None
         self.on_close: Callable[[Relay], None] | None = None
 
@@ -4393,6 +4394,7 @@ class Relay:
             block = self._more(self._response)
             if block:
                 return block
+        self.read_out = True
         self.close()
         raise StopIteration
 
@@ -4405,7 +4407,8 @@ class Relay:
             data = self._read(response)
         except ClientGone:
             self._response = None
-            return b""
+            self.close()
+            raise StopIteration from None
         except TransportError as error:
             if not self.finished:
                 return self._fail(Outcome(0, error.text, error.sort))
@@ -5488,7 +5491,6 @@ def respond(
         made = answer()
     except ClientGone:
         visit.leave(499)
-        log.info("%s client left before the answer", ask.request_id)
         return flask.Response("", 499)
     except BaseException:
         visit.leave(0)
@@ -5503,7 +5505,7 @@ def respond(
     if isinstance(made.body, bytes):
         visit.leave(200, made)
         return flask.Response(made.body, 200, headers)
-    body = Stream(made.body, functools.partial(visit.leave, 200, made))
+    body = Stream(made.body, lambda whole: visit.leave(200 if whole else 499, made))
     return flask.Response(body, 200, {**headers, **STREAM_HEADERS}, direct_passthrough=True)
 
 
@@ -5522,7 +5524,9 @@ class Visit:
         self._on_close(None)
         if status:
             self._router.usage.answered(status)
-        if answer:
+        if status == 499:
+            log.info("%s 499 the client left", self._ask.request_id)
+        elif answer:
             log.debug(
                 "%s %s/%s attempts=%d %.0f ms",
                 self._ask.request_id,
@@ -5536,7 +5540,7 @@ class Visit:
 class Stream:
     """A streamed body; closing it, read or not, closes what feeds it."""
 
-    def __init__(self, relay: Relay, leave: Callable[[], None]) -> None:
+    def __init__(self, relay: Relay, leave: Callable[[bool], None]) -> None:
         self._relay, self._leave = relay, leave
         self._left = False
 
@@ -5549,7 +5553,7 @@ class Stream:
             try:
                 self._relay.close()
             finally:
-                self._leave()
+                self._leave(self._relay.read_out)
 
 
 def error_response(router: Router, error: RouterError) -> flask.Response:
