@@ -2652,7 +2652,7 @@ def embedded_status(value: Json) -> int:
     for place in places:
         for name in ("code", "status_code", "status", "http_status"):
             number = str(place.get(name, ""))
-            if number.isdigit() and 400 <= int(number) <= 599:
+            if number.isascii() and number.isdigit() and 400 <= int(number) <= 599:
                 return int(number)
     return 502
 
@@ -3807,7 +3807,13 @@ READ_BYTES: Final = 65_536
 MAX_ANSWER_BYTES: Final = 50 << 20
 MAX_IDLE_S: Final = 50.0  # below the keep-alive of common front ends (60 s and more)
 MAX_IDLE_PER_ORIGIN: Final = 1024
-STALE: Final = (EOFError, ConnectionResetError, BrokenPipeError)
+STALE: Final = (
+    EOFError,
+    ConnectionResetError,
+    ConnectionAbortedError,
+    BrokenPipeError,
+    ssl.SSLEOFError,
+)
 
 
 class TransportError(Exception):
@@ -3825,7 +3831,7 @@ class Guard:
     `deadline` passes, by the server when the client goes away.
     """
 
-    __slots__ = ("_lock", "_sock", "cut", "deadline", "gone")
+    __slots__ = ("_lock", "_sock", "cut", "deadline", "gone", "hang_up", "waiting")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -3833,6 +3839,8 @@ class Guard:
         self.deadline = math.inf  # monotonic seconds
         self.gone = False
         self.cut = False
+        self.waiting = True  # for the provider; False while the client takes what came
+        self.hang_up: Callable[[], None] = self.cut_off  # on a client that does not read
 
     def hold(self, sock: socket.socket) -> None:
         """From now on `sock` is what gets cut. ClientGone if it is too late already."""
@@ -3847,7 +3855,15 @@ class Guard:
         """A new attempt, to be cut at `deadline`."""
         with self._lock:
             self.cut = False
-        self.deadline = deadline
+        self.deadline, self.waiting = deadline, True
+
+    def expire(self) -> None:
+        """The deadline passed: whoever is waited for is cut off."""
+        self.deadline = math.inf
+        if self.waiting:
+            self.cut_off()
+        else:
+            self.hang_up()
 
     def release(self) -> None:
         with self._lock:
@@ -3863,7 +3879,7 @@ class Guard:
             self.cut = True
             if self._sock is not None:
                 # A TLS socket is shut below its TLS layer: no reply is wanted any more.
-                with suppress(OSError):
+                with suppress(OSError, TypeError):  # TypeError: TLS inside TLS has no plain socket
                     socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def explain(self, error: Exception, sort: str) -> TransportError:
@@ -3906,8 +3922,7 @@ class Watchdog:
             now = self._now()
             for guard in self._live.copy():
                 if guard.deadline <= now:
-                    guard.deadline = math.inf
-                    guard.cut_off()
+                    guard.expire()
             if not self._live:
                 self._some.clear()
                 if self._live:  # somebody came between the look and the clearing
@@ -4532,6 +4547,7 @@ class Upstream:
 
         def wait(seconds: float | None) -> None:
             guard.deadline = deadline if seconds is None else min(self._now() + seconds, deadline)
+            guard.waiting = seconds is not None
 
         return wait
 
@@ -5314,6 +5330,7 @@ HTTP_ERRORS: Final = {404: NotFound, 405: MethodNotAllowed, 413: TooLarge, 415: 
 # The server (section 21) puts a setter here; called with a function it runs that function
 # when the client's connection closes, with None it forgets it.
 ON_CLOSE: Final = "hermes.on_client_close"
+HANG_UP: Final = "hermes.hang_up"  # a function of the server that closes the client's connection
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 HARMLESS_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -5488,6 +5505,7 @@ def respond(
     visit = Visit(router, ask, on_close)
     try:
         on_close(ask.guard.client_gone)
+        ask.guard.hang_up = request.environ.get(HANG_UP, ask.guard.cut_off)
         made = answer()
     except ClientGone:
         visit.leave(499)
@@ -5615,6 +5633,7 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
         self._count = 0
         self._closed = False
         self._guard = threading.Lock()
+        self.drains = threading.BoundedSemaphore(max(1, min(8, most // 4)))
 
     def set_thread_count(self, count: int) -> None:
         """Waitress's wish for a fixed number is not followed."""
@@ -5699,6 +5718,7 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
         environ[ON_CLOSE] = self.channel.on_close
+        environ[HANG_UP] = self.channel.hang_up
         return environ
 
     def build_response_header(self) -> bytes:
@@ -5752,8 +5772,13 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
-        if refused.code == 413:
-            self._drain()
+        # Few at a time: strangers who send too much must not occupy every worker.
+        drains = self.channel.server.task_dispatcher.drains
+        if refused.code == 413 and drains.acquire(blocking=False):
+            try:
+                self._drain()
+            finally:
+                drains.release()
 
     def _drain(self) -> None:
         """Read on for a moment: a client still sending would otherwise miss the answer."""
@@ -5804,6 +5829,15 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self.callback = callback
         if callback and not self.connected:
             callback()
+
+    def handle_write(self) -> None:
+        if self.socket is not None:  # handle_read of the same round may have closed it
+            super().handle_write()
+
+    def hang_up(self) -> None:
+        """Close from another thread, also when the client does not read: the loop sees it."""
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def readable(self) -> bool:
         """Reads on while an answer is under way: that is how a client's leaving is noticed.
