@@ -3522,7 +3522,7 @@ class Directory:
     def _named(self, model: str, name: str) -> Choice:
         spill = not self._config.strict_model
         steps: tuple[tuple[str, Callable[[], tuple[Target, ...]]], ...] = (
-            ("named provider/model", lambda: self._explicit(model)),
+            ("named provider/model", lambda: self.explicit(model)),
             ("alias", lambda: self._aliased(name)),
             ("configured model id", lambda: tuple(self._by_id.get(name, ()))),
             ("model name prefix", lambda: self._prefixed(model)),
@@ -3538,7 +3538,7 @@ class Directory:
             code="model_not_found",
         )
 
-    def _explicit(self, model: str) -> tuple[Target, ...]:
+    def explicit(self, model: str) -> tuple[Target, ...]:
         """`provider/model` or `provider:model` with a configured provider."""
         provider, mark, rest = (re.split(r"([/:])", model, maxsplit=1) + ["", ""])[:3]
         row = provider_named(provider) if mark else None
@@ -3547,21 +3547,22 @@ class Directory:
             return ()
         if model.lower() in self._by_id and rest not in service.models:
             return ()  # `openai/gpt-oss-120b` is also how other providers spell their ids
-        return (self._target(service, rest),)
+        return (self.target(service, rest),)
 
     def _aliased(self, name: str) -> tuple[Target, ...]:
         for pattern, goal in self._aliases:
             if fnmatch.fnmatchcase(name, pattern):
-                return self._explicit(goal) or tuple(self._by_id.get(goal.lower(), ()))
+                return self.explicit(goal) or tuple(self._by_id.get(goal.lower(), ()))
         return ()
 
     def _prefixed(self, model: str) -> tuple[Target, ...]:
         for prefix, provider in PREFIXES:
             if model.lower().startswith(prefix) and provider in self.services:
-                return (self._target(self.services[provider], model),)
+                return (self.target(self.services[provider], model),)
         return ()
 
-    def _target(self, service: Service, model: str) -> Target:
+    def target(self, service: Service, model: str) -> Target:
+        """The target for a model of a configured provider, whether it is listed or not."""
         if not re.fullmatch(r"[\w.\-:/@+]{1,200}", model):
             raise BadRequest(f"{model[:80]!r} is not a model id", param="model")
         found = (t for t in self._by_id.get(model.lower(), ()) if t.service is service)
@@ -3922,11 +3923,18 @@ class Watchdog:
             now = self._now()
             for guard in self._live.copy():
                 if guard.deadline <= now:
-                    guard.expire()
+                    self._expire(guard)
             if not self._live:
                 self._some.clear()
                 if self._live:  # somebody came between the look and the clearing
                     self._some.set()
+
+    @staticmethod
+    def _expire(guard: Guard) -> None:
+        try:
+            guard.expire()
+        except Exception:  # one that cannot be cut must not stop the watch over all others
+            log.exception("a request past its deadline could not be cut off")
 
 
 CHUNK_SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,15}")
@@ -4735,7 +4743,10 @@ class Caller:
     """Who asks: a name for logs and metrics (never key material), and what the key may use."""
 
     name: str
-    scope: frozenset[str] = frozenset()
+    scope: frozenset[str] = frozenset()  # empty = every provider
+
+    def may_use(self, provider: str) -> bool:
+        return not self.scope or provider in self.scope
 
 
 @dataclass
@@ -4859,7 +4870,7 @@ class Router:
             caller.scope,
         )
         groups, turn = self.directory.arranged(traits)
-        lead = [t for t in choice.lead if not caller.scope or t.provider in caller.scope]
+        lead = [t for t in choice.lead if caller.may_use(t.provider)]
         if choice.lead and not choice.spill:
             groups = ()
         limits = Limits(tokens, self.breakers.bucket, self.breakers.is_open)
@@ -4879,13 +4890,13 @@ class Router:
     def embedders(self, model: str, caller: Caller) -> list[Target]:
         """Targets of the family asked for, in configuration order; by default the first one's."""
         able = [
-            make_target(s, s.embed_model, self.directory._known)
+            self.directory.target(s, s.embed_model)
             for s in self.directory.services.values()
-            if s.embed_model and (not caller.scope or s.name in caller.scope)
+            if s.embed_model and caller.may_use(s.name)
         ]
         named = [t for t in able if model.lower() in (t.model.lower(), t.label.lower())]
-        if not named and "/" in model:
-            named = [t for t in self.directory._explicit(model) if not caller.scope]
+        if not named:
+            named = [t for t in self.directory.explicit(model) if caller.may_use(t.provider)]
         chosen = (named or able)[:1]
         family = {embedding_family(t.model) for t in chosen}
         return [*chosen, *(t for t in able if embedding_family(t.model) in family)]
@@ -4893,7 +4904,7 @@ class Router:
     def answer(self, ask: Ask, candidates: Iterable[Candidate], tokens: int) -> Answer:
         """Walk the candidates until one answers; ClientGone when nobody waits any more."""
         deadline = ask.started + self.config.request_deadline
-        walk = Walk()
+        walk, attempt = Walk(), None
         self.watchdog.watch(ask.guard)
         try:
             for target, lease in self.routes(candidates, walk, deadline, ask.guard):
@@ -4908,6 +4919,8 @@ class Router:
                     break
         except BaseException:
             self.watchdog.unwatch(ask.guard)
+            if attempt and attempt.stream:  # nobody will read it
+                attempt.stream.close()
             raise
         self.watchdog.unwatch(ask.guard)
         error = self.exhausted(walk, tokens, self.now() >= deadline)
@@ -5089,9 +5102,13 @@ class Router:
         )
 
 
+# What an offer's name adds to the model's: not a size such as `:8b`, which is another model.
+EMBEDDING_OFFER: Final = re.compile(r":(?:free|latest|nitro|floor)$")
+
+
 def embedding_family(model: str) -> str:
     """Models whose vectors may be compared: the same id whatever the provider calls it."""
-    return model.lower().rpartition("/")[2].partition(":")[0]
+    return EMBEDDING_OFFER.sub("", model.lower().rpartition("/")[2])
 
 
 ECHO_HELP: Final = (
