@@ -16,23 +16,25 @@ Contents (each section uses only the ones above it):
                7. Chat             the one shape used inside: parse, check, look at it
                8. Replies          what a provider's answer holds: useful, empty, error, usage
                9. Outgoing         the body a provider gets: the client's bytes with few edits
-  MEMORY      10. Keys             which key may be used, per (key, model)
-              11. Breakers         which provider is resting
-              12. Usage            what was asked, answered, failed and spent
-  JUDGEMENT   13. Difficulty       how hard is this request?
-              14. Plan             which candidates, in what order, and why
-              15. Verdicts         what an outcome means, and what rests for how long
-  ACTION      16. Transport        connections to providers, cut when nobody waits any more
-              17. Upstream         one attempt: send, wait for something useful, judge
-              18. Router           plan, try, learn, answer
-  SURFACE     19. Status           what /v1/status, /v1/models and /metrics say
-              20. Endpoints        Flask: routes, auth, errors
-              21. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              22. Documents        .env.example and the printed pages of docs/
-              23. Command line     serve, check, key, status, docs ...
+              10. Hub              what every translation shares: an answer's opening, sealed values
+              11. Dialects         which dialect is read how, and events on their way to the client
+  MEMORY      12. Keys             which key may be used, per (key, model)
+              13. Breakers         which provider is resting
+              14. Usage            what was asked, answered, failed and spent
+  JUDGEMENT   15. Difficulty       how hard is this request?
+              16. Plan             which candidates, in what order, and why
+              17. Verdicts         what an outcome means, and what rests for how long
+  ACTION      18. Transport        connections to providers, cut when nobody waits any more
+              19. Upstream         one attempt: send, wait for something useful, judge
+              20. Router           plan, try, learn, answer
+  SURFACE     21. Status           what /v1/status, /v1/models and /metrics say
+              22. Endpoints        Flask: routes, auth, errors
+              23. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              24. Documents        .env.example and the printed pages of docs/
+              25. Command line     serve, check, key, status, docs ...
 
-Rooms that later releases open: Anthropic and Responses after 9, Limits, Cache and Registry
-after 12, Catalog after 18, Dashboard after 19.
+Rooms that later releases open: Limits, Cache and Registry after Usage, Catalog after Router,
+Dashboard after Status.
 """
 
 from __future__ import annotations
@@ -2081,6 +2083,39 @@ def split_events(data: bytes) -> list[bytes]:
     return [*events, data[start:]] if start < len(data) else events
 
 
+class EventCutter:
+    """Cuts a stream after its last whole event, however it arrives; each byte is looked at once."""
+
+    __slots__ = ("_pieces", "_size", "_tail")
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []  # what came after the last whole event
+        self._size = 0
+        self._tail = b""  # its last bytes: the end of an event may arrive in pieces
+
+    def feed(self, data: bytes) -> bytes:
+        """Every event that is complete now, b"" when none is; ValueError for an endless one."""
+        tail = self._tail
+        cut = last_event_end(tail + data if tail else data) - len(tail)
+        if cut <= 0:
+            self._pieces.append(data)
+            self._size += len(data)
+            self._tail = (tail + data)[-3:]
+            if self._size > MAX_EVENT_BYTES:
+                raise ValueError("an event without an end")
+            return b""
+        block, rest = data[:cut], data[cut:]
+        if self._pieces:
+            block = b"".join([*self._pieces, block])
+        self._pieces, self._size, self._tail = [rest] if rest else [], len(rest), rest[-3:]
+        return block
+
+    @property
+    def rest(self) -> bytes:
+        """What has come of an event that is not complete."""
+        return b"".join(self._pieces)
+
+
 def event_data(event: bytes) -> bytes:
     """The joined `data:` lines of one event; b"" for comments and other fields."""
     if event.startswith(b"data: ") and event.find(b"\n") >= len(event) - 2:
@@ -2694,7 +2729,10 @@ def answers(choice: Any) -> bool:
     )
 
 
-def chunk_sign(chunk: Any) -> Literal["", "useful", "finish", "empty finish"]:
+Sign = Literal["", "useful", "finish", "empty finish"]
+
+
+def chunk_sign(chunk: Any) -> Sign:
     """What one stream chunk means for the decision to commit."""
     choices = chunk.get("choices") if isinstance(chunk, dict) else None
     finish = ""
@@ -2723,8 +2761,8 @@ def tokens_of(value: Any) -> Tokens | None:
     return Tokens(*(n if isinstance(n, int) and n > 0 else 0 for n in counts))
 
 
-def chunks_from_reply(reply: Json) -> bytes:
-    """A whole reply as a stream, for a provider that does not stream when asked to."""
+def chunks_from_reply(reply: Json) -> list[Json]:
+    """A whole reply as the chunks of a stream, for a provider that does not stream when asked."""
     head = {k: v for k, v in reply.items() if k not in ("choices", "usage", "object")}
     choices = []
     for n, choice in enumerate(c for c in reply["choices"] if isinstance(c, dict)):
@@ -2735,9 +2773,10 @@ def chunks_from_reply(reply: Json) -> bytes:
             delta["tool_calls"] = [{"index": at, **call} for at, call in enumerate(made)]
         finish = choice.get("finish_reason") or "stop"
         choices.append({"index": n, "delta": delta, "finish_reason": finish})
-    chunk = {**head, "object": "chat.completion.chunk", "choices": choices}
-    usage = {**head, "object": "chat.completion.chunk", "choices": [], "usage": reply.get("usage")}
-    return encode_event(chunk) + (encode_event(usage) if reply.get("usage") else b"") + DONE
+    chunks = [{**head, "object": "chat.completion.chunk", "choices": choices}]
+    if reply.get("usage"):
+        chunks.append({**chunks[0], "choices": [], "usage": reply["usage"]})
+    return chunks
 
 
 # =============================================================================
@@ -2811,7 +2850,199 @@ def output_edits(chat: Json, reserve: int, ceiling: int) -> dict[str, object]:
 
 
 # =============================================================================
-# 10. Keys
+# 10. Hub
+# =============================================================================
+
+SEAL: Final = "hr1."
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What an answer in a client's own dialect begins with.
+
+    `created` is in unix seconds, `input_tokens` an estimate, `request` the client's parsed body.
+    """
+
+    id: str  # 24 random characters; each dialect puts its prefix in front
+    model: str  # as the client asked for it
+    created: int = 0
+    input_tokens: int = 0
+    request: Json = field(default_factory=dict)
+
+
+def seal(origin: str, value: str) -> str:
+    """An opaque value with the name of the provider it must go back to."""
+    return f"{SEAL}{origin}.{value}"
+
+
+def unseal(text: str) -> tuple[str, str]:
+    """(origin, value) of a sealed text; what was never sealed has the origin ""."""
+    if not text.startswith(SEAL):
+        return "", text
+    origin, _, value = text[len(SEAL) :].partition(".")
+    return origin, value
+
+
+# =============================================================================
+# 11. Dialects
+# =============================================================================
+
+
+def only_content(block: bytes) -> bool:
+    """Whether a block of chat events surely holds no error, finish, usage or end.
+
+    A few fast searches for a whole block: a pattern that stops at every quote costs ten times
+    as much, parsing fifty times.
+    """
+    count = block.count
+    return (
+        count(b'"finish_reason"')
+        == count(b'"finish_reason":null') + count(b'"finish_reason": null')
+        and b'"error"' not in block
+        and count(b'"usage"') == count(b'"usage":null') + count(b'"usage": null')
+        and b"[DONE]" not in block
+        and b"event:" not in block
+        and b'"x_groq"' not in block
+    )
+
+
+class Sight(NamedTuple):
+    """What one event of a provider's stream tells."""
+
+    sign: Sign = ""
+    error: Outcome | None = None
+    tokens: Tokens | None = None
+    finished: bool = False  # how the answer ended is stated
+    done: bool = False  # nothing comes after it
+    only_usage: bool = False
+
+
+def see_chat(data: bytes) -> Sight:
+    if data == b"[DONE]":
+        return Sight("empty finish", finished=True, done=True)
+    chunk = read_json(data)
+    if error := embedded_error(chunk):
+        return Sight(error=error)
+    choices = chunk.get("choices") if isinstance(chunk, dict) else None
+    listed = choices if isinstance(choices, list) else ()
+    finished = any(isinstance(c, dict) and c.get("finish_reason") for c in listed)
+    only_usage = choices == [] and bool(chunk.get("usage"))
+    return Sight(chunk_sign(chunk), None, tokens_of(chunk), finished, only_usage=only_usage)
+
+
+def judge_embeddings(body: bytes) -> tuple[Outcome | None, Json]:
+    reply = read_json(body)
+    error = embedded_error(reply)
+    if error:
+        return error, {}
+    if isinstance(reply, dict) and isinstance(reply.get("data"), list) and reply["data"]:
+        return None, reply
+    return Outcome(0, f"no embeddings in the answer: {error_text(body)[:200]}", "garbled"), {}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A language that providers speak."""
+
+    name: str
+    path: str  # below a provider's base URL
+    judge: Callable[[bytes], tuple[Outcome | None, Json]]  # a whole answer: (problem, reply)
+    only_content: Callable[[bytes], bool] = only_content
+    see: Callable[[bytes], Sight] = see_chat
+    closing: bytes = DONE  # what a stream ends with
+
+
+DIALECTS: Final = {
+    row.name: row
+    for row in (
+        Dialect("chat", "/chat/completions", judge_reply),
+        Dialect("embeddings", "/embeddings", judge_embeddings),
+    )
+}
+
+
+class Flow:
+    """The events of one answer on their way to the client.
+
+    Fed with blocks of whole events. Before `useful` is set nothing may reach the client;
+    once `failure` is set nothing more does but what `fail` gives.
+    """
+
+    def __init__(self, dialect: Dialect, wants_usage: bool, secret: bytes = b"") -> None:
+        self._dialect, self._wants_usage, self._secret = dialect, wants_usage, secret
+        self.useful = False
+        self.finished = False  # how the answer ended was stated
+        self.done = False  # nothing comes any more
+        self.tokens: Tokens | None = None
+        self.failure: Outcome | None = None
+
+    def take(self, block: bytes) -> bytes:
+        """What the client gets for a block of whole events."""
+        if self.useful and self._dialect.only_content(block):
+            return block
+        middle = len(block) // 2
+        cut = last_event_end(block[:middle]) if self.useful else 0
+        if not cut:
+            return b"".join(map(self._look, split_events(block)))
+        # Halving finds the few events that need a look without parsing all the others.
+        return self.take(block[:cut]) + self.take(block[cut:])
+
+    def _look(self, event: bytes) -> bytes:
+        """One event that may be more than content; what the client gets of it."""
+        data = event_data(event)
+        if self.failure or not data:
+            return b"" if self.failure else event
+        sight = self._dialect.see(data)
+        if sight.error:
+            self.failure = self._dialect.see(masked(data, self._secret)).error or BROKEN
+            return b""
+        self._note(sight)
+        return b"" if self.failure or (sight.only_usage and not self._wants_usage) else event
+
+    def _note(self, sight: Sight) -> None:
+        self.tokens = sight.tokens or self.tokens
+        self.finished = self.finished or sight.finished
+        self.done = self.done or sight.done
+        if sight.sign == "empty finish" and not self.useful:
+            self.failure = Outcome(0, "a stream without content", "empty")
+        elif sight.sign:
+            self.useful = True
+
+    def end(self, rest: bytes) -> bytes:
+        """The body ended with `rest`: the event without a blank line, if any, and a proper end."""
+        rest = rest.strip(b"\r\n")
+        data = event_data(rest)
+        block = b""
+        if data == b"[DONE]" or read_json(data) is not None:
+            block = self._look(rest + b"\n\n")
+        if self.failure or self.finished:
+            return block if self.failure or self.done else block + self._dialect.closing
+        self.failure = Outcome(0, "the stream ended without a finish", "reset")
+        return block
+
+    def adopt(self, body: bytes) -> bytes:
+        """A whole answer where a stream was asked for, as a stream."""
+        self.failure, reply = self._dialect.judge(masked(body, self._secret))
+        if self.failure:
+            return b""
+        self.tokens = tokens_of(reply)
+        return self.take(b"".join(map(encode_event, chunks_from_reply(reply))) + DONE)
+
+    def fail(self, error: RouterError) -> bytes:
+        """The event that ends a committed stream; no [DONE], no finish: nothing is faked."""
+        return encode_event(error_body(error))
+
+
+BROKEN: Final = Outcome(0, "an answer that cannot be used", "garbled")
+
+
+def masked(data: bytes, secret: bytes) -> bytes:
+    """`data` without the provider's key: some repeat it in their errors."""
+    return data.replace(secret, b"[redacted]") if secret and secret in data else data
+
+
+# =============================================================================
+# 12. Keys
 # =============================================================================
 
 # Rests that a last round may overlook when nothing else is left: guesses about health,
@@ -2979,7 +3210,7 @@ class KeyPool:
 
 
 # =============================================================================
-# 11. Breakers
+# 13. Breakers
 # =============================================================================
 
 
@@ -3105,7 +3336,7 @@ class Breakers:
 
 
 # =============================================================================
-# 12. Usage
+# 14. Usage
 # =============================================================================
 
 
@@ -3172,7 +3403,7 @@ class Usage:
 
 
 # =============================================================================
-# 13. Difficulty
+# 15. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -3301,7 +3532,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 14. Plan
+# 16. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -3580,7 +3811,7 @@ class Directory:
 
 
 # =============================================================================
-# 15. Verdicts
+# 17. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -3801,7 +4032,7 @@ def reset_wait(headers: Mapping[str, str], wall: float) -> float | None:
 
 
 # =============================================================================
-# 16. Transport
+# 18. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -4326,7 +4557,7 @@ class Transport:
 
 
 # =============================================================================
-# 17. Upstream
+# 19. Upstream
 # =============================================================================
 
 MAX_HELD_BYTES: Final = 1 << 20  # of a stream before its first useful event
@@ -4334,29 +4565,11 @@ LINGER_S: Final = 0.3  # for the end of the coding after [DONE]
 NOT_EVENTS: Final = (b"{", b"<", b"[")  # how JSON and HTML begin, and no event
 
 
-def only_content(block: bytes) -> bool:
-    """Whether a block of events surely holds no error, finish, usage or end.
-
-    A few fast searches for a whole block: a pattern that stops at every quote costs ten times
-    as much, parsing fifty times.
-    """
-    count = block.count
-    return (
-        count(b'"finish_reason"')
-        == count(b'"finish_reason":null') + count(b'"finish_reason": null')
-        and b'"error"' not in block
-        and count(b'"usage"') == count(b'"usage":null') + count(b'"usage": null')
-        and b"[DONE]" not in block
-        and b"event:" not in block
-        and b'"x_groq"' not in block
-    )
-
-
 @dataclass
 class Ask:
     """One client request on its way: the body as sent and as parsed, and who asks."""
 
-    path: str  # below the provider's base URL: /chat/completions or /embeddings
+    dialect: str  # of the client: a key of DIALECTS
     raw: bytes
     body: Json
     guard: Guard
@@ -4364,11 +4577,10 @@ class Ask:
     wants_usage: bool = False
     started: float = 0.0
     request_id: str = ""
-    secret: bytes = b""  # the key of the attempt under way
 
     @property
     def is_chat(self) -> bool:
-        return self.path == "/chat/completions"
+        return self.dialect == "chat"
 
 
 @dataclass
@@ -4385,26 +4597,23 @@ class Attempt:
 
 
 class Relay:
-    """The rest of a committed stream: an iterator of byte blocks that always gets closed.
+    """A committed stream: an iterator of byte blocks that always gets closed."""
 
-    Whole events are passed on as they came. Withheld: the usage event that only we asked for.
-    Added: `[DONE]` where a provider leaves it out after a finish, or an error event where the
-    stream ends without one.
-    """
-
-    def __init__(self, response: Response | None, rest: bytes, wants_usage: bool) -> None:
-        self._response, self._pending = response, rest
-        self.secret = b""  # the provider's key, masked where an error repeats it
+    def __init__(self, response: Response | None, flow: Flow, cutter: EventCutter) -> None:
+        self._response, self.flow, self._cutter = response, flow, cutter
         self.patience: Callable[[float | None], None] | None = None  # limits the next wait
         self.idle_s = 0.0
-        self.held = b""  # whole events that commit the stream
-        self._wants_usage = wants_usage
-        self.tokens: Tokens | None = None
-        self.finished = False  # a finish reason or [DONE] was seen
-        self.done = False
+        self.held = b""  # what commits the stream
         self.read_out = False  # the client got all of it
-        self.failure: Outcome | None = None
         self.on_close: Callable[[Relay], None] | None = None
+
+    @property
+    def tokens(self) -> Tokens | None:
+        return self.flow.tokens
+
+    @property
+    def failure(self) -> Outcome | None:
+        return self.flow.failure
 
     def __iter__(self) -> Relay:
         return self
@@ -4413,7 +4622,7 @@ class Relay:
         if self.held:
             block, self.held = self.held, b""
             return block
-        while self._response is not None and not self.failure:
+        while self._response is not None:
             block = self._more(self._response)
             if block:
                 return block
@@ -4422,29 +4631,24 @@ class Relay:
         raise StopIteration
 
     def _more(self, response: Response) -> bytes:
-        """The next block of whole events, b"" when only part of one has come."""
-        if self.done:
-            self._end(response)
+        """The next bytes for the client, b"" when only part of an event has come."""
+        flow = self.flow
+        if flow.done:
+            self._drain(response)
             return b""
         try:
             data = self._read(response)
+            block = flow.take(self._cutter.feed(data)) if data else b""
         except ClientGone:
             self._response = None
             self.close()
             raise StopIteration from None
-        except TransportError as error:
-            if not self.finished:
-                return self._fail(Outcome(0, error.text, error.sort))
-            data = b""  # the answer was whole; only the connection's end was not
+        except (TransportError, ValueError) as error:
+            return self._break_off(response, error)
         if not data:
             self._response = None
-            return self._last()
-        pending = self._pending + data if self._pending else data
-        cut = last_event_end(pending)
-        self._pending = pending[cut:]
-        if len(self._pending) > MAX_EVENT_BYTES:
-            return self._fail(Outcome(0, "an event without an end", "garbled"))
-        return self.pass_on(pending[:cut])
+            block = flow.end(self._cutter.rest)
+        return block + self._told(response) if flow.failure else block
 
     def _read(self, response: Response) -> bytes:
         """What came; only the provider's silence counts against it, not a slow client's."""
@@ -4455,60 +4659,26 @@ class Relay:
         self.patience(None)
         return data
 
-    def pass_on(self, block: bytes) -> bytes:
-        """A block of whole events as the client gets it."""
-        if only_content(block):
-            return block
-        middle = len(block) // 2
-        cut = last_event_end(block[:middle])
-        if not cut:
-            return b"".join(map(self._look, split_events(block)))
-        # Halving finds the few events that need a look without parsing all the others.
-        return self.pass_on(block[:cut]) + self.pass_on(block[cut:])
+    def _break_off(self, response: Response, error: TransportError | ValueError) -> bytes:
+        """The connection failed; an answer that was whole by then is whole."""
+        flow, self._response = self.flow, None
+        response.close()
+        if flow.finished:
+            return flow.end(b"")
+        sort = error.sort if isinstance(error, TransportError) else "garbled"
+        flow.failure = Outcome(0, str(error), sort)
+        return self._told(response)
 
-    def _look(self, event: bytes) -> bytes:
-        """One event that may be more than content; what the client gets of it."""
-        data = event_data(event)
-        if self.failure or not data:
-            return b"" if self.failure else event
-        if data == b"[DONE]":
-            self.done = self.finished = True
-            return event
-        chunk = read_json(data)
-        if embedded_error(chunk):
-            hidden = embedded_error(read_json(masked(data, self.secret)))
-            return self._fail(hidden or BROKEN)
-        self.tokens = tokens_of(chunk) or self.tokens
-        choices = chunk.get("choices") if isinstance(chunk, dict) else None
-        listed = choices if isinstance(choices, list) else ()
-        if any(isinstance(c, dict) and c.get("finish_reason") for c in listed):
-            self.finished = True
-        only_usage = choices == [] and isinstance(chunk, dict) and bool(chunk.get("usage"))
-        return b"" if only_usage and not self._wants_usage else event
+    def _told(self, response: Response) -> bytes:
+        """The client learns that the provider failed; nothing of it is read any more."""
+        self._response = None
+        response.close()
+        problem = self.flow.failure or BROKEN
+        text = f"the provider failed in the middle of its answer: {problem.text or problem.sort}"
+        return self.flow.fail(Exhausted(text, code="stream_interrupted"))
 
-    def _last(self) -> bytes:
-        """The body ended: the event without a blank line, if any, and a proper end."""
-        rest, self._pending = self._pending.strip(b"\r\n"), b""
-        data = event_data(rest)
-        whole = data == b"[DONE]" or read_json(data) is not None
-        block = self._look(rest + b"\n\n") if whole else b""
-        if self.failure:
-            return block
-        if not self.finished:
-            return block + self._fail(Outcome(0, "the stream ended without a finish", "reset"))
-        return block if self.done else block + DONE
-
-    def _fail(self, outcome: Outcome) -> bytes:
-        """The error event that ends a committed stream; no [DONE], no finish: nothing is faked."""
-        self.failure = outcome
-        error = Exhausted(
-            f"the provider failed in the middle of its answer: {outcome.text or outcome.sort}",
-            code="stream_interrupted",
-        )
-        return encode_event(error_body(error))
-
-    def _end(self, response: Response) -> None:
-        """After [DONE]: read what is left of the coding so that the connection can be kept."""
+    def _drain(self, response: Response) -> None:
+        """After the end: read what is left of the coding so that the connection can be kept."""
         self._response = None
         if self.patience:
             self.patience(LINGER_S)
@@ -4560,19 +4730,19 @@ class Upstream:
         return wait
 
     def _try(self, target: Target, lease: Lease, ask: Ask) -> Attempt:
+        dialect, secret = DIALECTS[ask.dialect], lease.key.encode()
         response = self._transport.post(
             self._transport.origin(target.service.url),
-            ask.path,
+            dialect.path,
             self._headers(target.service, lease.key),
             self._body(target, ask),
             ask.guard,
         )
-        ask.secret = lease.key.encode()
         if response.status != 200:
-            return self._refused(response, ask.secret)
+            return self._refused(response, secret)
         if not ask.stream:
-            return whole_answer(response, ask)
-        return first_useful(response, ask)
+            return whole_answer(response, dialect, secret)
+        return first_useful(response, Flow(dialect, ask.wants_usage, secret))
 
     def _refused(self, response: Response, secret: bytes) -> Attempt:
         """A status other than 200, with the provider's reason."""
@@ -4631,25 +4801,16 @@ class Upstream:
         return edits
 
 
-BROKEN: Final = Outcome(0, "an answer that cannot be used", "garbled")
-
-
-def masked(data: bytes, secret: bytes) -> bytes:
-    """`data` without the provider's key: some repeat it in their errors."""
-    return data.replace(secret, b"[redacted]") if secret and secret in data else data
-
-
 def failed(outcome: Outcome, in_ok: bool = False) -> Attempt:
     return Attempt(judge(outcome, in_ok), outcome)
 
 
-def whole_answer(response: Response, ask: Ask) -> Attempt:
+def whole_answer(response: Response, dialect: Dialect, secret: bytes) -> Attempt:
     """A 200 read to its end and judged; its bytes are kept as they came."""
     body = response.read()
-    weigh = judge_reply if ask.is_chat else judge_embeddings
-    problem, reply = weigh(body)
+    problem, reply = dialect.judge(body)
     if problem:
-        problem, _ = weigh(masked(body, ask.secret))
+        problem, _ = dialect.judge(masked(body, secret))
         return failed(problem or BROKEN, in_ok=True)
     content_type = response.headers.get("content-type", "")
     if "json" not in content_type:
@@ -4657,82 +4818,45 @@ def whole_answer(response: Response, ask: Ask) -> Attempt:
     return Attempt(None, Outcome(200, ""), body, content_type, tokens_of(reply))
 
 
-def judge_embeddings(body: bytes) -> tuple[Outcome | None, Json]:
-    reply = read_json(body)
-    error = embedded_error(reply)
-    if error:
-        return error, {}
-    if isinstance(reply, dict) and isinstance(reply.get("data"), list) and reply["data"]:
-        return None, reply
-    return Outcome(0, f"no embeddings in the answer: {error_text(body)[:200]}", "garbled"), {}
-
-
-def first_useful(response: Response, ask: Ask) -> Attempt:
+def first_useful(response: Response, flow: Flow) -> Attempt:
     """Hold a stream back until its first useful event has come: only then is it committed."""
-    held, start = bytearray(), 0
-    while True:
+    cutter, held, size, begun = EventCutter(), [], 0, False
+    while not flow.failure and size <= MAX_HELD_BYTES:
         data = response.read1()
-        held += data
-        if not data and read_json(event_data(bytes(held[start:]).strip())) is not None:
-            held += b"\n\n"  # an event without its blank line, and the end
-        elif not data or bytes(held[:64]).lstrip()[:1] in NOT_EVENTS:
-            return not_a_stream(response, bytes(held), ask)
-        cut = last_event_end(bytes(held))
-        for event in split_events(bytes(held[start:cut])):
-            start += len(event)
-            attempt = weigh_event(masked(event_data(event), ask.secret))
-            if isinstance(attempt, Attempt):
-                response.close()
-                return attempt
-            if attempt:
-                return committed(response, bytes(held[:cut]), bytes(held[cut:]), ask)
-        if start > MAX_HELD_BYTES or len(held) > MAX_EVENT_BYTES:
-            response.close()
-            return failed(Outcome(0, "nothing useful in the first megabyte", "garbled"))
+        if not begun and data.lstrip()[:1] in NOT_EVENTS:
+            return not_a_stream(response, data, flow)
+        begun = begun or bool(data.strip())
+        try:
+            held.append(flow.take(cutter.feed(data)) if data else flow.end(cutter.rest))
+        except ValueError as error:
+            flow.failure = Outcome(0, str(error), "garbled")
+        size += len(held[-1])
+        if flow.useful and not flow.failure:
+            return committed(response if data else None, flow, cutter, b"".join(held))
+        if not data:
+            text = "the stream ended before its first useful event" if begun else "an empty stream"
+            flow.failure = Outcome(0, text, "empty")
+    response.close()
+    too_long = Outcome(0, "nothing useful in the first megabyte", "garbled")
+    return failed(flow.failure or too_long, in_ok=True)
 
 
-def weigh_event(data: bytes) -> Attempt | bool:
-    """Whether an early event commits the stream, or the failure that it is."""
-    if not data:
-        return False
-    if data == b"[DONE]":
-        return failed(Outcome(0, "a stream without content", "empty"))
-    chunk = read_json(data)
-    error = embedded_error(chunk)
-    if error:
-        return failed(error, in_ok=True)
-    sign = chunk_sign(chunk)
-    if sign == "empty finish":
-        return failed(Outcome(0, "a stream without content", "empty"))
-    return bool(sign)
-
-
-def committed(response: Response, events: bytes, rest: bytes, ask: Ask) -> Attempt:
-    relay = Relay(response, rest, ask.wants_usage)
-    relay.secret = ask.secret
-    relay.held = relay.pass_on(events)
+def committed(response: Response | None, flow: Flow, cutter: EventCutter, held: bytes) -> Attempt:
+    relay = Relay(response, flow, cutter)
+    relay.held = held
     return Attempt(None, Outcome(200, ""), content_type="text/event-stream", stream=relay)
 
 
-def not_a_stream(response: Response, start: bytes, ask: Ask) -> Attempt:
-    """A stream that ended before anything useful, or a whole answer where a stream was asked."""
-    if start.lstrip()[:1] not in NOT_EVENTS or not start.strip():
-        text = (
-            "the stream ended before its first useful event" if start.strip() else "an empty stream"
-        )
-        return failed(Outcome(0, text, "empty"))
-    body = masked(start + response.read(), ask.secret)
-    problem, reply = judge_reply(body)
-    if problem:
-        return failed(problem, in_ok=True)
-    relay = Relay(None, b"", ask.wants_usage)
-    relay.held = relay.pass_on(chunks_from_reply(reply))
-    relay.tokens = tokens_of(reply)
-    return Attempt(None, Outcome(200, ""), content_type="text/event-stream", stream=relay)
+def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
+    """A whole answer, or an error, where a stream was asked for."""
+    held = flow.adopt(start + response.read())
+    if flow.failure:
+        return failed(flow.failure, in_ok=True)
+    return committed(None, flow, EventCutter(), held)
 
 
 # =============================================================================
-# 18. Router
+# 20. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -5128,7 +5252,7 @@ def echo_answer(ask: Ask) -> Answer:
     reply = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
     if not ask.stream:
         return Answer(dump_json(reply), "application/json", "echo", "echo", 1)
-    relay = Relay(None, b"", ask.wants_usage)
+    relay = Relay(None, Flow(DIALECTS["chat"], ask.wants_usage), EventCutter())
     relay.held = b"".join(echo_events(head, text, usage if ask.wants_usage else None))
     return Answer(relay, "text/event-stream", "echo", "echo", 1)
 
@@ -5152,7 +5276,7 @@ def echo_events(head: Json, text: str, usage: Json | None) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 19. Status
+# 21. Status
 # =============================================================================
 
 
@@ -5339,7 +5463,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 20. Endpoints
+# 22. Endpoints
 # =============================================================================
 
 PUBLIC: Final = frozenset({"/health", "/", "/favicon.ico"})
@@ -5480,7 +5604,7 @@ def serve_model(router: Router, model: str) -> Json:
 
 def serve_chat(router: Router) -> flask.Response:
     request = current_request()
-    ask = read_ask(router, request, "/chat/completions", validate_chat)
+    ask = read_ask(router, request, "chat", validate_chat)
     ask.stream = bool(ask.body.get("stream"))
     options = ask.body.get("stream_options") or {}
     ask.wants_usage = bool(options.get("include_usage"))
@@ -5492,14 +5616,14 @@ def serve_chat(router: Router) -> flask.Response:
 
 def serve_embeddings(router: Router) -> flask.Response:
     request = current_request()
-    ask = read_ask(router, request, "/embeddings", validate_embeddings)
+    ask = read_ask(router, request, "embeddings", validate_embeddings)
     return respond(
         router, request, ask, lambda: router.embed(ask, request.environ["hermes.caller"])
     )
 
 
 def read_ask(
-    router: Router, request: flask.Request, path: str, validate: Callable[[Json], None]
+    router: Router, request: flask.Request, dialect: str, validate: Callable[[Json], None]
 ) -> Ask:
     """The request as sent and as parsed; BadRequest names the field that is wrong."""
     coding = request.environ.get("HTTP_CONTENT_ENCODING", "identity").lower()
@@ -5510,7 +5634,7 @@ def read_ask(
     raw = request.get_data(cache=False)
     body = parse_body(raw)
     validate(body)
-    return Ask(path, raw, body, Guard(), started=router.now(), request_id=request_id(request))
+    return Ask(dialect, raw, body, Guard(), started=router.now(), request_id=request_id(request))
 
 
 def respond(
@@ -5629,7 +5753,7 @@ def crash(router: Router, error: Exception) -> flask.Response:
 
 
 # =============================================================================
-# 21. Server
+# 23. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -5912,7 +6036,7 @@ def make_server(app: flask.Flask, config: Config) -> Any:
 
 
 # =============================================================================
-# 22. Documents
+# 24. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -6076,7 +6200,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 23. Command line
+# 25. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3

@@ -35,9 +35,15 @@ class Pieces:
         self.closed = True
 
 
-def chat_ask(wants_usage: bool = False) -> router.Ask:
-    path, guard = "/chat/completions", router.Guard()
-    return router.Ask(path, b"{}", {}, guard, stream=True, wants_usage=wants_usage)
+def chat_flow(wants_usage: bool = False) -> router.Flow:
+    return router.Flow(router.DIALECTS["chat"], wants_usage)
+
+
+def chat_relay(response: Any, wants_usage: bool = False) -> router.Relay:
+    """A committed stream whose first useful event has been passed on already."""
+    flow = chat_flow(wants_usage)
+    flow.useful = True
+    return router.Relay(response, flow, router.EventCutter())
 
 
 def pieces_of(data: bytes, cuts: Iterable[int]) -> Iterator[bytes]:
@@ -51,7 +57,7 @@ def pieces_of(data: bytes, cuts: Iterable[int]) -> Iterator[bytes]:
 def relayed(
     pieces: Iterable[bytes], wants_usage: bool = False, ending: Exception | None = None
 ) -> tuple[bytes, router.Relay]:
-    relay = router.Relay(Pieces(pieces, ending), b"", wants_usage)
+    relay = chat_relay(Pieces(pieces, ending), wants_usage)
     return b"".join(relay), relay
 
 
@@ -98,7 +104,7 @@ def test_an_event_ends_with_a_blank_line_of_any_kind(end: bytes) -> None:
 
 def test_a_byte_order_mark_does_not_hide_the_first_event() -> None:
     body = b"\xef\xbb\xbf" + sse(delta(content="hi")) + sse(delta("stop")) + DONE
-    attempt = router.first_useful(Pieces([body]), chat_ask())
+    attempt = router.first_useful(Pieces([body]), chat_flow())
     assert attempt.verdict is None, attempt.outcome
     assert payloads(b"".join(attempt.stream))[0]["choices"][0]["delta"] == {"content": "hi"}
 
@@ -158,7 +164,7 @@ def test_a_stream_in_any_pieces_is_the_same_stream(cuts: set[int], wants_usage: 
     assert (b'"usage"' in got) is wants_usage
     assert got == (WHOLE if wants_usage else WHOLE.replace(sse(usage_chunk()), b""))
     assert relay.tokens == router.Tokens(7, 3)
-    assert relay.finished and relay.failure is None
+    assert relay.flow.finished and relay.failure is None
 
 
 def test_usage_next_to_a_finish_or_content_is_never_withheld() -> None:
@@ -241,7 +247,7 @@ def test_an_event_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_relay_closes_its_answer_and_tells_once() -> None:
     response, told = Pieces([sse(delta(content="a"))]), []
-    relay = router.Relay(response, b"", False)
+    relay = chat_relay(response)
     relay.on_close = told.append
     relay.close()
     relay.close()
@@ -254,16 +260,16 @@ def test_a_relay_closes_its_answer_and_tells_once() -> None:
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
 def test_the_first_useful_event_is_found_in_any_pieces(end: bytes) -> None:
     body = styled(b": hold on\n\n" + sse(delta(role="assistant")) + SHORT, end)
-    whole = b"".join(router.first_useful(Pieces([body]), chat_ask()).stream)
+    whole = b"".join(router.first_useful(Pieces([body]), chat_flow()).stream)
     for at in range(1, len(body)):
-        attempt = router.first_useful(Pieces([body[:at], body[at:]]), chat_ask())
+        attempt = router.first_useful(Pieces([body[:at], body[at:]]), chat_flow())
         assert attempt.verdict is None, (at, attempt.outcome)
         assert b"".join(attempt.stream) == whole, at
 
 
 def test_an_only_event_without_its_blank_line_is_an_answer() -> None:
     body = sse(delta("stop", content="hi")).rstrip(b"\n")
-    attempt = router.first_useful(Pieces([body]), chat_ask())
+    attempt = router.first_useful(Pieces([body]), chat_flow())
     assert attempt.verdict is None, attempt.outcome
     assert payloads(b"".join(attempt.stream))[0]["choices"][0]["delta"] == {"content": "hi"}
 
@@ -273,7 +279,7 @@ def test_a_first_event_may_be_large() -> None:
     body = sse(delta(images=[{"image_url": {"url": "x"}}], content="i" * (2 << 20)))
     body += sse(delta("stop")) + DONE
     pieces = [body[at : at + 65536] for at in range(0, len(body), 65536)]
-    attempt = router.first_useful(Pieces(pieces), chat_ask())
+    attempt = router.first_useful(Pieces(pieces), chat_flow())
     assert attempt.verdict is None, attempt.outcome
 
 
@@ -292,14 +298,14 @@ def test_a_first_event_may_be_large() -> None:
     ],
 )
 def test_a_stream_with_nothing_in_it_is_a_failure(body: bytes, sort: str) -> None:
-    attempt = router.first_useful(Pieces([body]), chat_ask())
+    attempt = router.first_useful(Pieces([body]), chat_flow())
     assert attempt.verdict is not None and attempt.outcome.sort == sort
 
 
 def test_a_whole_answer_where_a_stream_was_asked_becomes_one() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     body = json.dumps(completion(None, tool_calls=[call])).encode()
-    attempt = router.first_useful(Pieces([body[:5], body[5:]]), chat_ask(wants_usage=True))
+    attempt = router.first_useful(Pieces([body[:5], body[5:]]), chat_flow(wants_usage=True))
     first, *_, last = payloads(b"".join(attempt.stream))
     assert first["choices"][0]["delta"]["tool_calls"] == [{"index": 0, **call}]
     assert last["choices"] == [] and last["usage"] == usage()
@@ -340,14 +346,14 @@ def test_any_whole_answer_is_judged(value: Any) -> None:
 
 @given(REPLY | JSON)
 def test_any_whole_answer_to_a_streamed_request_is_judged(value: Any) -> None:
-    attempt = router.first_useful(Pieces([json.dumps(value).encode()]), chat_ask())
+    attempt = router.first_useful(Pieces([json.dumps(value).encode()]), chat_flow())
     if attempt.stream:
         payloads(b"".join(attempt.stream))
 
 
 @given(REPLY | JSON)
 def test_any_chunk_is_weighed_and_relayed(value: Any) -> None:
-    router.weigh_event(json.dumps(value).encode())
+    router.see_chat(json.dumps(value).encode())
     got, _ = relayed([sse(delta(content="a")), sse(json.dumps(value)), sse(delta("stop")) + DONE])
     payloads(got)
 
