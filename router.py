@@ -78,6 +78,7 @@ import urllib3.exceptions
 import waitress.channel
 import waitress.server
 import waitress.task
+import waitress.wasyncore
 from werkzeug.exceptions import HTTPException
 
 __version__ = "0.1.0"
@@ -5936,6 +5937,71 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
                     return
 
 
+class Sockets(dict[int, Any]):
+    """Waitress's map of sockets and its loop, with epoll keeping what each one waits for.
+
+    Waitress tells poll() about every connection at every turn; here only those are looked at
+    whose wishes may have changed. Every few seconds all are, as its housekeeping says nothing.
+    """
+
+    REFRESH_S: ClassVar[float] = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._epoll = select.epoll()
+        self._wanted: dict[int, int] = {}
+        self._changed: deque[int | None] = deque()  # other threads append to it
+        self._refreshed = 0.0
+
+    def __setitem__(self, fd: int, part: Any) -> None:
+        super().__setitem__(fd, part)
+        self._changed.append(fd)
+
+    def __delitem__(self, fd: int) -> None:
+        super().__delitem__(fd)
+        if self._wanted.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def touch(self, part: Any) -> None:
+        """What `part` waits for may have changed; from any thread, before the loop is woken."""
+        self._changed.append(part._fileno)
+
+    def loop(self, timeout: float, **_options: Any) -> None:
+        """Waitress's asyncore.loop; ends when no socket is left."""
+        while self:
+            self._update()
+            for fd, flags in self._epoll.poll(timeout):
+                if part := self.get(fd):
+                    waitress.wasyncore.readwrite(part, flags)
+                    self._changed.append(fd)
+
+    def _update(self) -> None:
+        now = time.monotonic()
+        if now - self._refreshed > self.REFRESH_S:
+            self._refreshed = now
+            self._changed.extend(self)
+        for _ in range(len(self._changed)):
+            fd = self._changed.popleft()
+            if fd is not None and (part := self.get(fd)):
+                self._want(fd, self._wishes(part))
+
+    @staticmethod
+    def _wishes(part: Any) -> int:
+        wanted = select.EPOLLIN if part.readable() else 0
+        return wanted | (select.EPOLLOUT if part.writable() and not part.accepting else 0)
+
+    def _want(self, fd: int, wanted: int) -> None:
+        old = self._wanted.get(fd)
+        if old == wanted:
+            return
+        with suppress(OSError):  # closed by another thread meanwhile
+            if old is None:
+                self._epoll.register(fd, wanted)
+            else:
+                self._epoll.modify(fd, wanted)
+            self._wanted[fd] = wanted
+
+
 class QuietServer:
     """The server as one channel sees it: the loop is woken only when it has something to do.
 
@@ -5952,6 +6018,8 @@ class QuietServer:
         channel = self._channel
         unsent = channel.total_outbufs_len or channel.close_when_flushed or channel.will_close
         if unsent or channel.requests:
+            if isinstance(channel._map, Sockets):
+                channel._map.touch(channel)
             self._server.pull_trigger()
 
 
@@ -6008,10 +6076,10 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 def make_server(app: flask.Flask, config: Config) -> Any:
     """A Waitress server: `run()`, `close()`, `effective_port`. OSError if the port is taken."""
     workers = Workers(config.worker_threads, config.max_streams + RESERVED_THREADS)
-    channels: dict[int, Any] = {}
+    sockets: dict[int, Any] = Sockets() if hasattr(select, "epoll") else {}
     server = waitress.server.create_server(
         app,
-        map=channels,
+        map=sockets,
         _dispatcher=workers,
         host=config.host,
         port=config.port,
@@ -6029,9 +6097,11 @@ def make_server(app: flask.Flask, config: Config) -> Any:
         ident="hermes-router",
         clear_untrusted_proxy_headers=True,
     )
-    for part in channels.values():
+    for part in sockets.values():
         if isinstance(part, waitress.server.BaseWSGIServer):
             part.channel_class = Channel
+    if isinstance(sockets, Sockets):
+        server.asyncore = sockets  # whose `loop` it runs
     return server
 
 
