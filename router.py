@@ -17,21 +17,29 @@ Contents (each section uses only the ones above it):
                8. Replies          what a provider's answer holds: useful, empty, error, usage
                9. Outgoing         the body a provider gets: the client's bytes with few edits
               10. Hub              what every translation shares: an answer's opening, sealed values
-              11. Dialects         which dialect is read how, and events on their way to the client
-  MEMORY      12. Keys             which key may be used, per (key, model)
-              13. Breakers         which provider is resting
-              14. Usage            what was asked, answered, failed and spent
-  JUDGEMENT   15. Difficulty       how hard is this request?
-              16. Plan             which candidates, in what order, and why
-              17. Verdicts         what an outcome means, and what rests for how long
-  ACTION      18. Transport        connections to providers, cut when nobody waits any more
-              19. Upstream         one attempt: send, wait for something useful, judge
-              20. Router           plan, try, learn, answer
-  SURFACE     21. Status           what /v1/status, /v1/models and /metrics say
-              22. Endpoints        Flask: routes, auth, errors
-              23. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              24. Documents        .env.example and the printed pages of docs/
-              25. Command line     serve, check, key, status, docs ...
+              11. Accents          chat answers of every provider made canonical
+              12. Quirks           chat bodies fitted to what each provider accepts
+              13. Messages in      Anthropic Messages as clients speak it
+              14. Messages out     Anthropic Messages as providers speak it
+              15. Responses in     OpenAI Responses as clients speak it
+              16. Responses out    OpenAI Responses as providers speak it
+              17. Completions      the older completions endpoint
+              18. Dialects         which dialect is read how, and events on their way to the client
+  MEMORY      19. Keys             which key may be used, per (key, model)
+              20. Accounts         subscriptions whose tokens are renewed
+              21. Breakers         which provider is resting
+              22. Usage            what was asked, answered, failed and spent
+  JUDGEMENT   23. Difficulty       how hard is this request?
+              24. Plan             which candidates, in what order, and why
+              25. Verdicts         what an outcome means, and what rests for how long
+  ACTION      26. Transport        connections to providers, cut when nobody waits any more
+              27. Upstream         one attempt: send, wait for something useful, judge
+              28. Router           plan, try, learn, answer
+  SURFACE     29. Status           what /v1/status, /v1/models and /metrics say
+              30. Endpoints        Flask: routes, auth, errors
+              31. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              32. Documents        .env.example and the printed pages of docs/
+              33. Command line     serve, check, key, status, docs ...
 
 Rooms that later releases open: Limits, Cache and Registry after Usage, Catalog after Router,
 Dashboard after Status.
@@ -40,8 +48,10 @@ Dashboard after Status.
 from __future__ import annotations
 
 import argparse
+import base64
 import fnmatch
 import functools
+import hashlib
 import hmac
 import itertools
 import json
@@ -67,7 +77,7 @@ from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, cast
 from urllib.parse import SplitResult, urlsplit
 
 import flask
@@ -216,7 +226,8 @@ class Provider:
     key_env: tuple[str, ...]  # singular stems, most specific first; X_KEYS and X_KEY_2 follow
     models: tuple[str, ...]  # what is asked when nothing else is configured, best first
     tier: str  # free, trial, paid, subscription or local
-    dialect: str = "chat"  # chat, messages or codex
+    dialects: tuple[str, ...] = ("chat",)  # what it speaks, the usual one first
+    responses_only: str = ""  # regular expression of models that answer nothing but Responses
     embed_model: str = ""
     embed_dims: int = 0
     skip_tokens_over: int = 0  # larger requests are never sent; 0 = no ceiling
@@ -231,7 +242,7 @@ class Provider:
     state: str = "alive"  # alive, changed or retired, as seen on `state_date`
     state_date: str = ""
     note: str = ""
-    reasoning_replay: str = "reject"  # accept: reasoning of earlier turns may come back
+    accounts: bool = False  # its keys are accounts whose tokens are renewed (section Accounts)
     signup: str = ""
     extra_env: tuple[tuple[str, str], ...] = ()  # (placeholder in url, variable that fills it)
     key_prefix: tuple[str, ...] = ()  # how its keys start; empty = no fixed shape
@@ -539,6 +550,9 @@ PROVIDERS = (
         ("OPENAI_API_KEY", "PROVIDER_KEY_OPENAI", "EXTERNAL_OPENAI_KEY"),
         ("gpt-6-luna", "gpt-6.1-terra", "gpt-5.6-luna"),
         "paid",
+        dialects=("chat", "responses"),
+        # answered on /responses only (OpenAI's model pages, 2026-11)
+        responses_only=r"codex|deep-research|computer-use|^(?:o\d|gpt-[\d.]+)-pro",
         embed_model="text-embedding-3-small",
         embed_dims=1536,
         free=FreeLimits(text="none, prepaid"),
@@ -556,8 +570,7 @@ PROVIDERS = (
         ("ANTHROPIC_API_KEY", "PROVIDER_KEY_ANTHROPIC", "EXTERNAL_ANTHROPIC_KEY"),
         ("claude-haiku-5-5", "claude-haiku-4-5", "claude-sonnet-5-5"),
         "paid",
-        dialect="messages",
-        headers=(("anthropic-version", "2023-06-01"),),
+        dialects=("messages",),
         stream_options=False,  # not part of its dialect; usage always comes
         free=FreeLimits(text="none, prepaid"),
         trains_on_prompts="no",
@@ -574,7 +587,8 @@ PROVIDERS = (
         (),  # accounts come from auth.json `codex_accounts`
         ("gpt-6.1-terra", "gpt-6-luna", "gpt-5.6-terra"),
         "subscription",
-        dialect="codex",
+        dialects=("codex",),
+        accounts=True,
         stream_options=False,  # refuses fields it does not know
         free=FreeLimits(text="the plan's 5-hour and weekly quota"),
         aliases=("chatgpt",),
@@ -1372,6 +1386,20 @@ def setting(default: Any, env: str, group: str, help: str, **extra: Any) -> Any:
     return field(default=default, repr=shown, metadata=row)
 
 
+CODEX_TOKEN_URL: Final = "https://auth.openai.com/oauth/token"
+CODEX_CLAIM: Final = "https://api.openai.com/auth"
+
+
+@dataclass(frozen=True)
+class Account:
+    """One ChatGPT account; its tokens are never shown."""
+
+    id: str
+    refresh_token: str = field(repr=False)
+    access_token: str = field(default="", repr=False)
+    last_refresh: str = ""  # "2026-11-20T00:00:00Z"
+
+
 @dataclass(frozen=True)
 class Service:
     """A provider as configured here: where it is, its keys, its models, its overrides."""
@@ -1536,7 +1564,14 @@ class Config:
     breaker_cooldown: float = setting(
         60.0, "BREAKER_COOLDOWN", "Breaker", "seconds it stays open before one probe"
     )
+    codex_token_url: str = setting(
+        CODEX_TOKEN_URL,
+        "CODEX_TOKEN_URL",
+        "Timeouts",
+        "where tokens of ChatGPT accounts are renewed",
+    )
     services: tuple[Service, ...] = ()
+    accounts: tuple[Account, ...] = ()
     key_scopes: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
     model_overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     home: Path = Path(".")
@@ -1556,7 +1591,8 @@ class Config:
         values = {f.name: reader.value(f) for f in fields(cls) if "env" in f.metadata}
         auth = reader.document(home / Path(values["auth_file"]).expanduser())
         overrides = reader.document(home / Path(values["models_file"]).expanduser())
-        services = read_services(reader, auth, values["port"])
+        accounts = read_accounts(auth)
+        services = read_services(reader, auth, values["port"], accounts)
         scopes = read_key_scopes(auth)
         values["proxy_keys"] = tuple(
             dict.fromkeys(k for k in (*values["proxy_keys"], *scopes) if k not in PLACEHOLDER_KEYS)
@@ -1574,6 +1610,7 @@ class Config:
         return cls(
             **values,
             services=services,
+            accounts=accounts,
             key_scopes=MappingProxyType(scopes),
             model_overrides=MappingProxyType(overrides),
             home=home,
@@ -1724,17 +1761,84 @@ def read_scope(allowed: object) -> frozenset[str]:
     return frozenset(p.name if (p := provider_named(n)) else n for n in names) or frozenset({""})
 
 
-def read_services(reader: SettingsReader, auth: Json, port: int) -> tuple[Service, ...]:
+def read_accounts(document: Json) -> tuple[Account, ...]:
+    """The usable accounts of an auth.json, each once: they have a refresh token and an id.
+
+    Rows stand in `codex_accounts` or `providers.codex`, flat or as Codex CLI writes them
+    ({"tokens": {...}, "last_refresh"}); a whole file of Codex CLI is one such row.
+    """
+    accounts: dict[str, Account] = {}
+    for row in account_rows(document):
+        account = read_account(row)
+        if account:
+            accounts.setdefault(account.id, account)
+    return tuple(accounts.values())
+
+
+def account_rows(document: Json) -> list[Json]:
+    """The objects in an auth.json that may be accounts; they are its own, not copies."""
+    providers = document.get("providers")
+    named = providers.get("codex") if isinstance(providers, dict) else None
+    places = (document.get("codex_accounts"), named, document)
+    rows = [row for place in places for row in (place if isinstance(place, list) else [place])]
+    return [row for row in rows if isinstance(row, dict) and "refresh_token" in token_holder(row)]
+
+
+def token_holder(row: Json) -> Json:
+    """Where a row keeps its tokens: in itself, or in `tokens` as Codex CLI does."""
+    inner = row.get("tokens")
+    return inner if isinstance(inner, dict) else row
+
+
+def read_account(row: Json) -> Account | None:
+    holder = token_holder(row)
+    names = ("account_id", "access_token", "refresh_token", "id_token")
+    id, access, refresh, identity = (
+        value.strip() if isinstance(value := holder.get(name), str) else "" for name in names
+    )
+    id = id or claimed_account(access) or claimed_account(identity)
+    if not refresh or not re.fullmatch(r"[!-~]+", id):  # it goes into a header
+        return None
+    last = row.get("last_refresh")
+    return Account(id, refresh, access, last if isinstance(last, str) else "")
+
+
+def jwt_claims(token: str) -> Json:
+    """What a JWT says, its signature unchecked; {} for anything that is no JWT."""
+    parts = token.split(".")
+    if len(parts) != 3:
+        return {}
+    try:
+        text = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
+        claims = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return claims if isinstance(claims, dict) else {}
+
+
+def claimed_account(token: str) -> str:
+    claim = jwt_claims(token).get(CODEX_CLAIM)
+    found = claim.get("chatgpt_account_id") if isinstance(claim, dict) else ""
+    return found if isinstance(found, str) else ""
+
+
+def read_services(
+    reader: SettingsReader, auth: Json, port: int, accounts: Sequence[Account]
+) -> tuple[Service, ...]:
     """Every provider that has what it needs: a key, or, where none is needed, being asked for."""
     stored = auth.get("providers")
     stored = stored if isinstance(stored, dict) else {}
-    made = (read_service(reader, row, stored, port) for row in PROVIDERS)
+    made = (read_service(reader, row, stored, port, accounts) for row in PROVIDERS)
     return tuple(service for service in made if service)
 
 
-def read_service(reader: SettingsReader, row: Provider, stored: Json, port: int) -> Service | None:
+def read_service(
+    reader: SettingsReader, row: Provider, stored: Json, port: int, accounts: Sequence[Account]
+) -> Service | None:
     prefix = row.name.upper()
-    pairs = read_keys(reader, row, stored)
+    pairs = read_keys(reader, row, stored) + [
+        (account.id, "auth.json") for account in accounts if row.accounts
+    ]
     named = any(reader.env.get(f"{prefix}_{part}", "").strip() for part in ("BASE_URL", "MODEL"))
     if row.tier == "local" and not named:
         return None
@@ -1765,8 +1869,6 @@ def read_service(reader: SettingsReader, row: Provider, stored: Json, port: int)
 
 def why_resting(row: Provider, own_url: bool, models: Sequence[str]) -> str:
     """A provider that is configured but never tried says why."""
-    if row.dialect == "codex":
-        return "the codex dialect is not built yet"
     if row.state == "retired" and not own_url:
         return f"retired on {row.state_date}: {row.note}"
     return "" if models else "no models are left"
@@ -2131,7 +2233,9 @@ def encode_event(payload: object) -> bytes:
 
 
 def dump_json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    """Compact UTF-8 JSON; half a surrogate pair, which is not UTF-8, stays the escape it was."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
 
 
 # =============================================================================
@@ -2785,11 +2889,8 @@ def chunks_from_reply(reply: Json) -> list[Json]:
 # =============================================================================
 
 DROP: Final = object()  # an edit that removes a member
-# Reasoning of earlier turns that most providers answer 400 to when it comes back
-# (groq "property 'reasoning_content' is unsupported", cerebras, mistral; seen 2026-09).
-REASONING_KEYS: Final = ("reasoning", "reasoning_content", "reasoning_details", "think", "thinking")
 ASCII_ESCAPE: Final = re.compile(rb"\\u00[2-7]")
-SCALAR: Final = rb'\s*:\s*(?:"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|true|false|null)'
+SCALAR: Final = rb'(\s*:\s*)(?:"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|true|false|null)'
 
 
 def edit_body(raw: bytes, chat: Json, edits: Mapping[str, object]) -> bytes:
@@ -2823,19 +2924,12 @@ def splice(body: bytes, name: str, value: object, present: bool) -> bytes | None
     if body.count(member) != 1:
         return None
     match = member_pattern(name).search(body)
-    return match and b"%b%b:%b%b" % (body[: match.start()], member, written, body[match.end() :])
+    return match and body[: match.end(1)] + written + body[match.end() :]
 
 
 @functools.lru_cache(maxsize=64)
 def member_pattern(name: str) -> re.Pattern[bytes]:
     return re.compile(b'"%b"' % re.escape(name.encode()) + SCALAR)
-
-
-def without_reasoning(messages: Sequence[Json]) -> list[Json] | None:
-    """History without reasoning of earlier turns; None when there is none to remove."""
-    if not any(key in message for message in messages for key in REASONING_KEYS):
-        return None
-    return [{k: v for k, v in m.items() if k not in REASONING_KEYS} for m in messages]
 
 
 def output_edits(chat: Json, reserve: int, ceiling: int) -> dict[str, object]:
@@ -2885,7 +2979,8181 @@ def unseal(text: str) -> tuple[str, str]:
 
 
 # =============================================================================
-# 11. Dialects
+# 11. Accents
+# =============================================================================
+
+# Every OpenAI-compatible provider speaks Chat with an accent. A ChatReader takes all of them;
+# what leaves it is canonical: one role, one id, whole names, one finish, one usage.
+
+# Words for the end of an answer, as recorded or documented (2026-10), and what they mean here.
+FINISH_WORDS: Final = (
+    ("stop", "stop eos eos_token end_turn end_of_turn stop_sequence complete completed pause_turn"),
+    ("length", "length max_tokens max_output_tokens max_length model_length"),
+    ("length", "model_context_window_exceeded"),
+    ("tool_calls", "tool_calls tool_call tool_use function_call unexpected_tool_call"),
+    ("content_filter", "content_filter content_filtered safety recitation refusal blocklist spii"),
+    ("content_filter", "prohibited_content image_safety model_armor sensitive error_toxic"),
+    ("error", "error network_error insufficient_system_resource abort aborted"),
+    ("error", "malformed_function_call"),
+)
+FINISH_MEANINGS: Final = MappingProxyType(
+    {word: meaning for meaning, words in FINISH_WORDS for word in words.split()}
+)
+ENDINGS: Final = frozenset({"stop", "length", "tool_calls", "content_filter"})
+
+# Readable reasoning in a message or delta, best known first; a provider that gives several
+# gives the same text in each (openrouter: reasoning + reasoning_details, 2026-10).
+READABLE_KEYS: Final = ("reasoning_content", "reasoning", "thinking")
+THINK_TAGS: Final = ("<think>", "<thinking>", "<thought>")
+THINK_TAG: Final = re.compile(r"</?th(?:ink(?:ing)?|ought)>\n?")
+TAG_STARTS: Final = frozenset(
+    whole[:end]
+    for tag in THINK_TAGS
+    for whole in (tag, "</" + tag[1:])
+    for end in range(1, len(whole) + 1)
+)
+MAX_BLANKS: Final = 1000  # characters of white space that may stand before <think>
+FUNCTION_CALL: Final = -1  # the key of the one call made in the old way
+
+# Where a usage object states a count: the first that is not zero is taken.
+PROMPT_COUNTS: Final = ("prompt_tokens", "input_tokens")
+COMPLETION_COUNTS: Final = ("completion_tokens", "output_tokens")
+CACHED_COUNTS: Final = (
+    "prompt_tokens_details.cached_tokens",
+    "prompt_cache_hit_tokens",  # deepseek
+    "num_cached_tokens",  # mistral
+    "cached_tokens",  # moonshot, a huggingface route
+    "input_tokens_details.cached_tokens",
+    "cache_read_input_tokens",
+)
+CACHE_WRITE_COUNTS: Final = (
+    "prompt_tokens_details.cache_creation_tokens",
+    "prompt_tokens_details.cache_write_tokens",  # openrouter
+    "cache_creation_input_tokens",
+)
+REASONING_COUNTS: Final = (
+    "completion_tokens_details.reasoning_tokens",
+    "output_tokens_details.reasoning_tokens",
+    "reasoning_tokens",
+)
+
+# A JSON string, or what may stand between strings by mistake.
+SLIP: Final = re.compile(r'"(?:[^"\\]|\\.)*"?|,(?=\s*[}\]])|\b(?:True|False|None)\b', re.DOTALL)
+PYTHON_WORDS: Final = MappingProxyType({"True": "true", "False": "false", "None": "null", ",": ""})
+LENIENT: Final = json.JSONDecoder(
+    strict=False, parse_constant=refuse_constant, parse_float=finite_float
+)
+
+
+class ThinkSplitter:
+    """Parts text that comes in pieces into (thought, said).
+
+    Thought is what stands in <think> or its like at the very beginning; a tag further on is
+    text. Blank space around the thought is dropped. How the text is cut makes no difference.
+    """
+
+    def __init__(self) -> None:
+        self.settled = False  # all that comes now is said
+        self._held = ""
+        self._close = ""  # the tag that ends the thought under way
+        self._trim = False
+
+    def feed(self, text: str) -> tuple[str, str]:
+        if self.settled:
+            return "", text
+        text, self._held = self._held + text, ""
+        if not self._trim and not self._close:
+            return self._begin(text)
+        return self._inside(text) if self._close else ("", self._after(text))
+
+    def finish(self) -> tuple[str, str]:
+        """What was held back; a thought that never ended is a thought."""
+        held, self._held = self._held, ""
+        return (held, "") if self._close else ("", held)
+
+    def _begin(self, text: str) -> tuple[str, str]:
+        bare = text.lstrip()
+        few_blanks = len(text) - len(bare) <= MAX_BLANKS
+        tag = next((tag for tag in THINK_TAGS if bare.startswith(tag)), "")
+        if tag and few_blanks:
+            self._close, self._trim = "</" + tag[1:], True
+            return self._inside(bare[len(tag) :])
+        if few_blanks and any(tag.startswith(bare) for tag in THINK_TAGS):
+            self._held = text
+            return "", ""
+        self.settled = True
+        return "", text
+
+    def _inside(self, text: str) -> tuple[str, str]:
+        thought, closed, said = text.partition(self._close)
+        if not closed:
+            start = text.rfind("<")
+            if start >= 0 and self._close.startswith(text[start:]):
+                thought, self._held = text[:start], text[start:]
+        if self._trim:
+            thought = thought.lstrip()
+            self._trim = not thought
+        if not closed:
+            return thought, ""
+        self._close, self._trim = "", True
+        return thought, self._after(said)
+
+    def _after(self, text: str) -> str:
+        said = text.lstrip()
+        self.settled = bool(said)
+        return said
+
+
+class TagStripper:
+    """Drops think tags from reasoning that comes in pieces (groq compound, 2025-09)."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        if not self._held and "<" not in text:
+            return text
+        text = self._held + text
+        start = text.rfind("<")
+        cut = start if text[start:] in TAG_STARTS else len(text)
+        self._held = text[cut:]
+        return THINK_TAG.sub("", text[:cut])
+
+    def finish(self) -> str:
+        held, self._held = self._held, ""
+        return THINK_TAG.sub("", held)
+
+
+@dataclass(eq=False)
+class ToolCall:
+    """One tool call under way. Nothing of it is told before its name is known."""
+
+    given: str = ""  # the provider's id for it
+    name: str = ""
+    custom: bool = False
+    index: int = -1  # in the canonical answer; -1 = not told yet
+    pieces: list[str] = field(default_factory=list)  # of its arguments
+    size: int = 0  # characters in them
+    extra: Json = field(default_factory=dict)
+
+    def is_other(self, id: str, name: str, piece: str) -> bool:
+        """Does a delta with the same index, or with none, begin another call?
+
+        Some number all parallel calls 0 (gemini compat), so that the id or the name must tell.
+        """
+        if id and self.given and id != self.given:
+            return bool(name)
+        if not name or not self.name:
+            return False
+        if name != self.name:
+            return True
+        return bool(piece) and not (id and id == self.given) and self._is_whole()
+
+    def _is_whole(self) -> bool:
+        if not self.pieces or self.pieces[-1].rstrip()[-1:] != "}":
+            return False
+        return isinstance(json_or_none("".join(self.pieces)), dict)
+
+    def add(self, piece: str, repeats: bool = False) -> str:
+        """Keep a piece of the arguments; "" for one that `repeats` what is there as a whole."""
+        if repeats and self._is_whole():
+            return ""
+        self.pieces.append(piece)
+        self.size += len(piece)
+        return piece
+
+    def part(self, piece: str) -> Json:
+        """The canonical delta of one more piece."""
+        if self.custom:
+            return {"index": self.index, "custom": {"input": piece}}
+        return {"index": self.index, "function": {"arguments": piece}}
+
+
+class CallReader:
+    """The tool calls of one message: deltas of any shape in, canonical deltas out."""
+
+    def __init__(self) -> None:
+        self.told = 0  # calls that are in the canonical answer
+        self._calls: list[ToolCall] = []
+        self._by_key: dict[int, ToolCall] = {}
+        self._by_id: dict[str, ToolCall] = {}
+        self._ids: set[str] = set()
+        self._signature = ""  # of the message, for its first call
+
+    def feed(self, parts: list[Any]) -> list[Json]:
+        out: list[Json] = []
+        for at, part in enumerate(parts):
+            if not isinstance(part, dict):
+                continue
+            index = count_of(part.get("index"))
+            if index is None and len(parts) > 1 and not part.get("id"):
+                index = at
+            self._read(part, index, out)
+        return out
+
+    def feed_function(self, call: Json) -> list[Json]:
+        """A delta of `function_call`, as it was before there were tools."""
+        out: list[Json] = []
+        if not self._calls or FUNCTION_CALL in self._by_key:
+            self._read({"function": call}, FUNCTION_CALL, out)
+        return out
+
+    def sign(self, signature: str) -> list[Json]:
+        """A signature that stands on the message belongs to its first call (gemini)."""
+        if not self._calls:
+            self._signature = signature
+        elif not self._calls[0].extra:
+            first = self._calls[0]
+            first.extra = google_extra(signature)
+            if first.index >= 0:
+                return [{"index": first.index, "extra_content": first.extra}]
+        return []
+
+    def finish(self) -> list[Json]:
+        """Calls that waited for an id, and "{}" for those that came without arguments."""
+        out: list[Json] = []
+        for call in self._calls:
+            bare = not call.size and not call.custom
+            if bare:
+                call.add("{}")
+            if call.index >= 0 and bare:
+                out.append(call.part("{}"))
+            elif delta := self._open(call, at_end=True):
+                out.append(delta)
+        return out
+
+    def _read(self, part: Json, index: int | None, out: list[Json]) -> None:
+        body, custom = call_body(part)
+        id, name = id_text(part.get("id")), as_text(body.get("name"))
+        raw = body.get("input" if custom else "arguments")
+        piece, extra = arguments_text(raw), call_extra(part, body)
+        if not (id or name or piece or extra):
+            return
+        call = self._call(index, id, name)
+        if call is None or call.is_other(id, name, piece):
+            call = self._begin(index, custom, out)
+        call.given, call.name = call.given or id, call.name or name
+        if call.given:
+            self._by_id.setdefault(call.given, call)
+        if piece:
+            piece = call.add(piece, bool(name) or not isinstance(raw, str))
+        self._tell(call, piece, extra, out)
+
+    def _call(self, index: int | None, id: str, name: str) -> ToolCall | None:
+        """The call that a delta goes on with, None if it must be a new one."""
+        here = None if index is None else self._by_key.get(index)
+        known = self._by_id.get(id) if id else None
+        moved = known is not None and not name and here is not None and here.given not in ("", id)
+        if here and not moved:
+            return here
+        if known and (index is None or not name):
+            return known
+        latest = self._calls[-1] if self._calls and index is None else None
+        return None if latest is None or (id and latest.given) else latest
+
+    def _begin(self, index: int | None, custom: bool, out: list[Json]) -> ToolCall:
+        """A new call; earlier ones that only waited for an id are told first."""
+        out += [delta for call in self._calls if (delta := self._open(call, at_end=True))]
+        call = ToolCall(custom=custom)
+        if not self._calls and self._signature:
+            call.extra = google_extra(self._signature)
+        self._calls.append(call)
+        if index is not None:
+            self._by_key[index] = call
+        return call
+
+    def _tell(self, call: ToolCall, piece: str, extra: Json, out: list[Json]) -> None:
+        call.extra = extra or call.extra
+        if call.index < 0:
+            if delta := self._open(call):
+                out.append(delta)
+            return
+        if piece:
+            out.append(call.part(piece))
+        if extra:
+            out.append({"index": call.index, "extra_content": extra})
+
+    def _open(self, call: ToolCall, at_end: bool = False) -> Json | None:
+        """The first delta of a call, once its name is known and its id is, or will not come."""
+        if call.index >= 0 or not call.name or not (call.given or call.size or at_end):
+            return None
+        id = call.given
+        if not id or id in self._ids:
+            id = new_call_id()
+        self._ids.add(id)
+        call.index, self.told = self.told, self.told + 1
+        kind, member = ("custom", "input") if call.custom else ("function", "arguments")
+        body = {"name": call.name, member: "".join(call.pieces)}
+        delta: Json = {"index": call.index, "id": id, "type": kind, kind: body}
+        return {**delta, "extra_content": call.extra} if call.extra else delta
+
+
+class ChoiceReader:
+    """One choice of an answer: provider deltas in, canonical deltas out."""
+
+    def __init__(self, index: int, origin: str) -> None:
+        self.index, self._origin = index, origin
+        self.word = ""  # the provider's finish reason
+        self.stop_sequence = ""
+        self.annotations: list[Any] = []
+        self.splitter = ThinkSplitter()
+        self.spoke = False  # something of it was told
+        self._calls = CallReader()
+        self._tags = TagStripper()
+        self._source = ""  # the member that readable reasoning is taken from
+        self._by_delta = False
+
+    def feed(self, choice: Json) -> Json:
+        """The canonical delta for one choice object, {} when there is nothing to tell."""
+        self._end(choice)
+        delta = self._delta(choice)
+        thought, said = self._content(delta)
+        reasoning = self._reasoning(delta) + thought
+        out: Json = {}
+        if reasoning:
+            out["reasoning_content"] = reasoning
+        if details := reasoning_pieces(delta, self._origin):
+            out["reasoning_details"] = details
+        if said:
+            out["content"] = said
+        out |= self._others(delta)
+        if calls := self._tool_calls(delta):
+            out["tool_calls"] = calls
+        return self._spoken(out)
+
+    def finish(self) -> Json:
+        """The rest of the choice, with its one finish reason."""
+        thought, said = self.splitter.finish()
+        reasoning, calls = self._tags.finish() + thought, self._calls.finish()
+        out: Json = {"reasoning_content": reasoning} if reasoning else {}
+        if said and (said.strip() or not self._calls.told):
+            out["content"] = said
+        if calls:
+            out["tool_calls"] = calls
+        delta, finish = self._spoken(out), self.finish_reason()
+        end: Json = {"index": self.index, "delta": delta, "finish_reason": finish}
+        if self.stop_sequence and finish == "stop":
+            end["stop_sequence"] = self.stop_sequence
+        return end
+
+    def finish_reason(self) -> str:
+        """The canonical finish reason: calls that were made count for more than the word."""
+        meaning = FINISH_MEANINGS.get(self.word.lower(), "stop")
+        if meaning in ("stop", "tool_calls"):
+            return "tool_calls" if self._calls.told else "stop"
+        return meaning
+
+    def _end(self, choice: Json) -> None:
+        self.word = self.word or as_text(choice.get("finish_reason"))
+        for name in ("stop_sequence", "stop_reason", "matched_stop"):  # anthropic, vllm, sglang
+            word = as_text(choice.get(name))
+            if word and word.lower() not in FINISH_MEANINGS:
+                self.stop_sequence = word
+
+    def _delta(self, choice: Json) -> Json:
+        """The part of a choice to read: a `message` beside deltas only repeats them."""
+        delta, message = choice.get("delta"), choice.get("message")
+        if isinstance(delta, dict) and (has_content(delta) or self.spoke):
+            self._by_delta = True
+            return delta
+        if isinstance(message, dict) and not self._by_delta:
+            return message
+        if isinstance(delta, dict):
+            return delta
+        return {"content": choice.get("text")}
+
+    def _content(self, delta: Json) -> tuple[str, str]:
+        """(thought, said) of the content, which may be a list of typed parts (mistral)."""
+        content = delta.get("content")
+        if isinstance(content, str):
+            return self.splitter.feed(content) if content else ("", "")
+        thoughts, texts = "", ""
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") == "thinking":
+                thoughts += thinking_text(part.get("thinking"))
+                continue
+            text = part.get("text") if isinstance(part, dict) else part
+            thought, said = self.splitter.feed(as_text(text))
+            thoughts, texts = thoughts + thought, texts + said
+        return thoughts, texts
+
+    def _reasoning(self, delta: Json) -> str:
+        """Readable reasoning, taken from one member only so that repeats are not counted."""
+        if not self._source:
+            plain = (name for name in READABLE_KEYS if as_text(delta.get(name)))
+            self._source = next(plain, "reasoning_details" if details_text(delta) else "")
+        if not self._source:
+            return ""
+        if self._source == "reasoning_details":
+            return details_text(delta)
+        text = as_text(delta.get(self._source))
+        return self._tags.feed(text) if text else ""
+
+    def _others(self, delta: Json) -> Json:
+        """Refusal, audio and annotations, without the empty ones (snowflake sends all)."""
+        out: Json = {}
+        if refusal := as_text(delta.get("refusal")):
+            out["refusal"] = refusal
+        audio = delta.get("audio")
+        if isinstance(audio, dict) and any(audio.values()):
+            out["audio"] = {name: value for name, value in audio.items() if value}
+        notes = delta.get("annotations")
+        notes = [n for n in notes if isinstance(n, dict)] if isinstance(notes, list) else []
+        if fresh := [note for note in notes if note not in self.annotations]:
+            self.annotations += fresh
+            out["annotations"] = fresh
+        return out
+
+    def _tool_calls(self, delta: Json) -> list[Json]:
+        parts, function = delta.get("tool_calls"), delta.get("function_call")
+        out: list[Json] = []
+        if parts:
+            out = self._calls.feed(parts if isinstance(parts, list) else [parts])
+        elif function and isinstance(function, dict):
+            out = self._calls.feed_function(function)
+        if signature := message_signature(delta):
+            out += self._calls.sign(signature)
+        return out
+
+    def _spoken(self, out: Json) -> Json:
+        if not out or self.spoke:
+            return out
+        self.spoke = True
+        return {"role": "assistant", **out}
+
+
+class ChatReader:
+    """A Chat provider's stream in any accent -> canonical chunks.
+
+    feed() gives what can be told at once; finish() the rest, then one finish reason for each
+    choice and one usage chunk, for a stream that ended well. After an error nothing more comes.
+    """
+
+    def __init__(self, origin: str) -> None:
+        self.finished = False  # a finish reason was seen
+        self._origin = origin
+        self._head: Json = {}
+        self._choices: dict[int, ChoiceReader] = {}
+        self._plain: dict[Any, ChoiceReader] = {}  # choices of which only text needs no look
+        self._usage: Json | None = None
+        self._sources: list[Json] = []
+        self._over = False
+
+    def feed(self, event: Json) -> list[Json]:
+        try:
+            (choice,) = event["choices"]
+            delta = choice["delta"]
+            content, reader = delta["content"], self._plain[choice["index"]]
+        except (KeyError, TypeError, ValueError):
+            return self._read(event)
+        # Nearly all events of a stream are a piece of text and nothing else.
+        if (
+            content.__class__ is not str
+            or not content
+            or len(delta) > 1 + ("role" in delta)
+            or choice.get("finish_reason") is not None
+            or event.get("usage")
+            or "error" in event
+            or "x_groq" in event
+            or self._over
+        ):
+            return self._read(event)
+        told = {"index": reader.index, "delta": {"content": content}, "finish_reason": None}
+        return [{**self._head, "choices": [told]}]
+
+    def finish(self) -> list[Json]:
+        """What is left of a stream that ended well: held text, finish reasons, usage."""
+        if self._over:
+            return []
+        self._over = True
+        ends = [reader.finish() for _, reader in sorted(self._choices.items())]
+        if ends and self._sources and not self._choices[ends[0]["index"]].annotations:
+            ends[0]["delta"]["annotations"] = self._sources
+        out = [self._chunk(ends)] if ends else []
+        return [*out, {**self._chunk([]), "usage": self._usage}] if self._usage else out
+
+    def _read(self, event: Any) -> list[Json]:
+        if self._over or not event:
+            return []
+        if error := error_chunk(event):
+            self._over = True
+            return [error]
+        if not isinstance(event, dict):
+            return []
+        self._note(event)
+        told = []
+        choices = event.get("choices")
+        for at, choice in enumerate(choices if isinstance(choices, list) else ()):
+            if isinstance(choice, dict) and (one := self._read_choice(choice, at)):
+                told.append(one)
+        out = [self._chunk(told)] if told else []
+        for reader in self._choices.values():
+            if reader.finish_reason() == "error":
+                self._over = True
+                return [*out, finish_error(reader.word)]
+        return out
+
+    def _read_choice(self, choice: Json, at: int) -> Json | None:
+        index = count_of(choice.get("index"))
+        index = at if index is None else index
+        reader = self._choices.get(index)
+        if reader is None:
+            reader = self._choices[index] = ChoiceReader(index, self._origin)
+        delta = reader.feed(choice)
+        self.finished = self.finished or bool(reader.word)
+        if reader.spoke and reader.splitter.settled:
+            self._plain[index] = reader
+        return {"index": index, "delta": delta, "finish_reason": None} if delta else None
+
+    def _note(self, event: Json) -> None:
+        """Keep what stands beside the choices: the head, usage, sources."""
+        if not self._head:
+            self._head = chunk_head(event)
+        usage = canonical_usage(event)
+        if usage and (self._usage is None or any(counts_of(usage))):
+            self._usage = usage
+        if not self._sources and (event.get("citations") or event.get("search_results")):
+            self._sources = source_notes(event)
+
+    def _chunk(self, choices: list[Json]) -> Json:
+        return {**self._head, "choices": choices}
+
+
+def canonical_reply(reply: Json, origin: str) -> Json:
+    """A whole Chat reply in any accent -> the canonical one; {"error": ...} if it is an error.
+
+    The same as reading the stream of the same answer, since it is read as a stream of one event.
+    """
+    reader = ChatReader(origin)
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    if isinstance(choices, list):
+        reply = {**reply, "choices": [whole_choice(choice) for choice in choices]}
+    return gathered_reply([*reader.feed(reply), *reader.finish()])
+
+
+def whole_choice(choice: Any) -> Any:
+    """A choice of a whole reply without the delta that may stand beside its message."""
+    if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
+        return choice
+    return {name: value for name, value in choice.items() if name != "delta"}
+
+
+def gathered_reply(chunks: Iterable[Json]) -> Json:
+    """Canonical chunks put together into the canonical whole reply, or {"error": ...}."""
+    head: Json = {"id": "", "object": "chat.completion", "created": 0, "model": ""}
+    choices: dict[int, Gathered] = {}
+    usage = None
+    for chunk in chunks:
+        if "error" in chunk:
+            return {"error": chunk["error"]}
+        head |= {name: chunk[name] for name in ("id", "created", "model") if chunk.get(name)}
+        usage = chunk.get("usage") or usage
+        for choice in chunk["choices"]:
+            choices.setdefault(choice["index"], Gathered()).add(choice)
+    reply = {**head, "choices": [one.choice(at) for at, one in sorted(choices.items())]}
+    return {**reply, "usage": usage} if usage else reply
+
+
+class Gathered:
+    """One choice of canonical chunks on its way to a whole message."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, list[str]] = {}
+        self._lists: dict[str, list[Json]] = {}
+        self._audio: Json = {}
+        self._calls: dict[int, Json] = {}
+        self._end: Json = {}
+
+    def add(self, choice: Json) -> None:
+        delta = choice["delta"]
+        for name in ("content", "reasoning_content", "refusal"):
+            if delta.get(name):
+                self._texts.setdefault(name, []).append(delta[name])
+        for piece in delta.get("reasoning_details") or ():
+            add_piece(self._lists.setdefault("reasoning_details", []), piece)
+        if notes := delta.get("annotations"):
+            self._lists.setdefault("annotations", []).extend(notes)
+        for call in delta.get("tool_calls") or ():
+            grow_call(self._calls.setdefault(call["index"], {}), call)
+        if audio := delta.get("audio"):
+            self._audio = merged_audio(self._audio, audio)
+        for name in ("finish_reason", "stop_sequence"):
+            if choice.get(name):
+                self._end[name] = choice[name]
+
+    def choice(self, index: int) -> Json:
+        texts = {name: "".join(pieces) for name, pieces in self._texts.items()}
+        message: Json = {"role": "assistant", "content": texts.pop("content", None)}
+        message |= {**texts, **self._lists}
+        if self._audio:
+            message["audio"] = self._audio
+        if self._calls:
+            message["tool_calls"] = [call for _, call in sorted(self._calls.items())]
+        if message["content"] is None and not has_content({**message, **NO_REASONING}):
+            message["content"] = ""
+        finish = self._end.get("finish_reason", "stop")
+        return {"index": index, "message": message, **self._end, "finish_reason": finish}
+
+
+NO_REASONING: Final = MappingProxyType({"reasoning_content": "", "reasoning_details": ()})
+
+
+def add_piece(pieces: list[Json], piece: Json) -> None:
+    """Join a piece of reasoning to the last one if it goes on with it, else append it."""
+    kind, last = piece.get("type"), pieces[-1] if pieces else {}
+    member = {"reasoning.text": "text", "reasoning.summary": "summary"}.get(str(kind))
+    goes_on = (
+        member is not None
+        and last.get("type") == kind
+        and last.get("index") == piece.get("index")
+        and not (last.get("signature") and piece.get(member))
+        and last.get("id") in (None, piece.get("id", last.get("id")))
+    )
+    if not goes_on or member is None:
+        pieces.append(dict(piece))
+        return
+    joined = as_text(last.get(member)) + as_text(piece.get(member))
+    pieces[-1] = {**last, **{k: v for k, v in piece.items() if v is not None}, member: joined}
+
+
+def grow_call(call: Json, delta: Json) -> None:
+    """Add one canonical tool call delta to the whole call."""
+    rest = ("id", "type", "extra_content")
+    call |= {name: delta[name] for name in rest if delta.get(name)}
+    for kind, member in (("function", "arguments"), ("custom", "input")):
+        body = delta.get(kind)
+        if isinstance(body, dict):
+            old = call.get(kind, {})
+            call[kind] = {**old, **body, member: old.get(member, "") + body.get(member, "")}
+
+
+def merged_audio(old: Json, new: Json) -> Json:
+    joined = {n: as_text(old.get(n)) + as_text(new.get(n)) for n in ("data", "transcript")}
+    return {**old, **new, **{name: text for name, text in joined.items() if text}}
+
+
+# --- pieces of an accent ---
+
+
+def chunk_head(event: Json) -> Json:
+    """The members that every canonical chunk of an answer begins with: its first ones."""
+    created = count_of(event.get("created"))
+    return {
+        "id": as_text(event.get("id")) or f"chatcmpl-{secrets.token_hex(12)}",
+        "object": "chat.completion.chunk",
+        "created": created or 0,
+        "model": as_text(event.get("model")),
+    }
+
+
+def finish_error(word: str) -> Json:
+    """The canonical error for a finish reason that stands for one (openrouter, zai, deepseek)."""
+    message = f"the provider ended its answer with finish_reason {word}"
+    return {"error": {"message": message, "type": "upstream_error", "code": "finish_error"}}
+
+
+def error_chunk(event: Any) -> Json | None:
+    """The canonical error for an event that holds one."""
+    found = embedded_error(event)
+    if not found:
+        return None
+    holder = event[0] if isinstance(event, list) else event
+    error = holder.get("error")
+    error = error if isinstance(error, dict) else {}
+    code = error.get("code") or found.status
+    kind = as_text(error.get("type")) or "upstream_error"
+    return {"error": {"message": found.text, "type": kind, "code": id_text(code) or None}}
+
+
+def as_text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def id_text(value: object) -> str:
+    """An id or a code as text; some are numbers."""
+    return str(value) if type(value) is int and abs(value) < 10**30 else as_text(value)
+
+
+def count_of(value: object) -> int | None:
+    """A count or an index that may have come as a float or as text; None if it is none."""
+    if type(value) is int:
+        return value if value >= 0 else None
+    if isinstance(value, str) and len(value) > 20 or isinstance(value, bool):
+        return None
+    if not isinstance(value, (str, float)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return int(number) if 0 <= number < 1e18 else None
+
+
+def json_or_none(text: str) -> Any:
+    """The JSON value of a text, None for one that strict readers would refuse."""
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def json_text(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        return ""
+
+
+def new_call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+def call_body(part: Json) -> tuple[Json, bool]:
+    """(the object with the name, is it a custom tool's) of a tool call of any shape."""
+    function, custom = part.get("function"), part.get("custom")
+    if isinstance(function, dict) and any(function.values()):
+        return function, False
+    if isinstance(custom, dict) and any(custom.values()):
+        return custom, True
+    if isinstance(function, dict) or isinstance(custom, dict):
+        return {}, part.get("type") == "custom"
+    return part, False
+
+
+def arguments_text(value: object) -> str:
+    """Arguments as JSON text; "" for none, and for an empty object, which says no more."""
+    if isinstance(value, str):
+        return value
+    return json_text(value) if value and isinstance(value, (dict, list)) else ""
+
+
+def google_extra(signature: str) -> Json:
+    return {"google": {"thought_signature": signature}}
+
+
+def call_extra(part: Json, body: Json) -> Json:
+    """What must go back with a call: extra_content, or a bare thought_signature."""
+    extra = part.get("extra_content") or body.get("extra_content")
+    if extra and isinstance(extra, dict):
+        return extra
+    signature = as_text(part.get("thought_signature")) or as_text(body.get("thought_signature"))
+    return google_extra(signature) if signature else {}
+
+
+def message_signature(delta: Json) -> str:
+    """Gemini's thought signature on a message (OpenAI surface, 2025-06)."""
+    if signature := as_text(delta.get("thought_signature")):
+        return signature
+    extra = delta.get("extra_content")
+    google = extra.get("google") if isinstance(extra, dict) else None
+    return as_text(google.get("thought_signature")) if isinstance(google, dict) else ""
+
+
+def thinking_text(value: object) -> str:
+    """The text of a `thinking` part: a string (cohere) or a list of text parts (mistral)."""
+    if not isinstance(value, list):
+        return as_text(value)
+    texts = (item.get("text") if isinstance(item, dict) else item for item in value)
+    return "".join(map(as_text, texts))
+
+
+def details_of(delta: Json) -> list[Json]:
+    details = delta.get("reasoning_details")
+    return [d for d in details if isinstance(d, dict)] if isinstance(details, list) else []
+
+
+def details_text(delta: Json) -> str:
+    """The readable part of reasoning_details."""
+    found = details_of(delta)
+    return "".join(as_text(piece.get("text")) or as_text(piece.get("summary")) for piece in found)
+
+
+def reasoning_pieces(delta: Json, origin: str) -> list[Json]:
+    """reasoning_details as they came, marked with the provider they must go back to."""
+    return [{**piece, "origin": origin} for piece in details_of(delta) if piece]
+
+
+def source_notes(event: Json) -> list[Json]:
+    """Perplexity's `search_results` or `citations` beside the choices, as annotations."""
+    found = event.get("search_results") or event.get("citations")
+    notes = []
+    for source in found if isinstance(found, list) else ():
+        source = source if isinstance(source, dict) else {"url": source}
+        if url := as_text(source.get("url")):
+            place = {"url": url, "title": as_text(source.get("title"))}
+            note = {"start_index": 0, "end_index": 0, **place}
+            notes.append({"type": "url_citation", "url_citation": note})
+    return notes
+
+
+# --- usage ---
+
+
+def canonical_usage(value: Any) -> Json | None:
+    """The usage in a Chat reply or chunk, wherever it stands; None if there is none.
+
+    A total that was given is kept: xai's and gemini's are not the sum (recorded 2025-09).
+    """
+    usage = find_usage(value)
+    if usage is None:
+        return None
+    prompt, completion = first_count(usage, PROMPT_COUNTS), first_count(usage, COMPLETION_COUNTS)
+    total = first_count(usage, ("total_tokens",))
+    if prompt is None and completion is None and total is None:
+        return None
+    prompt, completion = prompt or 0, completion or 0
+    found: Json = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": total or prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": first_count(usage, CACHED_COUNTS) or 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": first_count(usage, REASONING_COUNTS) or 0
+        },
+    }
+    if written := first_count(usage, CACHE_WRITE_COUNTS):
+        found["prompt_tokens_details"]["cache_creation_tokens"] = written
+    return {**found, "estimated": True} if usage.get("estimated") is True else found
+
+
+def find_usage(value: Any) -> Json | None:
+    """The usage object of a reply or chunk: its own, groq's, or that of a choice (moonshot)."""
+    if not isinstance(value, dict):
+        return None
+    choices = value.get("choices")
+    inner = choices if isinstance(choices, list) else []
+    for place in (value, value.get("x_groq"), *inner):
+        usage = place.get("usage") if isinstance(place, dict) else None
+        if usage and isinstance(usage, dict):
+            return usage
+    return None
+
+
+def first_count(usage: Json, paths: Iterable[str]) -> int | None:
+    """The first count that is not zero; 0 if there are only zeros, None if there are none."""
+    found = None
+    for path in paths:
+        outer, _, inner = path.partition(".")
+        value = usage.get(outer)
+        if inner:
+            value = value.get(inner) if isinstance(value, dict) else None
+        count = count_of(value)
+        if count:
+            return count
+        found = count if found is None else found
+    return found
+
+
+def counts_of(usage: Json) -> tuple[int, int, int]:
+    return usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]
+
+
+def estimate_usage(input_tokens: int, chars_out: int) -> Json:
+    """A usage for an answer that came without one; `chars_out` counts text and arguments."""
+    completion = math.ceil(chars_out / BYTES_PER_TOKEN)
+    return {
+        "prompt_tokens": input_tokens,
+        "completion_tokens": completion,
+        "total_tokens": input_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+        "estimated": True,
+    }
+
+
+# --- tool arguments ---
+
+
+def repaired_arguments(text: str) -> str | None:
+    """Tool arguments as the JSON text of an object, mended where that is safe; else None.
+
+    Mended: nothing at all, code fences, an object written as a string, junk behind it,
+    commas before a bracket, Python's True, False and None, bare line breaks in strings.
+    What was cut off stays broken: half a command must not be run.
+    """
+    text = text.strip()
+    if isinstance(json_or_none(text), dict):
+        return text
+    if text in ("", "null", "None"):
+        return "{}"
+    if text.startswith("```"):
+        text = text[text.find("{") :]
+    value = lenient_value(text)
+    if value is None:
+        value = lenient_value(SLIP.sub(mend_slip, text))
+    if isinstance(value, str):  # an object in a string: once more, and that is all
+        value = lenient_value(value)
+    return json_text(value) or None if isinstance(value, dict) else None
+
+
+def lenient_value(text: str) -> Any:
+    """The JSON object or string that a text begins with, None if it begins with neither."""
+    text = text.strip()
+    if text[:1] not in ("{", '"'):
+        return None
+    try:
+        value, end = LENIENT.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    rest = text[end:].lstrip()
+    # An empty object in front of the real one is a placeholder that was sent with the name.
+    return lenient_value(rest) if value == {} and rest.startswith("{") else value
+
+
+def mend_slip(found: re.Match[str]) -> str:
+    return PYTHON_WORDS.get(found[0], found[0])
+
+
+# --- must it be read at all? ---
+
+
+def needs_reading(first_event: Json) -> bool:
+    """Must a Chat client get canonical chunks, because the provider's own would confuse it?
+
+    Asked about the first useful event of a stream, or about a whole reply.
+    """
+    choices = first_event.get("choices") if isinstance(first_event, dict) else None
+    if not isinstance(choices, list):
+        return False
+    whole = first_event.get("object") == "chat.completion"
+    return any(isinstance(choice, dict) and is_odd_choice(choice, whole) for choice in choices)
+
+
+def is_odd_choice(choice: Json, whole: bool) -> bool:
+    finish, message = choice.get("finish_reason"), choice.get("message" if whole else "delta")
+    if not isinstance(message, dict) or (finish is not None and id_text(finish) not in ENDINGS):
+        return True
+    calls, function = message.get("tool_calls"), message.get("function_call")
+    if isinstance(function, dict) and any(function.values()):
+        return True
+    if calls and (not isinstance(calls, list) or finish == "stop"):
+        return True
+    return is_odd_content(message.get("content")) or any(
+        is_odd_call(call, whole) for call in calls or ()
+    )
+
+
+def is_odd_content(content: object) -> bool:
+    """Is it a list, or may it be the beginning of <think>?"""
+    if not isinstance(content, str):
+        return content is not None
+    if not content or content[0] not in "< \t\r\n":
+        return False
+    start = content.lstrip()[:10]
+    return any(start.startswith(tag) or tag.startswith(start) for tag in THINK_TAGS)
+
+
+def is_odd_call(call: Any, whole: bool) -> bool:
+    if not isinstance(call, dict) or not call.get("id") or not call.get("type"):
+        return True
+    if call["type"] == "custom":
+        return False
+    function = call.get("function")
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    return not isinstance(arguments, str) or (not whole and "index" not in call)
+
+
+# =============================================================================
+# 12. Quirks
+# =============================================================================
+
+
+@dataclass(frozen=True)
+class Quirk:
+    """What one provider asks of a chat body, for all its models or for a family of them.
+
+    Rows that match are laid over one another in the order of QUIRKS: tuples of names add up,
+    every other field is taken from the last row that says something (None says nothing).
+    """
+
+    provider: str  # a row of PROVIDERS; "*" = any
+    family: str  # regular expression found in the lower-case model id; "" = any
+    seen: str  # when this was last known to be so
+    # Members of the body
+    drop: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()  # wins over `drop` and adds to `allow`
+    allow: tuple[str, ...] | None = None  # strict providers: everything else goes
+    rename: tuple[tuple[str, str], ...] = ()
+    limits: tuple[tuple[str, float, float], ...] = ()  # (member, lowest, highest)
+    extra: tuple[tuple[str, str], ...] = ()  # (member, JSON) set when the client says nothing
+    max_tokens: str | None = None  # its only name of the two; "" = both are fine
+    default_max_tokens: int | None = None  # sent when the client names no limit
+    unstreamed_max_tokens: int | None = None  # more than this is only taken with stream
+    max_stop: int | None = None
+    metadata_needs_store: bool | None = None
+    # Messages
+    message_drop: tuple[str, ...] = ()
+    message_keep: tuple[str, ...] = ()
+    cache_control: bool | None = None  # may stand on parts and tools
+    system_role: str | None = None  # the name that must be used; "" = either
+    lead_system: bool | None = None  # only one system message, and in front
+    alternate: bool | None = None  # user and assistant must take turns
+    tool_order: bool | None = None  # Mistral: after a result comes the assistant
+    prefix: bool | None = None  # Mistral: a last assistant message must say "prefix": true
+    tool_ids: str | None = None  # "mistral9" = exactly nine letters and digits
+    flat: str | None = None  # lists of only text become a string: "", "tool" or "all"
+    no_null: bool | None = None  # content null becomes ""
+    no_empty: bool | None = None  # an assistant message must say something
+    single_call: bool | None = None  # one tool call in a message
+    images_in_results: bool | None = None  # else they move to a user message behind the results
+    files: tuple[str, ...] | None = None  # forms of file parts it reads: data, id, url
+    audio: bool | None = None
+    # Tools and formats
+    choices: tuple[str, ...] | None = None  # of auto, none, required, named
+    choosing_stops_thinking: bool | None = None  # a forced tool is refused while it thinks
+    own_tools: bool | None = None  # takes tools that are neither function nor custom
+    custom_tools: bool | None = None
+    functions: bool | None = None  # takes the older `functions` and `function_call`
+    tool_description: bool | None = None  # every tool needs one
+    strict_tools: bool | None = None  # False: `strict` is refused
+    json_with_tools: bool | None = None  # False: an answer format beside tools is refused
+    json_schema: bool | None = None  # False: only json_object
+    schema: str | None = None  # name of a row in SCHEMAS
+    # Reasoning
+    reasoning_replay: str | None = None  # reject, accept or require (on turns with tool calls)
+    reasoning_field: str | None = None  # reasoning_content or reasoning_details
+    placeholder: str | None = None  # stands for missing reasoning; "" = thinking is turned off
+    thought_signatures: bool | None = None  # Gemini: signed tool calls
+    thinking: str | None = None  # "" not known, "toggle" {type: enabled|disabled}, "on" never off
+    efforts: tuple[str, ...] | None = None  # words of reasoning_effort it knows
+    infers_effort: bool | None = None  # sure to know it: `thinking` may become reasoning_effort
+    native: bool | None = None  # not a Chat dialect: only the history is repaired
+
+
+SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+LOGPROBS = ("logprobs", "top_logprobs", "logit_bias")
+OPEN_SAMPLING = ("top_k", "min_p", "top_a", "repetition_penalty")  # of open models' servers
+OPENAI_ONLY = (
+    "store", "metadata", "service_tier", "prediction", "audio", "modalities", "verbosity",
+    "web_search_options", "safety_identifier", "prompt_cache_retention", "prompt_cache_options",
+)  # fmt: skip
+COMMON = (
+    "model", "messages", "stream", "stream_options", "temperature", "top_p", "max_tokens", "stop",
+    "tools", "tool_choice", "response_format", "n",
+)  # fmt: skip
+HUB_ONLY = (
+    "is_error", "reasoning", "reasoning_content", "reasoning_details", "think", "thinking",
+    "cache_control", "annotations", "refusal", "audio", "extra_content", "thought_signature",
+    "function_call", "phase",
+)  # fmt: skip
+OPENAI_REASONING = r"^(?:openai/)?(?:o\d|gpt-(?:[5-9]|\d\d)(?!.*-chat))"
+MISTRAL_FAMILY = r"mi[sx]tral|codestral|devstral|magistral|pixtral|voxtral"
+GEMINI_SIGNED = r"gemini-(?![12])"
+
+QUIRKS = (
+    # What most servers of open models agree on.
+    Quirk(
+        "*", "", "2026-11",
+        drop=(*OPENAI_ONLY, *OPEN_SAMPLING, "think", "thinking", "reasoning"),
+        limits=(
+            ("temperature", 0, 2), ("top_p", 0, 1),
+            ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
+        ),
+        max_tokens="max_tokens", max_stop=4,
+        message_drop=HUB_ONLY, system_role="system", lead_system=True, flat="tool",
+        reasoning_replay="reject",
+    ),
+    # vLLM's and llama.cpp's templates for Mistral's models check order and ids as Mistral does.
+    Quirk("*", MISTRAL_FAMILY, "2026-10", tool_order=True, tool_ids="mistral9", no_empty=True),
+    Quirk(
+        "gemini", "", "2026-11",  # an unknown member anywhere is fatal
+        allow=(*COMMON, "max_completion_tokens", "extra_body"),
+        max_tokens="", max_stop=5,
+        message_drop=("name",), flat="all", schema="gemini", strict_tools=False,
+        json_with_tools=False, files=("data",), audio=True,
+        keep=("reasoning_effort",), efforts=("minimal", "low", "medium", "high"),
+        infers_effort=True,
+    ),
+    Quirk("gemini", r"gemini-2", "2026-11", efforts=("none", "low", "medium", "high")),
+    Quirk("gemini", r"gemma", "2026-11", efforts=()),
+    Quirk("gemini", GEMINI_SIGNED, "2026-11", thought_signatures=True),
+    Quirk(
+        "openrouter", "", "2026-11", keep=(*OPENAI_ONLY, *OPEN_SAMPLING, "reasoning"),
+        max_tokens="", system_role="", lead_system=False, flat="", cache_control=True,
+        own_tools=True, files=("data", "url"), audio=True,
+        reasoning_replay="accept", reasoning_field="reasoning_details",
+        efforts=("none", "minimal", "low", "medium", "high", "xhigh"), infers_effort=True,
+    ),
+    Quirk(
+        "kilo", "", "2026-10", keep=(*OPEN_SAMPLING, "reasoning"),
+        max_tokens="", lead_system=False, cache_control=True, own_tools=True,
+        files=("data",), reasoning_replay="accept", reasoning_field="reasoning_details",
+    ),
+    Quirk("requesty", "", "2026-10", max_tokens="", cache_control=True, files=("data",)),
+    Quirk("vercel_ai_gateway", "", "2026-08", max_tokens="", cache_control=True, files=("data",)),
+    Quirk("sambanova", "", "2026-08", efforts=(), drop=LOGPROBS),
+    Quirk("sambanova", r"gpt-oss", "2026-08", efforts=("low", "medium", "high"),
+          infers_effort=True),
+    Quirk("github_models", "", "2026-07", max_tokens="", lead_system=False),
+    Quirk(
+        "cerebras", "", "2026-09",
+        allow=(
+            *COMMON, "max_completion_tokens", "seed", "user", "logprobs", "top_logprobs",
+            "clear_thinking", "disable_reasoning", "reasoning_format",
+        ),
+        max_tokens="max_completion_tokens", limits=(("temperature", 0, 1.5),),
+        message_drop=("name",), flat="all", choices=("auto", "none"), schema="cerebras",
+        strict_tools=False, json_with_tools=False, efforts=(),
+    ),
+    Quirk("cerebras", r"gpt-oss", "2026-09", keep=("reasoning_effort",),
+          efforts=("low", "medium", "high"), infers_effort=True),
+    Quirk("cerebras", r"qwen", "2026-09", strict_tools=True),
+    Quirk(
+        "groq", "", "2026-09", drop=LOGPROBS, keep=("service_tier",), message_drop=("name",),
+        max_tokens="", flat="all", own_tools=True,
+        json_with_tools=False, efforts=(),
+    ),
+    Quirk("groq", r"gpt-oss", "2026-11", keep=("reasoning_effort",),
+          efforts=("low", "medium", "high"), infers_effort=True),
+    Quirk("groq", r"qwen", "2026-11", keep=("reasoning_effort",), efforts=("none", "default"),
+          infers_effort=True),
+    Quirk(
+        "mistral", "", "2026-11",  # 422 names every unknown key
+        allow=(
+            *COMMON, "random_seed", "presence_penalty", "frequency_penalty",
+            "parallel_tool_calls", "prediction", "prompt_mode", "safe_prompt", "prompt_cache_key",
+            "guardrails",
+        ),
+        rename=(("seed", "random_seed"),), limits=(("temperature", 0, 1.5),),
+        message_drop=("name",), message_keep=("prefix",), lead_system=False, flat="all",
+        tool_order=True, tool_ids="mistral9", prefix=True, no_empty=True, efforts=(),
+    ),
+    Quirk("mistral", r"mistral-(?:small|medium)", "2026-11", keep=("reasoning_effort",),
+          efforts=("none", "high"), infers_effort=True),
+    Quirk("mistral", r"mistral-large-4", "2026-11", keep=("reasoning_effort",), efforts=("high",)),
+    Quirk(
+        "cohere", "", "2026-10",
+        drop=(*LOGPROBS, "n", "parallel_tool_calls", "user"),
+        limits=(("temperature", 0, 1), ("top_p", 0.01, 0.99), ("presence_penalty", 0, 1),
+                ("frequency_penalty", 0, 1)),
+        max_stop=5, message_drop=("name",), choices=("none", "required"), schema="cohere",
+        strict_tools=False, json_with_tools=False, no_empty=True, efforts=(),
+    ),
+    Quirk(
+        "zai", "", "2026-11", keep=("thinking", "tool_stream", "do_sample"),
+        limits=(("temperature", 0, 1), ("top_p", 0.01, 1)), max_stop=1,
+        drop=("presence_penalty", "frequency_penalty", *LOGPROBS),
+        lead_system=False, choices=("auto",), own_tools=True, json_schema=False,
+        reasoning_replay="accept", reasoning_field="reasoning_content",
+        thinking="toggle", efforts=(),
+    ),
+    # "thinking": {"type": "disabled"} is error 1210 (hermes-agent#85890)
+    Quirk("zai", r"glm-5\.[2-9]", "2026-11", thinking="on", efforts=("low", "high", "max"),
+          infers_effort=True),
+    Quirk(
+        "nvidia", "", "2026-11",  # "Unsupported parameter(s)"; stream_options hangs (DeepTutor#420)
+        allow=(
+            *(name for name in COMMON if name != "stream_options"), "seed", "presence_penalty",
+            "frequency_penalty", "parallel_tool_calls", "chat_template_kwargs", "nvext",
+        ),
+        message_drop=("name",), flat="all", no_null=True, single_call=True, tool_description=True,
+        strict_tools=False, efforts=(),
+    ),
+    Quirk("nvidia", r"gpt-oss", "2026-11", keep=("reasoning_effort",),
+          efforts=("low", "medium", "high"), infers_effort=True),
+    Quirk(
+        "kimi", "", "2026-11",
+        # k2.5 and later fix both values (nanobot#4967)
+        drop=(*SAMPLING, *LOGPROBS), keep=("thinking",), max_tokens="max_tokens",
+        message_keep=("partial",), lead_system=False, own_tools=True,
+        choosing_stops_thinking=True,
+        reasoning_replay="require", reasoning_field="reasoning_content", placeholder=" ",
+        thinking="toggle", efforts=(),  # both at once are refused (nanobot#3939)
+    ),
+    Quirk("kimi", r"moonshot-v1|kimi-k2-0|kimi-latest", "2026-11",
+          keep=("temperature", "top_p"), limits=(("temperature", 0, 1),)),
+    # Two steps on the way to DeepSeek's and Moonshot's own servers, which look for the reasoning.
+    Quirk("opencode", r"deepseek|kimi", "2026-11", reasoning_replay="require",
+          reasoning_field="reasoning_content", placeholder=" ", drop=("temperature", "top_p")),
+    Quirk("opencode_go", r"deepseek|kimi", "2026-11", reasoning_replay="require",
+          reasoning_field="reasoning_content", placeholder=" ", drop=("temperature", "top_p")),
+    Quirk(
+        "openai", "", "2026-11", keep=OPENAI_ONLY,
+        max_tokens="", message_keep=("refusal", "audio", "phase"), system_role="",
+        lead_system=False, flat="", own_tools=True, custom_tools=True, functions=True,
+        files=("data", "id"), audio=True, metadata_needs_store=True, efforts=(),
+    ),
+    Quirk("openai", OPENAI_REASONING, "2026-11", drop=(*SAMPLING, *LOGPROBS),
+          max_tokens="max_completion_tokens", system_role="developer",
+          efforts=("none", "minimal", "low", "medium", "high", "xhigh"), infers_effort=True),
+    Quirk("openai", r"^o\d", "2026-11", drop=("stop",), efforts=("low", "medium", "high")),
+    Quirk("openai", r"^gpt-5(?!\.|.*-chat)", "2026-11",
+          efforts=("minimal", "low", "medium", "high")),
+    Quirk("openai", r"^gpt-(?:5\.|[6-9])(?!.*-chat)", "2026-11",
+          efforts=("none", "low", "medium", "high", "xhigh")),
+    Quirk("anthropic", "", "2026-11", native=True),
+    Quirk("codex", "", "2026-11", native=True, custom_tools=True),
+    Quirk(
+        "local", "", "2026-10", keep=(*OPEN_SAMPLING, "metadata"),
+        alternate=True, no_null=True,
+        efforts=("none", "low", "medium", "high"),
+    ),
+    Quirk("local", r"llama-?3", "2026-10", single_call=True),
+    Quirk("ollama_cloud", "", "2026-10", efforts=("none", "low", "medium", "high")),
+    Quirk("*", r"gemma", "2026-10", alternate=True),
+    Quirk("openrouter", r"gemma", "2026-10", alternate=False),
+    Quirk(
+        "xai", "", "2026-11", drop=("presence_penalty", "frequency_penalty", "stop"),
+        max_tokens="", lead_system=False, own_tools=True,
+        efforts=("low", "medium", "high"),
+    ),
+    Quirk("xai", r"non-reasoning|grok-2|grok-3(?!-mini)", "2026-11",
+          keep=("presence_penalty", "frequency_penalty", "stop"), efforts=()),
+    Quirk("xai", r"grok-4(?![.\d])", "2026-11", efforts=()),
+    Quirk(
+        "deepseek", "", "2026-11", keep=("thinking",), drop=("logit_bias",),
+        max_stop=16, lead_system=False, flat="all", choosing_stops_thinking=True,
+        json_schema=False,
+        message_keep=("prefix",),
+        # a made-up text breaks its answers (lingtai-kernel#9): without it there is no thinking
+        reasoning_replay="require", reasoning_field="reasoning_content", placeholder="",
+        thinking="toggle", efforts=("high", "max"), infers_effort=True,
+    ),
+    Quirk("together", "", "2026-11", keep=OPEN_SAMPLING, efforts=("low", "medium", "high")),
+    Quirk(
+        # cache_control: "Extra inputs are not permitted" (ccr#377)
+        "fireworks", "", "2026-11",
+        max_tokens="", unstreamed_max_tokens=4096, keep=OPEN_SAMPLING,
+        efforts=("none", "low", "medium", "high"),
+        reasoning_replay="accept", reasoning_field="reasoning_content",
+    ),
+    Quirk(
+        "venice", "", "2026-09",  # "Unrecognized key(s) in object" (extended_openai#284)
+        allow=(
+            *COMMON, *OPEN_SAMPLING[:2], "repetition_penalty", "max_completion_tokens",
+            "seed", "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs",
+            "parallel_tool_calls", "venice_parameters",
+        ),
+        keep=("top_k", "min_p", "repetition_penalty", "reasoning_effort"),
+        extra=(("venice_parameters", '{"include_venice_system_prompt": false}'),),
+        max_tokens="", efforts=("low", "medium", "high"),
+    ),
+    Quirk(
+        "cloudflare", "", "2026-11",  # tiny default output (freellmapi#553)
+        drop=LOGPROBS, keep=("top_k", "repetition_penalty"),
+        default_max_tokens=8192, flat="all", no_null=True,
+        strict_tools=False, efforts=(),
+    ),
+)  # fmt: skip
+
+ADDING = ("drop", "keep", "rename", "limits", "extra", "message_drop", "message_keep")
+
+
+def quirks_of(provider: str, model: str) -> Quirk:
+    """All rows for one (provider, model), laid over one another."""
+    name, merged = model.lower(), Quirk(provider, model, "")
+    for row in QUIRKS:
+        if row.provider in ("*", provider) and re.search(row.family, name):
+            merged = replace(merged, **laid_over(merged, row))
+    return merged
+
+
+def laid_over(below: Quirk, row: Quirk) -> dict[str, Any]:
+    """The fields that `row` changes."""
+    changed: dict[str, Any] = {}
+    for member in fields(Quirk)[3:]:
+        said = getattr(row, member.name)
+        if member.name in ADDING:
+            changed[member.name] = getattr(below, member.name) + said
+        elif said is not None:
+            changed[member.name] = said
+    return changed
+
+
+# --- schemas ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SchemaRules:
+    """The part of JSON Schema that a provider understands."""
+
+    allow: frozenset[str] = frozenset()  # empty = all but `deny`
+    deny: frozenset[str] = frozenset()
+    plain: bool = False  # one type, no branches, enums of strings: Google's Schema message
+
+
+NOTED = (
+    "const", "format", "pattern", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+    "multipleOf", "minLength", "maxLength", "minItems", "maxItems", "uniqueItems",
+    "minProperties", "maxProperties", "default",
+)  # fmt: skip
+UNKNOWN_TO_MOST = frozenset((
+    "$schema", "$id", "$anchor", "$comment", "$defs", "definitions", "$ref", "$dynamicRef",
+    "$dynamicAnchor", "$vocabulary",
+))  # fmt: skip
+SCHEMAS: Mapping[str, SchemaRules] = {
+    # An unknown keyword is a 400 "Unknown name"; beside anyOf nothing else may stand
+    # (llmgateway#1763, claudish#234; seen 2026-10).
+    "gemini": SchemaRules(
+        allow=frozenset((
+            "type", "format", "title", "description", "nullable", "enum", "items", "properties",
+            "required", "minItems", "maxItems", "minProperties", "maxProperties", "minLength",
+            "maxLength", "pattern", "minimum", "maximum", "propertyOrdering",
+        )),
+        plain=True,
+    ),
+    # 400 wrong_api_format (ccr#708, 2026-08)
+    "cerebras": SchemaRules(
+        deny=UNKNOWN_TO_MOST
+        | frozenset((
+            "minItems", "maxItems", "uniqueItems", "contains", "minContains", "maxContains",
+            "pattern", "format", "patternProperties", "propertyNames", "minProperties",
+            "maxProperties", "if", "then", "else", "not", "dependentRequired", "dependentSchemas",
+            "dependencies", "unevaluatedItems", "unevaluatedProperties", "prefixItems",
+        )),
+    ),
+    "cohere": SchemaRules(deny=UNKNOWN_TO_MOST | {"additionalProperties", "prefixItems"}),
+}  # fmt: skip
+# Google's formats by type; any other is a 400
+PLAIN_FORMATS: Mapping[str, tuple[str, ...]] = {
+    "string": ("enum", "date-time"), "integer": ("int32", "int64"), "number": ("float", "double"),
+}  # fmt: skip
+# Google's keywords that stand on one type only
+ONLY_ON: Mapping[str, str] = {
+    "properties": "object", "required": "object", "propertyOrdering": "object",
+    "minProperties": "object", "maxProperties": "object", "items": "array",
+    "prefixItems": "array", "minItems": "array", "maxItems": "array",
+}  # fmt: skip
+JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean")
+SCHEMA_DEPTH, SCHEMA_NODES = 24, 4000  # beyond that a schema is cut: inlined refs can explode
+NUMBERS = frozenset((
+    "minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength",
+    "minimum", "maximum",
+))  # fmt: skip
+TEXTS = frozenset(("format", "title", "description", "pattern"))
+
+
+def fit_schema(schema: object, rules: SchemaRules, parameters: bool = False) -> Json:
+    """`schema` in the words a provider knows; what goes is told in the descriptions.
+
+    Takes any JSON and never changes it. With `parameters` the result is always an object's.
+    """
+    fitted = SchemaFitter(schema, rules).fit(schema, 0, ())
+    if parameters and fitted.get("type") != "object":
+        fitted = {**(fitted if "properties" in fitted else {"properties": {}}), "type": "object"}
+    return fitted
+
+
+class SchemaFitter:
+    """One pass over one schema: resolves its references and counts its nodes."""
+
+    def __init__(self, root: object, rules: SchemaRules) -> None:
+        self._root, self._rules = root, rules
+        self._left = SCHEMA_NODES
+
+    def fit(self, node: object, depth: int, trail: tuple[str, ...]) -> Json:
+        """One node; `trail` holds the references that led here, so that cycles end."""
+        self._left -= 1
+        if not isinstance(node, dict) or self._left < 0:
+            return {"type": "string"} if self._rules.plain else {}
+        if depth > SCHEMA_DEPTH:
+            return {"type": "object", "description": "(not described any deeper)"}
+        node, trail = self._resolved(node, trail)
+        node = self._merged(node, trail)
+        notes: list[str] = []
+        if self._rules.plain:
+            node = plain_types(node, notes)
+        fitted = {
+            name: value
+            for name, value in node.items()
+            if self._knows(name, value) and not (name in NUMBERS and not is_number(value))
+        }
+        notes += self._notes(node, fitted)
+        self._descend(node, fitted, depth + 1, trail)
+        if notes:
+            text = fitted.get("description")
+            said = f"{text} " if isinstance(text, str) and text else ""
+            fitted["description"] = f"{said}({'; '.join(notes)})"
+        return fitted
+
+    def _knows(self, name: str, value: object) -> bool:
+        rules = self._rules
+        if name in TEXTS and not isinstance(value, str):
+            return False
+        return name in rules.allow if rules.allow else name not in rules.deny
+
+    def _notes(self, node: Json, fitted: Json) -> list[str]:
+        """The constraints that were left out, in words."""
+        gone = (name for name in NOTED if name in node and name not in fitted)
+        return [f"{name}: {short_json(node[name])}" for name in gone]
+
+    def _descend(self, node: Json, fitted: Json, depth: int, trail: tuple[str, ...]) -> None:
+        """Fit what lies below; the names of properties are names, never keywords."""
+        properties = node.get("properties")
+        if isinstance(properties, dict):
+            below = {name: self.fit(sub, depth, trail) for name, sub in properties.items()}
+            fitted["properties"] = below
+        else:
+            below = {}
+            fitted.pop("properties", None)
+        self._require(node, fitted, below)
+        if (items := self._items(node, depth, trail)) is not None:
+            fitted["items"] = items
+        else:
+            fitted.pop("items", None)
+        for name in ("anyOf", "oneOf", "allOf"):
+            if name in fitted:
+                branches = [self.fit(sub, depth, trail) for sub in as_list(fitted.pop(name))]
+                fitted |= {name: branches} if branches else {}
+        if isinstance(fitted.get("additionalProperties"), dict):
+            rest = fitted["additionalProperties"]
+            fitted["additionalProperties"] = self.fit(rest, depth, trail)
+
+    def _require(self, node: Json, fitted: Json, properties: Json) -> None:
+        """`required` and the order of properties: each name once, and only names that exist."""
+        for name in ("required", "propertyOrdering"):
+            wanted = [n for n in as_list(node.get(name)) if isinstance(n, str) and n in properties]
+            fitted.pop(name, None)
+            if wanted and (not self._rules.allow or name in self._rules.allow):
+                fitted[name] = list(dict.fromkeys(wanted))
+
+    def _items(self, node: Json, depth: int, trail: tuple[str, ...]) -> Json | None:
+        """What an array holds: of a tuple, its first member. None when this is no array."""
+        items = node.get("items")
+        tuple_of = [sub for sub in as_list(node.get("prefixItems")) + as_list(items) if sub]
+        if isinstance(items, dict):
+            return self.fit(items, depth, trail)
+        if tuple_of:
+            return self.fit(tuple_of[0], depth, trail)
+        kind = node.get("type")
+        return self.fit({}, depth, trail) if kind == "array" else None
+
+    def _resolved(self, node: Json, trail: tuple[str, ...]) -> tuple[Json, tuple[str, ...]]:
+        """A node in which `$ref` is replaced by what it points to."""
+        for _ in range(SCHEMA_DEPTH):
+            if "$ref" not in node:
+                break
+            ref = node["$ref"]
+            rest = {name: value for name, value in node.items() if name != "$ref"}
+            found = self._find(ref) if isinstance(ref, str) and ref not in trail else None
+            if found is None:
+                name = str(ref).rpartition("/")[2][:60] if isinstance(ref, str) else "any"
+                return {"type": "object", "description": f"(like {name} above)"} | rest, trail
+            node, trail = {**found, **rest}, (*trail, ref)
+        return node, trail
+
+    def _find(self, ref: str) -> Json | None:
+        """What a reference inside this schema points to."""
+        if not ref.startswith("#"):
+            return None
+        found: Any = self._root
+        for step in ref[1:].split("/")[1:]:
+            name = step.replace("~1", "/").replace("~0", "~")
+            found = found.get(name) if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else None
+
+    def _merged(self, node: Json, trail: tuple[str, ...]) -> Json:
+        """A node without branches, where the provider knows none."""
+        if "const" in node and "enum" not in node:
+            node = {**without(node, ("const",)), "enum": [node["const"]]}
+        if not self._rules.plain:
+            return node
+        for name in ("allOf", "anyOf", "oneOf"):
+            branches = [self._branch(sub, trail) for sub in as_list(node.get(name))[:40]]
+            branches = [branch for branch in branches if branch]
+            node = without(node, (name,))
+            if branches:
+                node = all_of(node, branches) if name == "allOf" else one_of(node, branches)
+        return node
+
+    def _branch(self, node: object, trail: tuple[str, ...]) -> Json:
+        """One branch, itself without branches."""
+        self._left -= 1
+        if not isinstance(node, dict) or self._left < 0 or len(trail) > SCHEMA_DEPTH:
+            return {}
+        node, trail = self._resolved(node, trail)
+        return self._merged(node, (*trail, ""))
+
+
+def as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def without(members: Json, names: Iterable[str]) -> Json:
+    """A copy without some members."""
+    return {name: value for name, value in members.items() if name not in names}
+
+
+def short_json(value: object) -> str:
+    text = dump_json(value).decode()
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def all_of(node: Json, branches: list[Json]) -> Json:
+    """What must hold at once, in one node: members add up, the first word on a keyword counts."""
+    merged: Json = {}
+    for part in (node, *branches):
+        properties = {**as_dict(merged.get("properties")), **as_dict(part.get("properties"))}
+        required = as_list(merged.get("required")) + as_list(part.get("required"))
+        merged = {**part, **merged}
+        if properties:
+            merged["properties"] = properties
+        if required:
+            merged["required"] = required
+    return merged
+
+
+def one_of(node: Json, branches: list[Json]) -> Json:
+    """What may hold, in one node: objects are merged, enums joined, else the first branch."""
+    real = [branch for branch in branches if branch.get("type") != "null"]
+    nullable = {"nullable": True} if len(real) < len(branches) else {}
+    if not real:
+        return {**node, **nullable}
+    first = real[0]
+    if len(real) > 1 and all(isinstance(branch.get("properties"), dict) for branch in real):
+        required = [set(map(str, as_list(branch.get("required")))) for branch in real]
+        shared = [name for name in as_list(first.get("required")) if is_in_all(name, required)]
+        first = {**all_of({}, real), "required": shared}
+    elif len(real) > 1 and all(isinstance(branch.get("enum"), list) for branch in real):
+        first = {**first, "enum": [value for branch in real for value in branch["enum"]]}
+    elif len(real) > 1:
+        others = ", ".join(str(b.get("type") or "another shape")[:40] for b in real[1:6])
+        said = first.get("description")
+        said = f"{said} " if isinstance(said, str) else ""
+        first = {**first, "description": f"{said}(or: {others})"}
+    merged = all_of(node, [first])
+    if "description" in node and isinstance(first.get("description"), str):
+        merged["description"] = f"{node['description']} {first['description']}"
+    return {**merged, **nullable}
+
+
+def is_in_all(name: object, sets: list[set[str]]) -> bool:
+    return all(str(name) in names for names in sets)
+
+
+def as_dict(value: object) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def plain_types(node: Json, notes: list[str]) -> Json:
+    """One type, null as `nullable`, and an enum of strings that are not empty."""
+    node, kinds = dict(node), node.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    known = [kind.lower() for kind in kinds if isinstance(kind, str)]
+    real = [kind for kind in known if kind in JSON_TYPES]
+    if "null" in known or node.get("nullable") is True:
+        node["nullable"] = True
+    else:
+        node.pop("nullable", None)
+    if len(real) > 1:
+        notes.append(f"or: {', '.join(real[1:])}")
+    values = node.pop("enum", None)
+    if isinstance(values, list):
+        if None in values:
+            node["nullable"] = True
+        texts = [v if isinstance(v, str) else short_json(v) for v in values if v is not None]
+        if texts := list(dict.fromkeys(text for text in texts if text)):
+            plain = without(node, (*NUMBERS, *ONLY_ON, "format", "pattern"))
+            return {**plain, "type": "string", "enum": texts}
+    kind = node["type"] = real[0] if real else likely_type(node)
+    if "format" in node and node["format"] not in PLAIN_FORMATS.get(kind, ()):
+        notes.append(f"format: {short_json(node.pop('format'))}")
+    return {name: value for name, value in node.items() if ONLY_ON.get(name, kind) == kind}
+
+
+def likely_type(node: Json) -> str:
+    """The type of a node that names none."""
+    if isinstance(node.get("properties"), dict):
+        return "object"
+    return "array" if "items" in node or "prefixItems" in node else "string"
+
+
+# --- the history, for every provider ------------------------------------------
+
+NO_RESULT: Final = "[no result]"
+BRIDGE: Final = "OK."  # Mistral takes no empty assistant message
+CONTINUE: Final = "Continue."
+NO_SIGNATURE: Final = "skip_thought_signature_validator"  # Google's documented stand-in, 2026-05
+CALL_KEYS = frozenset(("id", "type", "function"))
+FUNCTION_KEYS = frozenset(("name", "arguments"))
+PLAIN_KEYS = frozenset(("role", "content"))
+BASE_KEYS = {
+    "system": PLAIN_KEYS,
+    "developer": PLAIN_KEYS,
+    "user": PLAIN_KEYS,
+    "tool": PLAIN_KEYS | {"tool_call_id"},
+}
+ANSWER_KEYS = (PLAIN_KEYS, PLAIN_KEYS | {"tool_calls"})
+OLDER: Final = "\0function:"  # begins the id given to a call of the older kind
+RESULT_ROLES = ("tool", "function")
+
+
+def repaired(messages: Sequence[Json], custom: bool = False) -> list[Json]:
+    """A history in which every tool call has one result, right behind it and in the same order.
+
+    Missing results are made up, those without a call become the user's words, ids used twice
+    get another end. `custom` = custom calls may stay what they are. The input is not changed.
+    """
+    out: list[Json] = []
+    seen: set[str] = set()
+    at = 0
+    while at < len(messages):
+        message = messages[at]
+        at += 1
+        calls = made_calls(message)
+        if not calls:
+            out.append(orphan(message) if message.get("role") in RESULT_ROLES else tidy(message))
+            continue
+        end = at
+        while end < len(messages) and messages[end].get("role") != "assistant":
+            end += 1
+        out += tool_turn(message, calls, messages[at:end], seen, custom)
+        at = end
+    return out
+
+
+def made_calls(message: Json) -> list[Json]:
+    """The tool calls of an assistant message, the older function_call among them."""
+    if message.get("role") != "assistant":
+        return []
+    calls = [call for call in as_list(message.get("tool_calls")) if isinstance(call, dict)]
+    older = message.get("function_call")
+    if not calls and isinstance(older, dict):
+        return [{"id": f"{OLDER}{older.get('name')}", "type": "function", "function": older}]
+    return calls
+
+
+def tidy(message: Json) -> Json:
+    """A message that calls nothing, without members that say so."""
+    if "tool_calls" not in message and "function_call" not in message:
+        return message
+    return without(message, ("tool_calls", "function_call"))
+
+
+def tool_turn(
+    message: Json, calls: list[Json], behind: Sequence[Json], seen: set[str], custom: bool
+) -> list[Json]:
+    """An assistant message with calls, their results, and what else stood before the next one."""
+    waiting: list[tuple[str, Json]] = []  # (id as the client wrote it, call)
+    for call in calls:
+        given = call.get("id") if isinstance(call.get("id"), str) else ""
+        waiting.append((given or "", sound_call(call, unused_id(given or "", seen), custom)))
+    answers: dict[int, Json] = {}
+    rest: list[Json] = []
+    for said in behind:
+        place = answered_place(said, waiting, answers)
+        if place is None:
+            rest.append(orphan(said) if said.get("role") in RESULT_ROLES else tidy(said))
+        else:
+            answers[place] = result_message(said, waiting[place][1]["id"])
+    new = [call for _, call in waiting]
+    results = [answers.get(n) or missing_result(call) for n, call in enumerate(new)]
+    same = len(new) == len(as_list(message.get("tool_calls"))) and all(map(is_same, new, calls))
+    if not same or "function_call" in message:
+        message = {**without(message, ("function_call",)), "tool_calls": new}
+    return [message, *results, *rest]
+
+
+def is_same(left: object, right: object) -> bool:
+    return left is right
+
+
+def answered_place(
+    said: Json, waiting: list[tuple[str, Json]], answers: Mapping[int, Json]
+) -> int | None:
+    """Which of the waiting calls a message answers; None for a message that is no result."""
+    role = said.get("role")
+    if role not in RESULT_ROLES:
+        return None
+    wanted = said.get("tool_call_id") if role == "tool" else f"{OLDER}{said.get('name')}"
+    for place, (given, _) in enumerate(waiting):
+        if given == (wanted or "") and place not in answers:
+            return place
+    return None
+
+
+def unused_id(wanted: str, seen: set[str]) -> str:
+    """`wanted`, or something like it when it is empty or was used before; noted in `seen`."""
+    stem = wanted.replace(OLDER, "call_", 1) or f"call_{len(seen)}"
+    id, number = stem, 2
+    while id in seen:
+        id, number = f"{stem}_{number}", number + 1
+    seen.add(id)
+    return id
+
+
+def sound_call(call: Json, id: str, custom: bool) -> Json:
+    """A call with id, name and arguments that are a JSON object; the same object if it was so."""
+    if call.get("type") == "custom" and isinstance(call.get("custom"), dict):
+        if custom:
+            return call if call.get("id") == id else {**call, "id": id}
+        said = {"input": call["custom"].get("input", "")}
+        function: Json = {"name": call["custom"].get("name"), "arguments": said}
+    else:
+        function = as_dict(call.get("function"))
+    name, arguments = function.get("name"), json_arguments(function.get("arguments"))
+    if not isinstance(name, str) or not name:
+        name = "unknown_tool"
+    kept = {k: v for k, v in call.items() if k == "extra_content"}
+    sound = {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    return call if call == {**sound, **kept} else {**sound, **kept}
+
+
+def json_arguments(value: object) -> str:
+    """Arguments as the text of a JSON object; text that is none becomes the member `input`."""
+    if isinstance(value, str):
+        if value[:1] == "{" and value[-1:] == "}":
+            return value
+        try:
+            parsed = json.loads(value) if value.strip() else {}
+        except (ValueError, RecursionError):
+            parsed = value
+        if isinstance(parsed, dict) and value.strip():
+            return value
+        value = parsed
+    if value is None:
+        value = {}
+    return dump_json(value if isinstance(value, dict) else {"input": value}).decode()
+
+
+def result_message(said: Json, id: str) -> Json:
+    """A result that bears the id of its call; the same object if it did."""
+    if said.get("role") == "tool" and said.get("tool_call_id") == id:
+        return said
+    kept = without(said, ("role", "tool_call_id", "name", "content"))
+    content = said.get("content")
+    content = "" if content is None else content
+    return {"role": "tool", "tool_call_id": id, "content": content, **kept}
+
+
+def missing_result(call: Json) -> Json:
+    return {"role": "tool", "tool_call_id": call["id"], "content": NO_RESULT, "is_error": True}
+
+
+def orphan(message: Json) -> Json:
+    """A result whose call is not there any more, in the user's words."""
+    id = message.get("tool_call_id") or message.get("name") or "unknown"
+    label = f"[Result of tool call {id}]"
+    content = message.get("content")
+    if isinstance(content, list):
+        return {"role": "user", "content": [{"type": "text", "text": label}, *content]}
+    return {"role": "user", "content": f"{label}\n{content or ''}"}
+
+
+# --- the history, for some providers ------------------------------------------
+
+
+def split_calls(messages: Iterable[Json]) -> Iterator[Json]:
+    """One call a message: assistant, result, assistant, result (llama 3's template, NIM)."""
+    queue: list[Json] = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if message["role"] == "tool" and queue:
+            yield queue.pop(0)
+        if not calls or len(calls) < 2:
+            yield message
+            continue
+        alone = {"role": "assistant", "content": ""}
+        queue = [{**alone, "tool_calls": [call]} for call in calls]
+        queue[0] = {**message, "tool_calls": calls[:1]}
+
+
+def moved_media(messages: Iterable[Json]) -> Iterator[Json]:
+    """Images and files of results in a user message behind them: a result is text in Chat."""
+    media: list[Json] = []
+    for message in messages:
+        role, content = message["role"], message.get("content")
+        if role != "tool":
+            if media:
+                yield {"role": "user", "content": media}
+                media = []
+        elif isinstance(content, list) and any(part.get("type") != "text" for part in content):
+            other = [part for part in content if part.get("type") != "text"]
+            text = "\n".join(part.get("text") or "" for part in content if part not in other)
+            label = f"[From the result of tool call {message.get('tool_call_id')}]"
+            media += [{"type": "text", "text": label}, *other]
+            message = {**message, "content": text or "[see the next user message]"}
+        yield message
+    if media:
+        yield {"role": "user", "content": media}
+
+
+def one_system(messages: Sequence[Json]) -> list[Json]:
+    """The first system messages as one; later ones as the user's words, with a label."""
+    count = 0
+    while count < len(messages) and messages[count]["role"] in ("system", "developer"):
+        count += 1
+    lead = list(messages[:count])
+    if count > 1:
+        lead = [{**lead[0], "content": joined([m.get("content") for m in lead])}]
+    late = (
+        {"role": "user", "content": joined(["[System message]", m.get("content")])}
+        if m["role"] in ("system", "developer")
+        else m
+        for m in messages[count:]
+    )
+    return [*lead, *late]
+
+
+def joined(contents: Sequence[object], gap: str = "\n\n") -> str | list[Any]:
+    """Several contents as one: text if all are text, else a list of parts."""
+    if all(isinstance(content, str) for content in contents):
+        return gap.join(text for text in cast("Sequence[str]", contents) if text)
+    parts: list[Any] = []
+    for content in contents:
+        if isinstance(content, list):
+            parts += content
+        elif content:
+            parts.append({"type": "text", "text": content})
+    return parts
+
+
+def taking_turns(messages: Iterable[Json]) -> list[Json]:
+    """User and assistant in turn, the user first: neighbours of one role are made one."""
+    out: list[Json] = []
+    for message in messages:
+        last = out[-1] if out else {"role": "system"}
+        role = message["role"]
+        if role == last["role"] and (role == "user" or role == "assistant" and not calls_in(last)):
+            content = joined([last.get("content") or "", message.get("content") or ""])
+            out[-1] = {**last, **message, "content": content}
+            continue
+        if role == "assistant" and last["role"] == "system":
+            out.append({"role": "user", "content": CONTINUE})
+        out.append(message)
+    return out
+
+
+def calls_in(message: Json) -> bool:
+    return bool(message.get("tool_calls"))
+
+
+def bridged(messages: Iterable[Json]) -> Iterator[Json]:
+    """An assistant message between a result and whoever speaks next (Mistral, error 3230)."""
+    last = ""
+    for message in messages:
+        if last == "tool" and message["role"] not in ("tool", "assistant"):
+            yield {"role": "assistant", "content": BRIDGE}
+        last = message["role"]
+        yield message
+
+
+MISTRAL_ID = re.compile(r"[A-Za-z0-9]{9}")
+BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def nine_character_ids(messages: Sequence[Json]) -> list[Json]:
+    """Ids of calls and results as Mistral wants them, the same for the same id every time."""
+    ids = [call["id"] for m in messages for call in m.get("tool_calls") or ()]
+    fitting = {id: id for id in ids if MISTRAL_ID.fullmatch(id)}
+    taken = set(fitting)
+    for id in ids:
+        if id not in fitting:
+            fitting[id] = nine_characters(id, taken)
+    return [with_ids(message, fitting) for message in messages]
+
+
+def nine_characters(id: str, taken: set[str]) -> str:
+    """Nine letters and digits made of an id, other than those taken; noted there."""
+    for attempt in itertools.count():
+        number = int.from_bytes(hashlib.sha256(f"{attempt}:{id}".encode()).digest()[:8], "big")
+        digits = "".join(BASE62[number // 62**n % 62] for n in range(9))
+        if digits not in taken:
+            break
+    taken.add(digits)
+    return digits
+
+
+def with_ids(message: Json, ids: Mapping[str, str]) -> Json:
+    """A message with other ids; the same object if nothing changes."""
+    calls, id = message.get("tool_calls"), message.get("tool_call_id")
+    if message["role"] == "tool" and isinstance(id, str) and ids.get(id, id) != id:
+        return {**message, "tool_call_id": ids[id]}
+    if calls and any(ids[call["id"]] != call["id"] for call in calls):
+        return {**message, "tool_calls": [{**call, "id": ids[call["id"]]} for call in calls]}
+    return message
+
+
+# --- one provider and model -----------------------------------------------------
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# thinking.budget_tokens up to this many is the effort beside it
+BUDGETS = ((1024, "minimal"), (4096, "low"), (16_384, "medium"), (65_536, "high"))
+TEXT_KEYS = frozenset(("type", "text"))
+TOOL_KEYS = frozenset(("type", "function"))
+DESCRIPTION_KEYS = frozenset(("name", "description", "parameters", "strict"))
+IMAGE_KEYS = frozenset(("type", "image_url"))
+ZERO_IS_DEFAULT = ("presence_penalty", "frequency_penalty")
+MAX_CACHE_MARKS = 4  # Anthropic refuses more, also behind OpenRouter
+
+
+MemberRule = Callable[[Json, dict[str, object], Any], None]
+
+
+def is_forced(choice: object) -> bool:
+    """Must a tool be called, this one or any?"""
+    wanted = choice.get("mode", "required") if isinstance(choice, dict) else choice
+    return bool(wanted == "required")
+
+
+def fit_for(provider: str, model: str) -> Fit:
+    """The rules of one (provider, model), compiled: make it once and keep it."""
+    return Fit(provider, quirks_of(provider, model))
+
+
+class Fit:
+    """Makes chat bodies fit one provider's rules for one model. Safe to share between threads."""
+
+    def __init__(self, provider: str, quirk: Quirk) -> None:
+        self.provider, self.quirk = provider, quirk
+        self._drop = frozenset(quirk.drop) - frozenset(quirk.keep)
+        self._allow = None if quirk.allow is None else frozenset((*quirk.allow, *quirk.keep))
+        self._strip = frozenset(quirk.message_drop) - frozenset(quirk.message_keep)
+        self._limits = {name: (low, high) for name, low, high in quirk.limits}
+        self._extra = {name: json.loads(text) for name, text in quirk.extra}
+        self._schema = SCHEMAS.get(quirk.schema or "")
+        self._rules = self._member_rules()
+        self._known_tools: tuple[tuple[Any, list[Json]], ...] = ()  # (as given, as sent)
+        self._after, self._last_roles = self._role_tables()
+        self._keys, self._part_keys = self._message_keys()
+
+    def edits(self, chat: Json) -> dict[str, object]:
+        """Top-level members to set, or to remove (DROP), so that the provider takes the chat.
+
+        {} when it is fine as it is, which is decided without copying anything. The chat must
+        have passed `validate_chat`; it is never changed.
+        """
+        edits: dict[str, object] = {}
+        if not self.quirk.native:
+            self._fit_members(chat, edits)
+        messages = chat["messages"]
+        if not self._is_sound(messages):
+            marked_tools = sum(map(has_mark, chat.get("tools") or ()))
+            fitted = self._rewritten(messages, MAX_CACHE_MARKS - marked_tools)
+            if self._lacks_reasoning(fitted):
+                edits["thinking"] = {"type": "disabled"}
+                self._put(chat, edits, "reasoning_effort", DROP)
+            if len(fitted) != len(messages) or not all(map(is_same, fitted, messages)):
+                edits["messages"] = fitted
+        if said := self._lost_format(chat, edits):
+            edits["messages"] = with_instruction(cast("Any", edits.get("messages", messages)), said)
+        return edits
+
+    def refuses(self, chat: Json) -> str:
+        """Why this provider cannot be asked this at all; "" if it can."""
+        if self.quirk.native:
+            return ""
+        for message in chat["messages"]:
+            content = message.get("content")
+            if type(content) is list:
+                for part in content:
+                    if why := self._refused_part(part):
+                        return why
+        return ""
+
+    def _refused_part(self, part: Json) -> str:
+        kind = part.get("type")
+        if kind == "input_audio" and not self.quirk.audio:
+            return f"{self.provider} takes no audio"
+        if kind != "file":
+            return ""
+        file = as_dict(part.get("file"))
+        forms = (("file_data", "data"), ("file_id", "id"), ("file_url", "url"))
+        given = [form for member, form in forms if file.get(member)]
+        if not given or not set(given) & set(self.quirk.files or ()):
+            return f"{self.provider} takes no files" + (f" by {given[0]}" if given else "")
+        return ""
+
+    # Members of the body
+
+    def _member_rules(self) -> dict[str, MemberRule]:
+        """member -> what looks at it; the order of the body does not matter."""
+        rules: dict[str, MemberRule] = {
+            name: functools.partial(self._limit, name) for name in self._limits
+        }
+        for name, new in self.quirk.rename:
+            rules[name] = functools.partial(self._rename, name, new)
+        other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+        if only := self.quirk.max_tokens:
+            rules[other[only]] = functools.partial(self._rename, other[only], only)
+        for name in ("thinking", "reasoning_effort", "reasoning"):
+            rules[name] = self._fit_effort
+        for name in ("tools", "tool_choice", "parallel_tool_calls"):
+            rules[name] = self._fit_tools
+        if not self.quirk.functions:
+            rules["functions"] = rules["function_call"] = self._fit_tools
+        rules["stop"] = self._fit_stop
+        rules["response_format"] = self._fit_format
+        if self.quirk.metadata_needs_store:
+            rules["metadata"] = self._fit_metadata
+        return rules
+
+    def _fit_members(self, chat: Json, edits: dict[str, object]) -> None:
+        rules, drop, allow = self._rules, self._drop, self._allow
+        for name, value in chat.items():
+            if value is None or (value == 0 and name in ZERO_IS_DEFAULT):
+                edits.setdefault(name, DROP)
+            elif rule := rules.get(name):
+                rule(chat, edits, value)
+            elif name in drop or (allow is not None and name not in allow):
+                edits[name] = DROP
+        quirk = self.quirk
+        for name, value in self._extra.items():
+            if chat.get(name) is None:
+                edits[name] = value
+        if quirk.default_max_tokens and edits.get("max_tokens", DROP) is DROP:
+            self._put(chat, edits, "max_tokens", chat.get("max_tokens") or quirk.default_max_tokens)
+        if quirk.unstreamed_max_tokens and not chat.get("stream"):
+            self._stream_long(chat, edits, quirk.unstreamed_max_tokens)
+        if quirk.choosing_stops_thinking and is_forced(chat.get("tool_choice")):
+            edits["thinking"] = {"type": "disabled"}
+            self._put(chat, edits, "reasoning_effort", DROP)
+        tools = edits.get("tools", chat.get("tools"))
+        if quirk.single_call and tools and tools is not DROP:
+            self._put(chat, edits, "parallel_tool_calls", False)
+
+    def _put(self, chat: Json, edits: dict[str, object], name: str, value: object) -> None:
+        """An edit, unless the chat says so already."""
+        if value is DROP and name not in chat:
+            edits.pop(name, None)
+        elif value is DROP or name not in chat or chat[name] != value:
+            edits[name] = value
+        else:
+            edits.pop(name, None)
+
+    def _takes(self, name: str) -> bool:
+        return name not in self._drop and (self._allow is None or name in self._allow)
+
+    def _limit(self, name: str, chat: Json, edits: dict[str, object], value: Any) -> None:
+        if not self._takes(name):
+            edits[name] = DROP
+        elif is_number(value):
+            low, high = self._limits[name]
+            if not low <= value <= high:
+                edits[name] = low if value < low else high
+
+    def _rename(
+        self, name: str, new: str, chat: Json, edits: dict[str, object], value: Any
+    ) -> None:
+        edits[name] = DROP
+        if chat.get(new) is None and self._takes(new):
+            edits[new] = value
+
+    def _fit_stop(self, chat: Json, edits: dict[str, object], value: Any) -> None:
+        if not self._takes("stop"):
+            edits["stop"] = DROP
+            return
+        stops = [text for text in ([value] if isinstance(value, str) else value) if text]
+        if not stops:
+            edits["stop"] = DROP
+        elif isinstance(value, list):
+            most = self.quirk.max_stop or len(stops)
+            if len(stops) != len(value) or len(stops) > most:
+                edits["stop"] = stops[:most]
+
+    def _fit_metadata(self, chat: Json, edits: dict[str, object], value: Any) -> None:
+        if chat.get("store") is not True:  # OpenAI: only allowed when 'store' is enabled
+            edits["metadata"] = DROP
+
+    def _stream_long(self, chat: Json, edits: dict[str, object], ceiling: int) -> None:
+        """A long whole answer is asked for as a stream, and put together again."""
+        for name in ("max_tokens", "max_completion_tokens"):
+            wanted = edits.get(name, chat.get(name))
+            if is_integer(wanted) and cast(int, wanted) > ceiling:
+                edits["stream"] = True
+
+    def _fit_effort(self, chat: Json, edits: dict[str, object], value: Any) -> None:
+        """`reasoning_effort`, `thinking` and `reasoning` say one thing: say it as known here."""
+        quirk, word = self.quirk, wished_effort(chat)
+        asked = chat.get("reasoning_effort") or as_dict(chat.get("reasoning")).get("effort")
+        off = word in ("none", "minimal")
+        if "reasoning" in chat and not self._takes("reasoning"):
+            edits["reasoning"] = DROP
+        thinking: object = DROP
+        if word and (quirk.thinking == "toggle" or (quirk.thinking and chat.get("thinking"))):
+            given = as_dict(chat.get("thinking"))
+            kept = {k: v for k, v in given.items() if k == "clear_thinking"}  # z.ai
+            if not off or quirk.thinking == "toggle":
+                thinking = {"type": "disabled" if off else "enabled", **kept}
+        self._put(chat, edits, "thinking", thinking)
+        effort: object = chat.get("reasoning_effort") or DROP
+        if quirk.efforts is not None and not (asked or quirk.infers_effort):
+            effort = DROP
+        elif quirk.efforts is not None:
+            toggled_off = off and quirk.thinking == "toggle"
+            effort = (not toggled_off and nearest_effort(word, quirk.efforts)) or DROP
+        if "reasoning" in chat and self._takes("reasoning"):
+            effort = DROP  # OpenRouter refuses both
+        self._put(chat, edits, "reasoning_effort", effort)
+
+    def _fit_format(self, chat: Json, edits: dict[str, object], value: Any) -> None:
+        if not self._takes("response_format"):
+            edits["response_format"] = DROP
+            return
+        kind = value.get("type")
+        if kind == "text" or (self.quirk.json_with_tools is False and wants_tools(chat)):
+            edits["response_format"] = DROP
+        elif kind == "json_schema" and self.quirk.json_schema is False:
+            edits["response_format"] = {"type": "json_object"}
+        elif kind == "json_schema" and self._schema:
+            wanted = as_dict(value.get("json_schema"))
+            schema = fit_schema(wanted.get("schema"), self._schema)
+            if schema != wanted.get("schema"):
+                edits["response_format"] = {**value, "json_schema": {**wanted, "schema": schema}}
+
+    def _lost_format(self, chat: Json, edits: dict[str, object]) -> str:
+        """The answer format that could not be sent, as a sentence; "" if none was lost."""
+        if "response_format" not in edits or not wants_json(chat):
+            return ""
+        wanted, sent = chat["response_format"], edits["response_format"]
+        if sent is not DROP and as_dict(sent).get("type") == wanted["type"]:
+            return ""
+        schema = as_dict(wanted.get("json_schema")).get("schema")
+        if not isinstance(schema, dict):
+            return "The final answer must be a JSON object and nothing else."
+        text = dump_json(schema).decode()
+        return f"The final answer must be JSON and nothing else, fitting this JSON Schema: {text}"
+
+    # Tools
+
+    def _fit_tools(self, chat: Json, edits: dict[str, object], value: Any) -> None:
+        """tools, tool_choice and parallel_tool_calls together; the first of them does all."""
+        given, choice = chat.get("tools"), chat.get("tool_choice")
+        if not self.quirk.functions:
+            if not given:
+                given, choice = older_tools(chat), older_choice(chat.get("function_call"))
+            for name in ("functions", "function_call"):
+                self._put(chat, edits, name, DROP)
+        tools: object = self._sent_tools(given) if given else DROP
+        choice = self._sent_choice(choice)
+        if not tools or tools is DROP or choice is None:
+            tools = choice = DROP
+            self._put(chat, edits, "parallel_tool_calls", DROP)
+        elif "parallel_tool_calls" in chat and not self._takes("parallel_tool_calls"):
+            edits["parallel_tool_calls"] = DROP
+        if tools is not given or not chat.get("tools"):
+            self._put(chat, edits, "tools", tools)
+        self._put(chat, edits, "tool_choice", choice)
+
+    def _sent_tools(self, tools: list[Json]) -> list[Json]:
+        """The tools as this provider takes them; the same list if nothing changes.
+
+        Schemas are costly, so the last few lists are remembered: agents send the same tools
+        with every request.
+        """
+        if not self._schema:
+            return self._fitted_tools(tools)
+        known = self._known_tools
+        for given, sent in known:
+            if given == tools:
+                return sent
+        sent = self._fitted_tools(tools)
+        self._known_tools = ((tools, sent), *known[:3])
+        return sent
+
+    def _fitted_tools(self, tools: list[Json]) -> list[Json]:
+        names: set[str] = set()
+        sent = []
+        for tool in tools:
+            fitted = self._tool(tool)
+            if fitted is None:
+                continue
+            function = fitted.get("function")
+            name = function["name"] if function else ""
+            if name not in names:
+                sent.append(fitted)
+            if name:
+                names.add(name)
+        return tools if len(sent) == len(tools) and all(map(is_same, sent, tools)) else sent
+
+    def _tool(self, tool: Json) -> Json | None:
+        """One tool as it is sent; None if it cannot be."""
+        kind = tool.get("type") or "function"
+        if kind == "custom":
+            if self.quirk.custom_tools:
+                return tool
+            tool = function_of_custom(tool["custom"])
+        elif kind != "function":
+            return tool if self.quirk.own_tools else None
+        function = self._function(tool["function"])
+        keys = TOOL_KEYS | {"cache_control"} if self.quirk.cache_control else TOOL_KEYS
+        if function is tool["function"] and tool.get("type") and tool.keys() <= keys:
+            return tool
+        kept = {k: v for k, v in tool.items() if k in keys}
+        return {**kept, "type": "function", "function": function}
+
+    def _function(self, function: Json) -> Json:
+        """The description of one function; the same object if nothing changes."""
+        quirk = self.quirk
+        out = {k: v for k, v in function.items() if k in DESCRIPTION_KEYS and v is not None}
+        if quirk.strict_tools is False:
+            out.pop("strict", None)
+        if not isinstance(out.get("description", ""), str):
+            del out["description"]
+        if quirk.tool_description and not out.get("description"):
+            out["description"] = out["name"]
+        if not isinstance(out.get("parameters", {}), dict):
+            del out["parameters"]
+        if self._schema and "parameters" in out:
+            out["parameters"] = fit_schema(out["parameters"], self._schema, parameters=True)
+        return function if out == function else out
+
+    def _sent_choice(self, choice: object) -> object:
+        """tool_choice in this provider's words, DROP where it has none; None = send no tools."""
+        if isinstance(choice, dict):
+            choice = named_choice(choice, bool(self.quirk.custom_tools))
+        if choice is None:
+            return DROP
+        known = self.quirk.choices or ("auto", "none", "required", "named")
+        word = "named" if isinstance(choice, dict) else str(choice)
+        if word in known:
+            return choice
+        if word == "none":
+            return None
+        fallbacks = ("auto",) if word == "auto" else ("required", "auto")
+        return next((fallback for fallback in fallbacks if fallback in known), DROP)
+
+    # Messages
+
+    def _role_tables(self) -> tuple[dict[str, frozenset[str]], frozenset[str]]:
+        """Which role may follow which, and which may be last, in a history that is fine."""
+        quirk = self.quirk
+        system = {"system"}
+        if quirk.native or quirk.system_role == "":
+            system = {"system", "developer"}
+        late = set() if quirk.lead_system and not quirk.native else system
+        any_role = {"user", "assistant", "tool", *late}
+        after = {
+            "": {"user", "assistant", *system},
+            "system": any_role - {"tool"},
+            "developer": any_role - {"tool"},
+            "user": any_role - {"tool"},
+            "assistant": set(any_role),
+            "tool": any_role - ({"user", *late} if quirk.tool_order else set()),
+        }
+        last = {"user", "tool", "assistant"}
+        if not quirk.lead_system and not quirk.tool_order:
+            last |= system
+        if quirk.alternate:
+            after["user"].discard("user")
+            after["assistant"].discard("assistant")
+            for role in ("", "system", "developer"):
+                after[role].discard("assistant")
+        if quirk.tool_order:
+            last.discard("assistant")
+        return {role: frozenset(roles) for role, roles in after.items()}, frozenset(last)
+
+    def _message_keys(self) -> tuple[dict[str, frozenset[str]], frozenset[str]]:
+        """Members a message, and a part, may have without being looked at."""
+        quirk = self.quirk
+        extra = {"name"} - self._strip
+        calls = {"tool_calls"}
+        if quirk.reasoning_field == "reasoning_content":
+            calls |= {"reasoning_content"}
+        if quirk.native:
+            calls |= {"reasoning_content", "reasoning_details"}
+        keys = {role: PLAIN_KEYS | extra for role in ("system", "developer", "user")}
+        keys["assistant"] = PLAIN_KEYS | extra | calls
+        keys["tool"] = PLAIN_KEYS | extra | {"tool_call_id"}
+        marks = {"cache_control"} if quirk.cache_control or quirk.native else set()
+        return keys, TEXT_KEYS | marks
+
+    def _is_sound(self, messages: Sequence[Json]) -> bool:
+        """Is there nothing to do? One pass, no copies; False may be wrong, True never is."""
+        after, base, prior = self._after, BASE_KEYS, ""
+        waiting: list[str] = []  # ids of calls without a result, the next one last
+        seen: set[str] = set()
+        for message in messages:
+            role = message["role"]
+            if role not in after[prior]:
+                return False
+            prior = role
+            if role == "tool":
+                if not waiting or message.get("tool_call_id") != waiting.pop():
+                    return False
+            elif waiting:
+                return False
+            elif role == "assistant":
+                if not self._is_sound_answer(message, seen, waiting):
+                    return False
+                continue
+            plain = message.keys() == base[role] or self._has_sound_keys(message, role)
+            if not plain or not (
+                type(message["content"]) is str or self._is_sound_list(message["content"], role)
+            ):
+                return False
+        return not waiting and prior in self._last_roles
+
+    def _is_sound_answer(self, message: Json, seen: set[str], waiting: list[str]) -> bool:
+        """An assistant message to be left alone; ids of its calls are noted in both lists."""
+        if message.keys() not in ANSWER_KEYS and not self._has_sound_keys(message, "assistant"):
+            return False
+        if "reasoning_content" in message and not has_text(message["reasoning_content"]):
+            return False
+        content = message.get("content")
+        if "tool_calls" in message:
+            if content is None and self.quirk.no_null:
+                return False
+            return (content is None or type(content) is str) and self._are_sound_calls(
+                message, seen, waiting
+            )
+        if type(content) is str:
+            return bool(content) or not self.quirk.no_empty
+        return self._is_sound_list(content, "assistant")
+
+    def _are_sound_calls(self, message: Json, seen: set[str], waiting: list[str]) -> bool:
+        quirk, calls = self.quirk, message["tool_calls"]
+        if not calls or (quirk.single_call and len(calls) > 1) or quirk.thought_signatures:
+            return False
+        if quirk.reasoning_replay == "require" and not message.get("reasoning_content"):
+            return False
+        for call in calls:
+            if call.keys() != CALL_KEYS or call["type"] != "function":
+                return False
+            id, function = call["id"], call["function"]
+            arguments = function.get("arguments")
+            if not id or id in seen or function.keys() != FUNCTION_KEYS:
+                return False
+            if type(arguments) is not str or arguments[:1] != "{" or arguments[-1:] != "}":
+                return False
+            if quirk.tool_ids and not MISTRAL_ID.fullmatch(id):
+                return False
+            seen.add(id)
+            waiting.insert(0, id)
+        return True
+
+    def _has_sound_keys(self, message: Json, role: str) -> bool:
+        """Only known members, and none of them null but the content of a message with calls."""
+        if not message.keys() <= self._keys[role] or "content" not in message:
+            return False
+        nulls = sum(value is None for value in message.values())
+        return nulls == (message["content"] is None)
+
+    def _is_sound_list(self, content: Any, role: str) -> bool:
+        """A list of text and images in the standard's shape."""
+        flat = self.quirk.flat
+        if type(content) is not list:
+            return False
+        if flat == "all" or role in ("tool", "assistant") or self.quirk.native:
+            return False
+        for part in content:
+            if part.get("type") == "text":
+                if not part.keys() <= self._part_keys:
+                    return False
+            elif part.keys() != IMAGE_KEYS or type(part["image_url"]) is not dict:
+                return False
+        return not self.quirk.cache_control
+
+    def _rewritten(self, messages: Sequence[Json], marks: int = MAX_CACHE_MARKS) -> list[Json]:
+        """The history as this provider takes it, with so many marks for caching at most.
+
+        Messages that need no change are shared.
+        """
+        quirk = self.quirk
+        out = repaired(messages, custom=bool(quirk.custom_tools))
+        if quirk.native:
+            return out
+        if quirk.single_call:
+            out = list(split_calls(out))
+        names = self._role_names(out)
+        out = [self._message(message, names) for message in out]
+        if not quirk.images_in_results:
+            out = list(moved_media(out))
+        out = [message for message in out if not self._is_void(message)]
+        if quirk.cache_control:
+            out = with_few_marks(out, marks)
+        return self._in_order(out) or [{"role": "user", "content": CONTINUE}]
+
+    def _in_order(self, messages: list[Json]) -> list[Json]:
+        """What concerns the order of messages, and ids."""
+        quirk, out = self.quirk, messages
+        if quirk.lead_system:
+            out = one_system(out)
+        if quirk.alternate:
+            out = taking_turns(out)
+        if quirk.tool_order:
+            out = list(bridged(out))
+        if quirk.tool_ids == "mistral9":
+            out = nine_character_ids(out)
+        last = out[-1] if out else {"role": "user"}
+        if quirk.prefix and last["role"] == "assistant":
+            out = [*out[:-1], {**last, "prefix": True}]
+        elif last["role"] not in self._last_roles:
+            out = [*out, {"role": "user", "content": CONTINUE}]
+        return out
+
+    def _role_names(self, messages: Sequence[Json]) -> Mapping[str, str]:
+        """role -> the name that this provider knows it by."""
+        wanted = self.quirk.system_role
+        if wanted == "system":
+            return {"developer": "system"}
+        if wanted == "developer" and any(m.get("role") == "developer" for m in messages):
+            return {"system": "developer"}  # OpenAI: not both in one request
+        return {}
+
+    def _is_void(self, message: Json) -> bool:
+        """Does an assistant message hold nothing that can be sent?"""
+        if message["role"] != "assistant" or message.get("tool_calls"):
+            return False
+        if message.get("refusal") or message.get("audio"):
+            return False
+        content = message.get("content")
+        return content is None or (not content and bool(self.quirk.no_empty or content == []))
+
+    def _message(self, message: Json, names: Mapping[str, str]) -> Json:
+        """One message with the members and contents this provider takes."""
+        role, strip = message["role"], self._strip
+        out = {k: v for k, v in message.items() if v is not None and k not in strip}
+        if role in names:
+            out["role"] = names[role]
+        content = self._content(role, message.get("content"))
+        if content is None and isinstance(message.get("refusal"), str) and "refusal" in strip:
+            content = message["refusal"]
+        if role == "tool":
+            content = content if content is not None else ""
+            if message.get("is_error") is True:
+                content = marked_error(content)
+        if content is not None or "content" in message:
+            out["content"] = content
+        if role == "assistant":
+            self._answer(message, out)
+        elif "tool_calls" in out:
+            del out["tool_calls"]
+        return message if out == message else out
+
+    def _answer(self, message: Json, out: Json) -> None:
+        """What only assistant messages have: calls, signatures, reasoning."""
+        calls = message.get("tool_calls")
+        if calls:
+            out["tool_calls"] = self._calls(calls)
+            if out.get("content") is None and self.quirk.no_null:
+                out["content"] = ""
+        if self.quirk.reasoning_replay != "reject":
+            out.update(self._replayed(message, bool(calls)))
+
+    def _calls(self, calls: list[Json]) -> list[Json]:
+        """Calls with the signature that Gemini wants on the first, or without any."""
+        if not self.quirk.thought_signatures:
+            return [without(c, ("extra_content",)) if "extra_content" in c else c for c in calls]
+        google = as_dict(as_dict(calls[0].get("extra_content")).get("google"))
+        if google.get("thought_signature"):
+            return calls
+        signed = {"google": {**google, "thought_signature": NO_SIGNATURE}}
+        return [{**calls[0], "extra_content": signed}, *calls[1:]]
+
+    def _replayed(self, message: Json, called: bool) -> Json:
+        """The reasoning of an earlier turn, if it came from here or nobody knows from where."""
+        pieces = [p for p in as_list(message.get("reasoning_details")) if isinstance(p, dict)]
+        own = [without(p, ("origin",)) for p in pieces if p.get("origin") in (None, self.provider)]
+        text = message.get("reasoning_content") or message.get("reasoning")
+        if pieces:
+            texts = (piece.get("text") or piece.get("summary") for piece in own)
+            text = "\n".join(t for t in texts if isinstance(t, str))
+        if self.quirk.reasoning_field == "reasoning_details":
+            if own:
+                return {"reasoning_details": own}
+            return {"reasoning": text} if isinstance(text, str) and text else {}
+        if not has_text(text):
+            text = self.quirk.placeholder if called else ""
+        return {"reasoning_content": text} if text else {}
+
+    def _lacks_reasoning(self, messages: Sequence[Json]) -> bool:
+        """Must thinking be off, since a turn with calls has lost its reasoning?"""
+        quirk = self.quirk
+        if quirk.reasoning_replay != "require" or quirk.placeholder:
+            return False
+        return any(calls_in(m) and not m.get("reasoning_content") for m in messages)
+
+    def _content(self, role: str, content: Any) -> Any:
+        """Content in shapes this provider takes: null, text, or a list of known parts."""
+        if not isinstance(content, list):
+            return content
+        parts = [fitted for part in content if (fitted := self._part(part)) is not None]
+        if not parts:
+            return None if role == "assistant" else ""
+        flat = self.quirk.flat
+        flatten = flat == "all" or (flat == "tool" and role in ("tool", "assistant"))
+        if flatten and all(part.get("type") == "text" for part in parts):
+            return "\n".join(str(part.get("text") or "") for part in parts)
+        same = len(parts) == len(content) and all(map(is_same, parts, content))
+        return content if same else parts
+
+    def _part(self, part: Json) -> Json | None:
+        """One part; None for reasoning, which has its own member."""
+        kind = part.get("type")
+        if kind in ("thinking", "think", "redacted_thinking"):
+            return None
+        if kind == "refusal":
+            return {"type": "text", "text": part.get("refusal") or ""}
+        if "cache_control" in part and not self.quirk.cache_control:
+            part = without(part, ("cache_control",))
+        if kind == "image_url" and isinstance(part.get("image_url"), str):
+            part = {**part, "image_url": {"url": part["image_url"]}}
+        if kind == "file" and "url" in (self.quirk.files or ()):
+            file = as_dict(part.get("file"))
+            if file.get("file_url") and not file.get("file_data"):
+                named = {**without(file, ("file_url",)), "file_data": file["file_url"]}
+                part = {**part, "file": named}
+        return part
+
+
+def has_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def marked_error(content: Any) -> Any:
+    """The content of a failed result, which says so: Chat has no other place for it."""
+    if isinstance(content, list):
+        said = any("error" in str(p.get("text", "")).lower()[:200] for p in content)
+        return content if said else [{"type": "text", "text": "Error:"}, *content]
+    says_so = content == NO_RESULT or "error" in content[:200].lower()
+    return content if says_so else f"Error: {content}"
+
+
+def with_few_marks(messages: list[Json], most: int) -> list[Json]:
+    """At most so many marks for caching: the last ones, which cover the most."""
+    marks = sum(has_mark(part) for m in messages for part in as_list(m.get("content")))
+    out: list[Json] = []
+    extra = marks - most
+    if extra <= 0:
+        return messages
+    for message in messages:
+        content = message.get("content")
+        if extra > 0 and isinstance(content, list) and any(map(has_mark, content)):
+            parts = []
+            for part in content:
+                if has_mark(part) and extra > 0:
+                    part, extra = without(part, ("cache_control",)), extra - 1
+                parts.append(part)
+            message = {**message, "content": parts}
+        out.append(message)
+    return out
+
+
+def has_mark(part: object) -> bool:
+    return isinstance(part, dict) and "cache_control" in part
+
+
+def with_instruction(messages: Sequence[Json], text: str) -> list[Json]:
+    """`text` at the end of the first system message, or as one of its own."""
+    first = messages[0]
+    if first["role"] in ("system", "developer"):
+        content = joined([first.get("content") or "", text])
+        return [{**first, "content": content}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def wished_effort(chat: Json) -> str:
+    """How hard to think, in a word of EFFORTS; "on" without a measure; "" if nothing is said."""
+    thinking, reasoning = as_dict(chat.get("thinking")), as_dict(chat.get("reasoning"))
+    if thinking.get("type") == "disabled" or reasoning.get("enabled") is False:
+        return "none"
+    for effort in (chat.get("reasoning_effort"), reasoning.get("effort")):
+        if isinstance(effort, str) and effort:
+            return effort
+    for budget in (thinking.get("budget_tokens"), reasoning.get("max_tokens")):
+        if is_number(budget):
+            return next((word for most, word in BUDGETS if cast(int, budget) <= most), "xhigh")
+    return "on" if thinking or reasoning else ""
+
+
+def nearest_effort(word: str, known: Sequence[str]) -> str:
+    """The known word that comes nearest; "" if there is none or nothing was said.
+
+    Only who asks for next to nothing gets "none".
+    """
+    if word in known:
+        return word
+    if word not in EFFORTS or not known:
+        return ""
+    off = word in ("none", "minimal")
+    if "default" in known:
+        return "none" if off else "default"
+    if off and "none" in known:
+        return "none"
+    place = EFFORTS.index(word)
+    choices = [w for w in known if w in EFFORTS and w != "none"]
+    return min(choices, key=lambda w: (abs(EFFORTS.index(w) - place), w), default="")
+
+
+def older_tools(chat: Json) -> list[Json]:
+    """`functions` as tools."""
+    return [{"type": "function", "function": f} for f in as_list(chat.get("functions"))]
+
+
+def older_choice(choice: object) -> object:
+    """`function_call` as tool_choice."""
+    if isinstance(choice, dict):
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    return choice if isinstance(choice, str) else None
+
+
+def function_of_custom(custom: Json) -> Json:
+    """A tool that takes free text as one that takes an object with the member `input`."""
+    function: Json = {
+        "name": custom["name"],
+        "parameters": {
+            "type": "object",
+            "properties": {"input": {"type": "string"}},
+            "required": ["input"],
+        },
+    }
+    if isinstance(custom.get("description"), str):
+        function["description"] = custom["description"]
+    return {"type": "function", "function": function}
+
+
+def named_choice(choice: Json, custom: bool) -> object:
+    """A choice that is an object, as a word or as the name of a function."""
+    kind = choice.get("type")
+    if kind == "allowed_tools":
+        mode = as_dict(choice.get("allowed_tools")).get("mode") or choice.get("mode")
+        return choice if custom else ("required" if mode == "required" else "auto")
+    if kind == "custom" and not custom:
+        name = as_dict(choice.get("custom")).get("name") or choice.get("name")
+        return {"type": "function", "function": {"name": name}}
+    return choice
+
+
+# =============================================================================
+# 13. Messages in
+# =============================================================================
+
+# The client's side of Anthropic Messages (platform.claude.com/docs/en/api/messages and what Claude
+# Code 2.1.197 sends, both as of 2026-11-21): its requests become chats, answers become its own.
+
+MESSAGES_FIELDS: Mapping[str, FieldRule] = {
+    "model": FieldRule("a string", is_string),
+    "stream": FieldRule("true or false", is_boolean),
+    "max_tokens": FieldRule("an integer of at least 1", is_natural),
+    "temperature": FieldRule("a number", is_number),
+    "top_p": FieldRule("a number", is_number),
+    "top_k": FieldRule("an integer", is_integer),
+    "stop_sequences": FieldRule("a list of strings", is_strings),
+    "tools": FieldRule("a list of tools", is_list),
+    "tool_choice": FieldRule("an object with a type", is_typed_object),
+    "thinking": FieldRule("an object with a type", is_typed_object),
+    "metadata": FieldRule("an object", is_object),
+    "output_config": FieldRule("an object", is_object),
+    "output_format": FieldRule("an object with a type", is_typed_object),
+    "service_tier": FieldRule("a string", is_string),
+}
+SAME_FIELDS: Final = (
+    "model",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "stream",
+    "thinking",
+)
+TOOL_CHOICES: Mapping[str, str] = {"auto": "auto", "any": "required", "none": "none"}
+# thinking.budget_tokens at least -> reasoning_effort, for clients that say no effort themselves.
+EFFORT_BUDGETS: Final = ((16_384, "high"), (4_096, "medium"), (0, "low"))
+# First system block of Claude Code: changes with release and request, means nothing to others
+# and would defeat their prompt caches.
+BILLING_NOTE: Final = "x-anthropic-billing-header:"
+MAX_USER_CHARS: Final = 64  # OpenAI answers 400 to a longer `user`; Claude Code's id is JSON
+# What can be read in blocks without a chat equal; everything opaque in them is left out.
+READABLE: Final = (
+    "title",
+    "url",
+    "source",
+    "text",
+    "content",
+    "stdout",
+    "stderr",
+    "error_code",
+    "tool_name",
+    "tool_references",
+    "file_id",
+)
+
+
+def messages_to_chat(body: Json) -> Json:
+    """A Messages request as a chat; BadRequest names the field that cannot be used.
+
+    Members that have no chat equal (context_management, container, mcp_servers ...) are left
+    out, max_tokens may be missing. Tools that run at Anthropic are left out: `server_tools`.
+    """
+    check_fields(body, MESSAGES_FIELDS)
+    given = body.get("messages")
+    if not isinstance(given, list) or not given:
+        raise invalid("messages", "a list of at least one message", given)
+    messages: list[Json] = []
+    if body.get("system") is not None:
+        add_system(messages, body["system"], "system")
+    for at, message in enumerate(given):
+        add_message(messages, message, f"messages[{at}]")
+    if all(message["role"] == "system" for message in messages):
+        raise BadRequest("messages hold nothing to answer", param="messages")
+    chat: Json = {name: body[name] for name in SAME_FIELDS if body.get(name) is not None}
+    chat["messages"] = messages
+    return {**chat, **tool_members(body), **wish_members(body)}
+
+
+def wish_members(body: Json) -> Json:
+    """Members of the chat that have another name or shape in a Messages request."""
+    found: Json = {}
+    if body.get("stop_sequences"):
+        found["stop"] = list(body["stop_sequences"])
+    if user := user_of(body.get("metadata") or {}):
+        found["user"] = user
+    if effort := asked_effort(body):
+        found["reasoning_effort"] = effort
+    if wanted := response_format_of(body):
+        found["response_format"] = wanted
+    if body.get("service_tier") == "standard_only":
+        found["service_tier"] = "default"
+    return found
+
+
+def user_of(metadata: Json) -> str:
+    """metadata.user_id; a long one by its digest, which tells as little and stays the same."""
+    user = metadata.get("user_id")
+    if user is not None and not isinstance(user, str):
+        raise invalid("metadata.user_id", "a string", user)
+    if not user or len(user) <= MAX_USER_CHARS:
+        return user or ""
+    return hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()[:32]
+
+
+def asked_effort(body: Json) -> str:
+    """output_config.effort, or what the thinking budget amounts to, or "" (as provider likes)."""
+    effort = (body.get("output_config") or {}).get("effort")
+    if effort is not None and not isinstance(effort, str):
+        raise invalid("output_config.effort", "a string", effort)
+    thinking = body.get("thinking") or {}
+    budget = count_or_zero(thinking.get("budget_tokens"))
+    if effort or thinking.get("type") != "enabled" or not budget:
+        return effort or ""
+    return next(word for least, word in EFFORT_BUDGETS if budget >= least)
+
+
+def response_format_of(body: Json) -> Json | None:
+    """output_config.format, or the older output_format, as response_format."""
+    where, wanted = "output_config.format", (body.get("output_config") or {}).get("format")
+    if wanted is None:
+        where, wanted = "output_format", body.get("output_format")
+    if wanted is None:
+        return None
+    if not is_typed_object(wanted):
+        raise invalid(where, "an object with a type", wanted)
+    if wanted["type"] != "json_schema":
+        raise invalid(f"{where}.type", '"json_schema"', wanted["type"])
+    schema = wanted.get("schema")
+    if not isinstance(schema, dict):
+        raise invalid(f"{where}.schema", "an object", schema)
+    named = {"name": "answer", "schema": schema, **({"strict": True} if is_strict(schema) else {})}
+    return {"type": "json_schema", "json_schema": named}
+
+
+def is_strict(schema: object) -> bool:
+    """Would OpenAI take this schema with `strict`? Each object closed, each property required."""
+    if isinstance(schema, list):
+        return all(map(is_strict, schema))
+    if not isinstance(schema, dict):
+        return True
+    if "properties" in schema or schema.get("type") == "object":
+        names, required = schema.get("properties"), schema.get("required")
+        if not isinstance(names, dict) or not is_strings(required):
+            return False
+        if set(names) != set(required or ()) or schema.get("additionalProperties") is not False:
+            return False
+    return all(map(is_strict, schema.values()))
+
+
+# --- tools ---
+
+
+@dataclass(frozen=True)
+class KnownTool:
+    """A tool that Anthropic defines and the client runs: requests name only its type."""
+
+    prefix: str  # of the type, which ends in a date
+    description: str
+    required: tuple[str, ...]
+    members: Mapping[str, str]  # name -> JSON type; commands stand in the description
+
+
+EDITS: Mapping[str, str] = {
+    "command": "string",
+    "path": "string",
+    "file_text": "string",
+    "old_str": "string",
+    "new_str": "string",
+    "insert_line": "integer",
+    "insert_text": "string",
+    "view_range": "array",
+}
+# Members as in platform.claude.com/docs, tool reference, 2026-11.
+KNOWN_TOOLS: Final = (
+    KnownTool(
+        "bash_",
+        "Run a command in a persistent bash session, or restart it.",
+        (),
+        {"command": "string", "restart": "boolean"},
+    ),
+    KnownTool(
+        "text_editor_",
+        "View and edit files. command: view (view_range: first and last line), create (file_text),"
+        " str_replace (old_str, new_str) or insert (insert_line, insert_text).",
+        ("command", "path"),
+        EDITS,
+    ),
+    KnownTool(
+        "memory_",
+        "Files under /memories that outlive the conversation. command: view, create, str_replace,"
+        " insert, delete, or rename (old_path, new_path).",
+        ("command",),
+        {**EDITS, "old_path": "string", "new_path": "string"},
+    ),
+)
+
+
+def tool_members(body: Json) -> Json:
+    """tools, tool_choice and parallel_tool_calls of the chat, as far as any tool is left."""
+    tools = [
+        function_tool(tool, f"tools[{at}]")
+        for at, tool in enumerate(body.get("tools") or ())
+        if runs_at_client(tool, f"tools[{at}]")
+    ]
+    choice = tool_choice_of(body.get("tool_choice") or {})
+    if not tools:
+        return {}
+    found: Json = {"tools": tools}
+    names = {tool["function"]["name"] for tool in tools}
+    if isinstance(choice, str) or (choice and choice["function"]["name"] in names):
+        found["tool_choice"] = choice
+    if (body.get("tool_choice") or {}).get("disable_parallel_tool_use") is True:
+        found["parallel_tool_calls"] = False
+    return found
+
+
+def runs_at_client(tool: Any, where: str) -> bool:
+    """Has this tool a schema? Those that run at Anthropic (web_search_20250305 ...) have none."""
+    if not isinstance(tool, dict):
+        raise invalid(where, "an object with a name and an input_schema", tool)
+    kind = tool.get("type")
+    if kind is not None and not isinstance(kind, str):
+        raise invalid(f"{where}.type", "a string", kind)
+    if kind in (None, "custom") or isinstance(tool.get("input_schema"), dict):
+        return True
+    return known_tool(kind) is not None
+
+
+def known_tool(kind: str) -> KnownTool | None:
+    return next((row for row in KNOWN_TOOLS if kind.startswith(row.prefix)), None)
+
+
+def known_schema(row: KnownTool) -> Json:
+    kinds: Json = {name: {"type": kind} for name, kind in row.members.items()}
+    if "view_range" in kinds:
+        kinds["view_range"]["items"] = {"type": "integer"}
+    return {"type": "object", "properties": kinds, "required": list(row.required)}
+
+
+def server_tools(body: Json) -> list[str]:
+    """Names of the tools that `messages_to_chat` leaves out, for the log and a header."""
+    tools = body.get("tools")
+    left_out = (
+        tool.get("name") or tool.get("type")
+        for at, tool in enumerate(tools if isinstance(tools, list) else ())
+        if isinstance(tool, dict) and not runs_at_client(tool, f"tools[{at}]")
+    )
+    return [name for name in left_out if isinstance(name, str)]
+
+
+def function_tool(tool: Json, where: str) -> Json:
+    """One tool as a function; defer_loading, input_examples and the like have no equal."""
+    name, schema, about = tool.get("name"), tool.get("input_schema"), tool.get("description")
+    if not isinstance(name, str) or not name:
+        raise invalid(f"{where}.name", "a string, and not empty", name)
+    if schema is not None and not isinstance(schema, dict):
+        raise invalid(f"{where}.input_schema", "an object", schema)
+    if about is not None and not isinstance(about, str):
+        raise invalid(f"{where}.description", "a string", about)
+    row = known_tool(tool.get("type") or "")
+    if row and schema is None:
+        about, schema = row.description, known_schema(row)
+    function: Json = {"name": name}
+    if about is not None:
+        function["description"] = about
+    function["parameters"] = schema or {"type": "object", "properties": {}}
+    if tool.get("strict") is True and is_strict(schema):
+        function["strict"] = True
+    return with_cache({"type": "function", "function": function}, tool)
+
+
+def tool_choice_of(choice: Json) -> Any:
+    """auto, required, none, one function, or None when nothing was chosen."""
+    kind = choice.get("type")
+    if kind == "tool":
+        name = choice.get("name")
+        if not isinstance(name, str) or not name:
+            raise invalid("tool_choice.name", "a string, and not empty", name)
+        return {"type": "function", "function": {"name": name}}
+    if choice and kind not in TOOL_CHOICES:
+        raise invalid("tool_choice.type", "one of auto, any, tool, none", kind)
+    return TOOL_CHOICES[kind] if isinstance(kind, str) else None
+
+
+# --- messages ---
+
+
+def add_message(messages: list[Json], message: Any, where: str) -> None:
+    """The chat messages that one message of the request stands for."""
+    if not isinstance(message, dict):
+        raise invalid(where, "an object with a role and content", message)
+    role, content = message.get("role"), message.get("content")
+    if role in ("system", "developer"):
+        add_system(messages, content, f"{where}.content")
+    elif role == "user":
+        messages.extend(user_messages(content, f"{where}.content"))
+    elif role == "assistant":
+        messages.extend(assistant_messages(content, f"{where}.content"))
+    else:
+        raise invalid(f"{where}.role", "one of user, assistant, system", role)
+
+
+def add_system(messages: list[Json], content: Any, where: str) -> None:
+    """Instructions: joined with those right before them, or a message where they stand."""
+    parts = [
+        part
+        for block, path in given_blocks(content, where)
+        if not str(block.get("text")).startswith(BILLING_NOTE)
+        for part in block_parts(block, path)
+    ]
+    if not parts:
+        return
+    if messages and messages[-1]["role"] == "system":
+        before = messages.pop()["content"]
+        parts = (before if isinstance(before, list) else [text_part(before)]) + parts
+    messages.append({"role": "system", "content": flat_content(parts)})
+
+
+def user_messages(content: Any, where: str) -> Iterator[Json]:
+    """Results of tools first, as messages of their own; then what the user said."""
+    parts: list[Json] = []
+    results = 0
+    for block, path in given_blocks(content, where):
+        kind = block["type"]
+        if kind == "tool_result":
+            results += 1
+            yield tool_message(block, path)
+        elif kind in ("tool_use", "thinking", "redacted_thinking"):
+            raise invalid(f"{path}.type", "that of a block a user may send", kind)
+        else:
+            parts += block_parts(block, path)
+    if parts or not results:
+        yield {"role": "user", "content": flat_content(parts)}
+
+
+def tool_message(block: Json, where: str) -> Json:
+    content, is_error = block.get("content"), block.get("is_error")
+    id = string_of(block, "tool_use_id", where)
+    if is_error is not None and not isinstance(is_error, bool):
+        raise invalid(f"{where}.is_error", "true or false", is_error)
+    blocks = [] if content is None else given_blocks(content, f"{where}.content")
+    parts = [part for inner, path in blocks for part in block_parts(inner, path)]
+    if parts:
+        with_cache(parts[-1], block)
+    message: Json = {"role": "tool", "tool_call_id": id, "content": flat_content(parts)}
+    return {**message, "is_error": True} if is_error else message
+
+
+def assistant_messages(content: Any, where: str) -> Iterator[Json]:
+    """One assistant message, or none if nothing is left of it."""
+    parts: list[Json] = []
+    calls: list[Json] = []
+    pieces: list[Json] = []
+    before: Json = {}
+    for block, path in given_blocks(content, where):
+        kind = block["type"]
+        if kind == "tool_result":
+            raise invalid(f"{path}.type", "that of a block an assistant may send", kind)
+        if kind == "tool_use":
+            calls.append(tool_call(block, path))
+        elif kind in ("thinking", "redacted_thinking"):
+            pieces.append(reasoning_piece(block, path))
+        else:
+            add_parts(parts, block_parts(block, path), cuts_text(before, block))
+        before = block
+    pieces = attach_extras(pieces, calls)
+    if not (parts or calls or pieces):
+        return
+    said = flat_content(parts)
+    message: Json = {"role": "assistant", "content": said or (None if calls else "")}
+    yield {**message, **reasoning_members(pieces), **({"tool_calls": calls} if calls else {})}
+
+
+def cuts_text(before: Json, block: Json) -> bool:
+    """Are two blocks one text? Citations cut sentences into blocks."""
+    cited = before.get("citations") or block.get("citations")
+    return bool(cited) and before["type"] == block["type"] == "text"
+
+
+def add_parts(parts: list[Json], more: list[Json], goes_on: bool) -> None:
+    if goes_on and parts and more and "cache_control" not in parts[-1]:
+        more[0]["text"] = parts.pop()["text"] + more[0]["text"]
+    parts += more
+
+
+def tool_call(block: Json, where: str) -> Json:
+    id, name, given = string_of(block, "id", where), block.get("name"), block.get("input")
+    if not isinstance(name, str) or not name:
+        raise invalid(f"{where}.name", "a string, and not empty", name)
+    if given is not None and not isinstance(given, dict):
+        raise invalid(f"{where}.input", "an object", given)
+    arguments = json.dumps(given or {}, ensure_ascii=False)
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def given_blocks(content: Any, where: str) -> list[tuple[Json, str]]:
+    """Content as (block, its path) pairs; a string is one text block."""
+    if isinstance(content, str):
+        return [({"type": "text", "text": content}, where)]
+    if not isinstance(content, list):
+        raise invalid(where, "a string or a list of content blocks", content)
+    for at, block in enumerate(content):
+        if not is_typed_object(block):
+            raise invalid(f"{where}[{at}]", "an object with a type", block)
+    return [(block, f"{where}[{at}]") for at, block in enumerate(content)]
+
+
+def string_of(block: Json, name: str, where: str) -> str:
+    value = block.get(name)
+    if not isinstance(value, str):
+        raise invalid(f"{where}.{name}", "a string", value)
+    return value
+
+
+def flat_content(parts: list[Json]) -> str | list[Json]:
+    """Parts as a string where that loses nothing: many providers take no list."""
+    if all(part["type"] == "text" and "cache_control" not in part for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return parts
+
+
+# --- content blocks ---
+
+
+def block_parts(block: Json, where: str) -> list[Json]:
+    """The parts of a chat message that one block stands for; cache_control goes to the last.
+
+    Blocks without a chat equal (server_tool_use, web_search_tool_result, container_upload ...)
+    become text that begins with their type in brackets; only what can be read of them is kept.
+    """
+    make = PART_MAKERS.get(block["type"])
+    parts = make(block, where) if make else [text_part(labelled(block))]
+    parts = [part for part in parts if part["type"] != "text" or part["text"]]
+    if parts:
+        with_cache(parts[-1], block)
+    return parts
+
+
+def with_cache(part: Json, block: Json) -> Json:
+    if isinstance(block.get("cache_control"), dict):
+        part["cache_control"] = block["cache_control"]
+    return part
+
+
+def text_part(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+def text_parts(block: Json, where: str) -> list[Json]:
+    return [text_part(string_of(block, "text", where))]
+
+
+def image_parts(block: Json, where: str) -> list[Json]:
+    kind, source = source_of(block, ("base64", "url", "file"), where)
+    if kind == "file":
+        return [file_part(file_id=string_of(source, "file_id", f"{where}.source"))]
+    url = data_url(source, where) if kind == "base64" else string_of(source, "url", where)
+    return [{"type": "image_url", "image_url": {"url": url}}]
+
+
+def document_parts(block: Json, where: str) -> list[Json]:
+    """A PDF as file, a text document as text, with its title and context where it has them."""
+    kind, source = source_of(block, ("base64", "text", "url", "content", "file"), where)
+    inside = f"{where}.source"
+    title, context = (block.get(name) or "" for name in ("title", "context"))
+    for name, value in (("title", title), ("context", context)):
+        if not isinstance(value, str):
+            raise invalid(f"{where}.{name}", "a string", value)
+    head = [text_part(context)]
+    if kind == "base64":
+        name = title or "document.pdf"
+        return [*head, file_part(filename=name, file_data=data_url(source, where))]
+    if kind == "url":
+        return [*head, file_part(filename=title, file_url=string_of(source, "url", inside))]
+    if kind == "file":
+        return [*head, file_part(filename=title, file_id=string_of(source, "file_id", inside))]
+    head = [text_part(f"[{title}]" if title else ""), *head]
+    if kind == "text":
+        return [*head, text_part(string_of(source, "data", inside))]
+    blocks = given_blocks(source.get("content"), f"{inside}.content")
+    return head + [part for inner, path in blocks for part in block_parts(inner, path)]
+
+
+def search_result_parts(block: Json, where: str) -> list[Json]:
+    title, source = (string_of(block, name, where) for name in ("title", "source"))
+    blocks = given_blocks(block.get("content"), f"{where}.content")
+    found = [part for inner, path in blocks for part in block_parts(inner, path)]
+    return [text_part(f"[{title}]({source})"), *found]
+
+
+def source_of(block: Json, kinds: Sequence[str], where: str) -> tuple[str, Json]:
+    """(type, source) of an image or a document."""
+    source = block.get("source")
+    if not isinstance(source, dict):
+        raise invalid(f"{where}.source", "an object with a type", source)
+    kind = source.get("type")
+    if kind not in kinds:
+        raise invalid(f"{where}.source.type", f"one of {', '.join(kinds)}", kind)
+    return str(kind), source
+
+
+def data_url(source: Json, where: str) -> str:
+    kind = string_of(source, "media_type", f"{where}.source")
+    return f"data:{kind};base64,{string_of(source, 'data', f'{where}.source')}"
+
+
+def file_part(**members: str) -> Json:
+    return {"type": "file", "file": {name: value for name, value in members.items() if value}}
+
+
+def labelled(block: Json) -> str:
+    """A block that chat has no part for, as text."""
+    kind = block["type"]
+    if isinstance(block.get("name"), str):  # server_tool_use, mcp_tool_use
+        return f"[{kind} {block['name']}] {json.dumps(block.get('input'), ensure_ascii=False)}"
+    return "\n".join([f"[{kind}]", *readable(block)])
+
+
+def readable(value: Any) -> Iterator[str]:
+    """Every text inside a block that people could read."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from readable(item)
+    elif isinstance(value, dict):
+        for name in READABLE:
+            yield from readable(value.get(name))
+        if value.get("media_type") == "text/plain":
+            yield from readable(value.get("data"))
+
+
+PART_MAKERS: Mapping[str, Callable[[Json, str], list[Json]]] = {
+    "text": text_parts,
+    "image": image_parts,
+    "document": document_parts,
+    "search_result": search_result_parts,
+}
+
+
+# --- reasoning there and back ---
+#
+# A piece of reasoning travels in the signature of a thinking block: plain signatures as they are,
+# anything else (summaries, encrypted pieces, extra_content of a call) as a JSON object without
+# its text. No signature begins with a brace.
+
+
+def reasoning_piece(block: Json, where: str) -> Json:
+    """A thinking or redacted_thinking block as reasoning_details has it."""
+    if block["type"] == "redacted_thinking":
+        origin, value = unseal(string_of(block, "data", where))
+        return {"type": "reasoning.encrypted", "data": value, "origin": origin or "anthropic"}
+    text, signature = string_of(block, "thinking", where), block.get("signature")
+    if signature is not None and not isinstance(signature, str):
+        raise invalid(f"{where}.signature", "a string", signature)
+    origin, value = unseal(signature or "")
+    if signature == value and value:
+        origin = "anthropic"  # it was never sealed: native traffic
+    came_from = {"origin": origin} if origin else {}
+    if piece := carried_piece(value):
+        kind = piece["type"].rpartition(".")[2]
+        return {**piece, **({kind: text} if kind in ("text", "summary") else {}), **came_from}
+    signed = {"signature": value} if value else {}
+    return {"type": "reasoning.text", "text": text, **signed, **came_from}
+
+
+def carried_piece(value: str) -> Json:
+    """The piece that a signature of ours carries; {} if it is a plain signature."""
+    try:
+        piece = json.loads(value) if value.startswith("{") else None
+    except (ValueError, RecursionError):
+        return {}
+    return piece if isinstance(piece, dict) and is_string(piece.get("type")) else {}
+
+
+def carried(origin: str, piece: Json) -> str:
+    """The signature that carries a piece; its text travels in the block itself."""
+    rest = {k: v for k, v in piece.items() if k not in ("text", "summary", "origin")}
+    if rest.keys() <= {"type", "signature"} and rest.get("type") == "reasoning.text":
+        signature = rest.get("signature")
+        return seal(origin, signature if isinstance(signature, str) else "")
+    return seal(origin, dump_text(rest))
+
+
+def attach_extras(pieces: list[Json], calls: list[Json]) -> list[Json]:
+    """Give calls the extra_content that was carried for them; the other pieces remain."""
+    extras = {str(p.get("id")): p.get("extra_content") for p in pieces if p["type"] == "call"}
+    for call in calls:
+        if isinstance(extra := extras.get(call["id"]), dict):
+            call["extra_content"] = extra
+    return [piece for piece in pieces if piece["type"] != "call"]
+
+
+def reasoning_members(pieces: list[Json]) -> Json:
+    """reasoning_content and reasoning_details of an assistant message."""
+    texts = (piece.get("text") or piece.get("summary") for piece in pieces)
+    text = "\n\n".join(text for text in texts if isinstance(text, str) and text)
+    found: Json = {"reasoning_details": pieces} if pieces else {}
+    return {"reasoning_content": text, **found} if text else found
+
+
+# --- answers ---
+
+STOP_REASONS: Mapping[str, str] = {
+    "length": "max_tokens",
+    "content_filter": "refusal",
+    "tool_calls": "tool_use",
+    "function_call": "tool_use",
+}
+PLAIN_DELTA: Final = frozenset({"content", "role"})
+PING: Final = b'event: ping\ndata: {"type": "ping"}\n\n'
+NOT_IN_IDS: Final = re.compile(r"[^a-zA-Z0-9_-]")
+JSON_MARKS: Final = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
+CHARS_PER_TOKEN: Final = 4  # for answers whose provider states no usage
+
+
+class JsonEnd:
+    """Finds where one JSON object ends that comes in pieces."""
+
+    def __init__(self) -> None:
+        self.found = False
+        self._depth = 0
+        self._quoted = self._escaped = False
+
+    def feed(self, text: str) -> str:
+        """The beginning of `text` that still belongs to the object."""
+        if self.found:
+            return ""
+        start = 1 if self._escaped and text else 0
+        self._escaped = self._escaped and not text
+        for match in JSON_MARKS.finditer(text, start):
+            mark = match[0]
+            if mark[0] == "\\":
+                self._escaped = len(mark) == 1
+            elif mark == '"':
+                self._quoted = not self._quoted
+            elif not self._quoted:
+                self._depth += 1 if mark in "{[" else -1
+                if not self._depth:
+                    self.found = True
+                    return text[: match.end()]
+        return text
+
+
+class Block:
+    """One content block of an answer: `held` is text of it that has not been sent yet."""
+
+    complete = False  # nothing more can come
+    yields = True  # may end because another block waits
+    kind, member = "text_delta", "text"
+
+    def __init__(self, content: Json) -> None:
+        self.content = content  # as in content_block_start
+        self.index = -1  # until it is open
+        self.held = ""
+
+    def add(self, text: str) -> None:
+        self.held += text
+
+    def deltas(self) -> list[Json]:
+        text, self.held = self.held, ""
+        return [{"type": self.kind, self.member: text}] if text else []
+
+    def ending(self) -> list[Json]:
+        return []
+
+
+class RedactedBlock(Block):
+    complete = True
+
+    def __init__(self, origin: str, data: str) -> None:
+        super().__init__({"type": "redacted_thinking", "data": seal(origin, data)})
+
+
+class ThinkingBlock(Block):
+    """Thinking, and the piece of reasoning_details that it is, once that is known.
+
+    Readers of providers tell reasoning as text first and hand the piece in later, with the same
+    text; `unclaimed` is what no piece has accounted for.
+    """
+
+    kind, member = "thinking_delta", "thinking"
+
+    def __init__(self, origin: str = "", piece: Json | None = None) -> None:
+        super().__init__({"type": "thinking", "thinking": "", "signature": ""})
+        self.origin = origin
+        self.piece: Json = piece or {}
+        self.unclaimed: list[str] = []
+
+    def claims(self, text: str) -> bool:
+        """Was this text of a piece sent before the piece came?"""
+        _, found, after = "".join(self.unclaimed).partition(text)
+        if found:
+            self.unclaimed = [after]
+            self.complete = not after.strip()
+        return bool(found)
+
+    def is_of(self, piece: Json) -> bool:
+        """Does the piece go on with this block?"""
+        return piece_shape(self.piece) == piece_shape(piece)
+
+    def ending(self) -> list[Json]:
+        signature = carried(self.origin, self.piece or {"type": "reasoning.text"})
+        return [{"type": "signature_delta", "signature": signature}]
+
+
+def piece_shape(piece: Json) -> Json:
+    """What pieces of one block have in common."""
+    return {k: v for k, v in piece.items() if k not in ("text", "summary", "signature")}
+
+
+class ToolBlock(Block):
+    """A tool call; its arguments are sent as they come once it is clear that they are an object.
+
+    Until then they wait: some providers send `{}` first and the arguments after it, others
+    fence them, quote them twice or send nothing at all.
+    """
+
+    kind, member = "input_json_delta", "partial_json"
+
+    def __init__(self) -> None:
+        super().__init__({"type": "tool_use", "id": "", "name": "", "input": {}})
+        self.id = self.name = ""
+        self.is_custom = self.yields = False
+        self.extra: Json = {}  # extra_content, and what of it has been sent
+        self.carried: Json = {}
+        self._end = JsonEnd()
+        self._start: str | None = ""  # arguments that wait
+
+    @property
+    def begun(self) -> bool:
+        return self._start != ""
+
+    @property
+    def cut(self) -> bool:
+        """Did the arguments stop in the middle?"""
+        return self._start is None and not self.complete
+
+    def continues(self, id: str, name: str, arguments: str) -> bool:
+        """Does a delta with this id and name belong to this call? Either may be missing."""
+        if not name or not self.name:
+            return True
+        if id and id == self.id:
+            return name == self.name or not self.complete
+        if name != self.name:
+            return False
+        if id and self.id:  # a new id in each delta, or a second call of the same function
+            return self.begun and not self.complete
+        return not (self.complete and arguments)
+
+    def add(self, text: str) -> None:
+        if self._start is None:
+            self._send(text)
+            return
+        start = (self._start + text).lstrip()
+        if start[:2] == "{}" and start[2:].lstrip()[:1] == "{":
+            start = start[2:].lstrip()
+        self._start, self.yields = start, start.rstrip() == "{}"
+        if len(start) > 1 and start[0] == "{" and start[1] != "}" and not self.is_custom:
+            self._start = None
+            self._send(start)
+
+    def _send(self, text: str) -> None:
+        self.held += self._end.feed(text)
+        self.complete = self.yields = self._end.found
+
+    def ending(self) -> list[Json]:
+        if self._start is None:
+            return []
+        whole = {"input": self._start} if self.is_custom else read_arguments(self._start)
+        return [{"type": self.kind, self.member: dump_text(whole)}]
+
+
+def read_arguments(text: str) -> Json:
+    """Arguments as an object, whatever stands around it; {} if there is none."""
+    at = text.find("{")
+    quoted = text.strip()[:1] == '"'
+    try:
+        value = json.loads(text) if quoted else json.JSONDecoder().raw_decode(text[max(at, 0) :])[0]
+    except (ValueError, RecursionError):
+        return {}
+    if isinstance(value, str) and quoted:
+        return read_arguments(value) if value.strip()[:1] == "{" else {}
+    return value if isinstance(value, dict) and at >= 0 else {}
+
+
+def dump_text(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def text_of(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def object_of(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def list_of(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+class MessageEvents:
+    """Canonical chunks to the events of one Messages stream, as objects.
+
+    Blocks queue up: the first is open, the others wait until it has ended. Text and thinking end
+    as soon as something else comes; a tool call ends with its arguments. `origin` is the
+    provider that answers, if that is known.
+    """
+
+    def __init__(self, opening: Opening, origin: str = "") -> None:
+        self.text_index = -1  # index of the text block that is open and alone
+        self.chars = 0  # of the answer so far
+        self._opening = opening
+        self._queue: list[Block] = []
+        self._started = False
+        self._opened = 0  # blocks
+        self._blank = ""  # white space that no text has followed yet
+        self._calls: dict[object, ToolBlock] = {}
+        self._last_call: ToolBlock | None = None
+        self._ids: set[str] = set()  # of the calls in this answer
+        self._earlier_ids: set[str] = set()  # of those the request tells of, once needed
+        self._origin = origin  # of reasoning without a piece
+        self._thought = False  # was there a thinking block?
+        self._finish = ""
+        self._stop_sequence: str | None = None
+        self._cut = False
+        self._usage: Json = {}
+
+    def start(self) -> list[Json]:
+        """message_start, once; its usage is what is known by then."""
+        if self._started:
+            return []
+        self._started = True
+        usage = messages_usage(self._usage, self._opening.input_tokens, 0)
+        usage.pop("output_tokens_details", None)
+        message: Json = {
+            "id": f"msg_{self._opening.id}",
+            "type": "message",
+            "role": "assistant",
+            "model": self._opening.model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": {**usage, "output_tokens": min(usage["output_tokens"], 1)},
+        }
+        return [{"type": "message_start", "message": message}, {"type": "ping"}]
+
+    def feed(self, chunk: Json) -> list[Json]:
+        """Events that this chunk completes. A chunk may hold anything at once, or nothing."""
+        self._usage = object_of(chunk.get("usage")) or self._usage
+        events = self.start()
+        for choice in list_of(chunk.get("choices"))[:1]:
+            if not isinstance(choice, dict) or choice.get("index"):
+                continue
+            self._take(object_of(choice.get("delta") or choice.get("message")))
+            self._finish = text_of(choice.get("finish_reason")) or self._finish
+            self._stop_sequence = text_of(choice.get("stop_sequence")) or self._stop_sequence
+        return events + self._advance()
+
+    def finish(self) -> list[Json]:
+        """The rest of the answer and its end."""
+        events = self.start() + self._advance(last=True)
+        if not self._opened and self._finish != "content_filter":
+            self._queue.append(Block({"type": "text", "text": ""}))
+            events += self._advance(last=True)
+        usage = messages_usage(self._usage, self._opening.input_tokens, self.chars)
+        stop = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence}
+        if stop["stop_reason"] != "stop_sequence":
+            stop["stop_sequence"] = None
+        delta = {"type": "message_delta", "delta": stop, "usage": usage}
+        return [*events, delta, {"type": "message_stop"}]
+
+    def _stop_reason(self) -> str:
+        if self._cut and self._finish == "length":
+            return "max_tokens"  # a call whose arguments are incomplete must not be made
+        if self._ids:
+            return "tool_use"
+        reason = STOP_REASONS.get(self._finish, "end_turn")
+        if reason == "tool_use":  # said so, but made no call
+            reason = "end_turn"
+        return "stop_sequence" if reason == "end_turn" and self._stop_sequence else reason
+
+    # what comes in
+
+    def _take(self, delta: Json) -> None:
+        thought = text_of(delta.get("reasoning_content")) or text_of(delta.get("reasoning"))
+        self.reason(thought, list_of(delta.get("reasoning_details")))
+        content = delta.get("content")
+        if isinstance(content, str):
+            self._say(content)
+        for part in list_of(content):
+            self._take_part(object_of(part))
+        self._say(text_of(delta.get("refusal")))
+        for call in list_of(delta.get("tool_calls")):
+            if isinstance(call, dict):
+                self._take_call(call)
+
+    def _take_part(self, part: Json) -> None:
+        """One part of content that is a list (Mistral: thinking holds a list of texts)."""
+        if part.get("type") == "thinking":
+            texts = (text_of(object_of(t).get("text")) for t in list_of(part.get("thinking")))
+            self.reason("".join(texts), [])
+        else:
+            self._say(text_of(part.get("text")))
+
+    def _say(self, text: str) -> None:
+        """Text of the answer. White space alone opens no block: Anthropic refuses it later."""
+        if not text:
+            return
+        self.chars += len(text)
+        block = self._queue[-1] if self._queue else None
+        if type(block) is not Block:
+            text = self._blank + text
+            if text.isspace():
+                self._blank = text
+                return
+            block = Block({"type": "text", "text": ""})
+            self._push(block)
+        block.add(text)
+
+    def _push(self, block: Block) -> None:
+        self._queue.append(block)
+        self._blank = ""
+        self._thought = self._thought or isinstance(block, ThinkingBlock)
+
+    def _thinking(self) -> ThinkingBlock | None:
+        """The thinking block that may go on."""
+        block = self._queue[-1] if self._queue else None
+        return block if isinstance(block, ThinkingBlock) and not block.complete else None
+
+    def reason(self, text: str, pieces: list[Any]) -> None:
+        """Reasoning: text alone, or pieces; text beside pieces that have some is the same again."""
+        pieces = [piece for piece in pieces if is_typed_object(piece)]
+        if text and not any(piece_text(piece) for piece in pieces):
+            block = self._thinking()
+            if block is None or block.piece:
+                # Readers put an empty line between the thoughts of several blocks.
+                text = text.removeprefix("\n\n") if self._thought else text
+                block = ThinkingBlock(self._origin)
+                self._push(block)
+            block.add(text)
+            block.unclaimed.append(text)
+            self.chars += len(text)
+        for piece in pieces:
+            self._origin = text_of(piece.get("origin")) or self._origin
+            self._take_piece(piece)
+
+    def end_piece(self) -> None:
+        """What has come of a piece is all of it."""
+        if block := self._thinking():
+            block.complete = True
+
+    def _take_piece(self, piece: Json) -> None:
+        origin, text = text_of(piece.get("origin")), piece_text(piece)
+        if piece["type"] == "reasoning.encrypted":
+            self._push(encrypted_block(origin, piece))
+            return
+        block = self._thinking()
+        if block is None or not self._belongs(block, piece, text):
+            if not text and not piece.get("signature"):
+                return
+            block = ThinkingBlock(self._origin)
+            self._push(block)
+            block.add(text)
+            self.chars += len(text)
+        block.origin = origin or block.origin
+        if not block.piece or block.is_of(piece):
+            block.piece = {**block.piece, **piece}
+        if piece.get("signature"):
+            block.complete = True
+
+    def _belongs(self, block: ThinkingBlock, piece: Json, text: str) -> bool:
+        """Whether the piece is of this block; text that is new is added to it."""
+        if text and block.claims(text):
+            return True
+        if not block.piece:
+            return not text
+        if not block.is_of(piece):
+            return False
+        block.add(text)
+        self.chars += len(text)
+        return True
+
+    def _take_call(self, delta: Json) -> None:
+        function, custom = object_of(delta.get("function")), object_of(delta.get("custom"))
+        is_custom = any(custom.values()) and not any(function.values())  # snowflake has both
+        named = custom if is_custom else function
+        id, name = text_of(delta.get("id")), text_of(named.get("name"))
+        value = named.get("input" if is_custom else "arguments")
+        arguments = value if isinstance(value, str) else dump_text(value) if value else ""
+        call = self._call_for(delta.get("index"), id, name, arguments)
+        call.id = call.id or id
+        call.is_custom = call.is_custom or is_custom
+        if isinstance(value, str) or not call.begun:
+            self.chars += len(arguments)
+            call.add(arguments)
+        call.extra = object_of(delta.get("extra_content")) or call.extra
+        is_new = bool(name) and not call.name
+        call.name = call.name or name
+        if is_new:
+            self._name_call(call)
+        if call.name:
+            self._carry_extra(call)
+        if is_new:
+            self._push(call)
+
+    def _call_for(self, index: Any, id: str, name: str, arguments: str) -> ToolBlock:
+        """The call that a delta goes on with, or a new one; index, id and name may be missing."""
+        known = type(index) in (int, str)
+        by_id = (c for c in self._calls.values() if id and c.id == id)
+        call = self._calls.get(index) if known else next(by_id, self._last_call)
+        if call is None or not call.continues(id, name, arguments):
+            call = ToolBlock()
+        self._calls[index if known else ("call", len(self._calls))] = call
+        self._last_call = call
+        return call
+
+    def _name_call(self, call: ToolBlock) -> None:
+        """Give the block its name, and an id that no other call has, in this answer or before."""
+        if not self._ids:
+            self._earlier_ids = request_call_ids(self._opening.request)
+        id = NOT_IN_IDS.sub("_", call.id)
+        if not id or id in self._ids or id in self._earlier_ids:
+            id = f"toolu_{self._opening.id}{len(self._ids)}"
+        self._ids.add(id)
+        call.content.update(id=id, name=call.name)
+
+    def _carry_extra(self, call: ToolBlock) -> None:
+        """What belongs to a call but has no place in it (Gemini: the thought's signature)."""
+        if call.extra and call.extra != call.carried:
+            call.carried = call.extra
+            piece = {"type": "call", "id": call.content["id"], "extra_content": call.extra}
+            self._push(encrypted_block("", piece))
+
+    # what goes out
+
+    def _advance(self, last: bool = False) -> list[Json]:
+        """Events of the open block, and of those that follow it if it has ended."""
+        events: list[Json] = []
+        queue = self._queue
+        while queue:
+            block = queue[0]
+            if block.index < 0:
+                block.index, self._opened = self._opened, self._opened + 1
+                start = {"index": block.index, "content_block": block.content}
+                events.append({"type": "content_block_start", **start})
+            events += block_deltas(block, block.deltas())
+            if not (last or block.complete or (len(queue) > 1 and block.yields)):
+                break
+            events += block_deltas(block, block.ending())
+            events.append({"type": "content_block_stop", "index": block.index})
+            self._cut = self._cut or (isinstance(block, ToolBlock) and block.cut)
+            del queue[0]
+        self.text_index = queue[0].index if len(queue) == 1 and type(queue[0]) is Block else -1
+        return events
+
+
+def block_deltas(block: Block, deltas: list[Json]) -> list[Json]:
+    return [{"type": "content_block_delta", "index": block.index, "delta": d} for d in deltas]
+
+
+def piece_text(piece: Json) -> str:
+    return text_of(piece.get("text")) or text_of(piece.get("summary"))
+
+
+def encrypted_block(origin: str, piece: Json) -> Block:
+    """Anthropic's own as redacted_thinking; others in the signature of an empty thinking block."""
+    if origin == "anthropic" and isinstance(piece.get("data"), str):
+        return RedactedBlock(origin, piece["data"])
+    block = ThinkingBlock(origin, piece)
+    block.complete = True
+    return block
+
+
+def request_call_ids(request: Json) -> set[str]:
+    """Ids of the calls that a Messages request tells of."""
+    contents = (object_of(message).get("content") for message in list_of(request.get("messages")))
+    blocks = (object_of(block) for content in contents for block in list_of(content))
+    return {str(block.get("id")) for block in blocks if block.get("type") == "tool_use"}
+
+
+def messages_usage(usage: Json, input_tokens: int, chars: int) -> Json:
+    """Canonical usage as Anthropic counts: input without what was cached; guesses the missing."""
+    guess = -(-chars // CHARS_PER_TOKEN)
+    prompt = count_or_zero(usage.get("prompt_tokens")) or input_tokens
+    details = object_of(usage.get("prompt_tokens_details"))
+    read, made = (count_or_zero(details.get(n)) for n in ("cached_tokens", "cache_creation_tokens"))
+    found: Json = {
+        "input_tokens": max(prompt - read - made, 0),
+        "output_tokens": count_or_zero(usage.get("completion_tokens", guess)),
+        "cache_creation_input_tokens": made,
+        "cache_read_input_tokens": read,
+    }
+    thought = object_of(usage.get("completion_tokens_details")).get("reasoning_tokens")
+    if count_or_zero(thought):
+        found["output_tokens_details"] = {"thinking_tokens": thought}
+    return found
+
+
+def count_or_zero(value: Any) -> int:
+    return value if type(value) is int and value > 0 else 0
+
+
+def messages_event(event: Json) -> bytes:
+    """One event of a Messages stream, named by its type."""
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), json_bytes(event))
+
+
+def json_bytes(value: object) -> bytes:
+    """JSON in UTF-8; in ASCII if a provider cut a character in half, so that halves can meet."""
+    try:
+        return JSON_ENCODER.encode(value).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+JSON_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+class MessagesWriter:
+    """Canonical chunks to the bytes of one Messages stream; always whole events.
+
+    `feed` the chunks, then `finish` or `fail`; `beat` at any moment in between. After an end
+    everything is b"". `origin` is the provider that answers: reasoning it sends without a piece
+    goes back to it alone; without `origin` nobody knows whose it is.
+    """
+
+    def __init__(self, opening: Opening, origin: str = "") -> None:
+        self._events = MessageEvents(opening, origin)
+        self._ended = False
+        self._prefix, self._prefix_index = b"", -1
+
+    def feed(self, chunk: Json) -> bytes:
+        if self._ended:
+            return b""
+        index = self._events.text_index
+        if index >= 0 and (text := plain_text(chunk)):
+            self._events.chars += len(text)
+            if index != self._prefix_index:
+                self._prefix, self._prefix_index = text_prefix(index), index
+            return self._prefix + json_bytes(text) + b"}}\n\n"
+        if chunk.get("error"):
+            self._ended = True
+            return messages_event(chunk_error(chunk))
+        return b"".join(map(messages_event, self._events.feed(chunk)))
+
+    def finish(self) -> bytes:
+        """The normal end: whatever is open is closed, then message_delta and message_stop."""
+        if self._ended:
+            return b""
+        self._ended = True
+        return b"".join(map(messages_event, self._events.finish()))
+
+    def fail(self, error: RouterError) -> bytes:
+        """The end after a failure: an error event and no message_stop."""
+        if self._ended:
+            return b""
+        self._ended = True
+        return messages_event(messages_error(error))
+
+    def beat(self) -> bytes:
+        """A ping; the message is begun first, as no client expects anything before that."""
+        if self._ended:
+            return b""
+        return b"".join(map(messages_event, self._events.start())) or PING
+
+
+def text_prefix(index: int) -> bytes:
+    return (
+        b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
+        b'"delta":{"type":"text_delta","text":' % index
+    )
+
+
+def plain_text(chunk: Json) -> str:
+    """The text of a chunk that holds nothing else, as nearly all do; "" for the others."""
+    try:
+        (choice,) = chunk["choices"]
+        delta = choice["delta"]
+        text = delta["content"]
+    except (KeyError, TypeError, ValueError):
+        return ""
+    if type(text) is not str or not delta.keys() <= PLAIN_DELTA or choice.get("index"):
+        return ""
+    if choice.get("finish_reason") or chunk.get("usage") or chunk.get("error"):
+        return ""
+    return text
+
+
+def chat_reply_to_messages(reply: Json, opening: Opening, origin: str = "") -> Json:
+    """A whole canonical reply as a message: what a client would collect from its stream."""
+    events = MessageEvents(opening, origin)
+    choice = next((c for c in list_of(reply.get("choices")) if isinstance(c, dict)), {})
+    message = dict(object_of(choice.get("message")))
+    thought = text_of(message.pop("reasoning_content", "")) or text_of(message.pop("reasoning", ""))
+    take_reasoning(events, thought, list_of(message.pop("reasoning_details", [])))
+    choice = {**choice, "index": 0, "delta": indexed(message)}
+    chunk = {"choices": [choice], "usage": reply.get("usage")}
+    return assembled([*events.feed(chunk), *events.finish()])
+
+
+def take_reasoning(events: MessageEvents, text: str, pieces: list[Any]) -> None:
+    """The reasoning of a whole reply, where each piece is one block."""
+    pieces = [piece for piece in pieces if is_typed_object(piece)]
+    if not any(piece_text(piece) for piece in pieces):
+        events.reason(text, [])
+    for piece in pieces:
+        events.reason("", [piece])
+        events.end_piece()
+
+
+def indexed(message: Json) -> Json:
+    calls = [c for c in list_of(message.get("tool_calls")) if isinstance(c, dict)]
+    return {**message, "tool_calls": [{**call, "index": at} for at, call in enumerate(calls)]}
+
+
+def assembled(events: Iterable[Json]) -> Json:
+    """The message that a stream of events amounts to."""
+    message: Json = {}
+    texts: dict[int, str] = {}
+    for event in events:
+        kind, at = event["type"], event.get("index", 0)
+        if kind == "message_start":
+            message = event["message"]
+        elif kind == "content_block_start":
+            message["content"].append(dict(event["content_block"]))
+        elif kind == "content_block_delta":
+            name = event["delta"]["type"].removesuffix("_delta")
+            add_delta(message["content"][at], name, event["delta"], texts, at)
+        elif kind == "message_delta":
+            message.update(event["delta"])
+            message["usage"].update(event["usage"])
+    for at, text in texts.items():
+        message["content"][at]["input"] = read_arguments(text)
+    return message
+
+
+def add_delta(block: Json, name: str, delta: Json, texts: dict[int, str], at: int) -> None:
+    if name == "input_json":
+        texts[at] = texts.get(at, "") + delta["partial_json"]
+    else:
+        block[name] += delta[name]
+
+
+# --- errors and counts ---
+
+MESSAGES_ERRORS: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+OVERFLOW_CODE: Final = "context_length_exceeded"
+# Claude Code shrinks the conversation when it reads the first, and asks for fewer tokens when
+# it reads the second (2.1.197, measured 2026-11-21).
+TOO_LONG: Final = re.compile(r"prompt is too long: [\d,]+ tokens > [\d,]+", re.IGNORECASE)
+TOO_MUCH: Final = re.compile(r"input length and `max_tokens` exceed context limit: \d")
+# A number that stands alone: no part of a model's name, a date or a fraction.
+COUNT: Final = re.compile(r"(?<![\w.,-])\d[\d,_]*\d(?![\w-]|\.\d)")
+
+
+def messages_error(error: RouterError, request_id: str = "") -> Json:
+    """The Anthropic error envelope."""
+    found = error_event(error.status, error.message, error.code or "")
+    return {**found, "request_id": request_id} if request_id else found
+
+
+def error_event(status: int, message: str, code: str = "") -> Json:
+    kind = MESSAGES_ERRORS.get(status, "api_error")
+    if code == OVERFLOW_CODE:
+        kind, message = "invalid_request_error", overflow_message(message)
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def chunk_error(chunk: Json) -> Json:
+    """An error inside a stream of canonical chunks."""
+    error = object_of(chunk.get("error"))
+    found = error_event(embedded_status(chunk), dig_message(chunk) or "the stream failed")
+    if error.get("code") == OVERFLOW_CODE:
+        return error_event(400, dig_message(chunk), OVERFLOW_CODE)
+    if error.get("type") in MESSAGES_ERRORS.values():
+        found["error"]["type"] = error["type"]
+    return found
+
+
+def overflow_message(message: str) -> str:
+    """A context overflow in the words that make Claude Code act on it."""
+    if TOO_LONG.search(message) or TOO_MUCH.search(message):
+        return message
+    counts = sorted({int(re.sub("[,_]", "", found)) for found in COUNT.findall(message)})
+    if len(counts) < 2:
+        return f"prompt is too long: {message}"
+    return f"prompt is too long: {counts[-1]} tokens > {counts[-2]} maximum ({message})"
+
+
+def count_messages_tokens(body: Json, encoder: Encoder | None = None) -> int:
+    """Input tokens of a Messages request, for count_tokens; an estimate by bytes if need be."""
+    return count_all_tokens(messages_to_chat(body), encoder)
+
+
+def count_all_tokens(chat: Json, encoder: Encoder | None = None) -> int:
+    """Input tokens of everything in a chat: text, results, calls, reasoning, tools, media."""
+    texts = [chat_text(chat), *(text_of(m.get("reasoning_content")) for m in chat_messages(chat))]
+    if wanted := chat.get("response_format"):
+        texts.append(dump_text(wanted))
+    text = "\n".join(filter(None, texts))
+    counted = encoder.count(text) if encoder else None
+    if counted is None:
+        counted = int(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN)
+    media = MEDIA_TOKENS[1] * sum(1 for _ in media_sources(chat))
+    return 3 + 4 * len(chat_messages(chat)) + counted + media
+
+
+# =============================================================================
+# 14. Messages out
+# =============================================================================
+
+# The provider side of Anthropic Messages. What the API answers 400 to is written down as an
+# enforcing checker in tests/claude_rules.py; everything made here has to pass it.
+
+MISSING_RESULT: Final = "[no result]"
+NO_OPENING: Final = "[The conversation begins here.]"
+GO_ON: Final = "Continue."
+MIN_BUDGET: Final = 1024  # thinking.budget_tokens, tokens (API reference, 2026-11)
+LEAST_TOP_P: Final = 0.95  # what thinking leaves of top_p (API reference, 2026-11)
+MAX_MARKS: Final = 4  # cache_control marks in one request (API reference, 2026-11)
+LONG_PREFIX: Final = 4096  # characters from which a prefix is worth a cache mark
+MAX_USER_ID: Final = 256
+NAME_SIZE: Final = 128
+BAD_IN_NAME: Final = re.compile(r"[^a-zA-Z0-9_-]")
+IMAGE_TYPES: Final = frozenset({"image/jpeg", "image/png", "image/gif", "image/webp"})
+TEXT_TYPES: Final = frozenset({"application/json", "application/xml", "application/yaml"})
+SERVER_TOOL: Final = re.compile(r"[a-z][a-z0-9_]*_20\d{6}")  # web_search_20250305
+THINKING: Final = ("thinking", "redacted_thinking")
+LEVELS: Final = ("low", "medium", "high", "max")
+MORE_LEVELS: Final = ("low", "medium", "high", "xhigh", "max")
+# How many tokens of thinking an effort stands for, where a model wants a number.
+THINKING_BUDGETS: Final = {
+    "minimal": 1024,
+    "low": 2048,
+    "medium": 8192,
+    "high": 16_384,
+    "xhigh": 24_576,
+    "max": 32_000,
+}
+
+
+@dataclass(frozen=True)
+class ClaudeTraits:
+    """What one family of Messages models takes; the rest is answered with 400.
+
+    `off` tells how thinking is turned off: "omit" (it is only on when asked for), the `type`
+    to send ("disabled", "between_tools"), or "never".
+    """
+
+    max_output: int = 8192  # tokens
+    sampling: Literal["free", "one", "none"] = "free"  # one: temperature or top_p, not both
+    thinking: Literal["none", "budget", "adaptive"] = "budget"
+    prefill: bool = True  # may the last turn be the assistant's?
+    mid_system: bool = False  # may a system message follow a user turn?
+    schema: bool = False  # output_config.format
+    off: Literal["omit", "disabled", "between_tools", "never"] = "omit"
+    forced_tools: bool = True  # tool_choice any and tool
+    efforts: tuple[str, ...] = ()  # what output_config.effort may be
+
+
+CLAUDE_4_5: Final = ClaudeTraits(64_000, "one", schema=True)
+CLAUDE_4_6: Final = ClaudeTraits(
+    128_000, "one", "adaptive", prefill=False, schema=True, efforts=LEVELS
+)
+CLAUDE_4_7: Final = replace(CLAUDE_4_6, sampling="none", efforts=MORE_LEVELS)
+CLAUDE_5: Final = replace(CLAUDE_4_7, off="disabled")
+CLAUDE_5_5: Final = replace(CLAUDE_4_7, mid_system=True, off="never", forced_tools=False)
+
+# (family, traits), the first match counts. Sources: migration guides and "What's new" pages of
+# platform.claude.com and users' reports, read 2026-11-21. Ids are compared with "-" for ".".
+CLAUDES: Final = (
+    (r"claude-(?:instant|[12](?!\d)|3-(?:opus|sonnet|haiku))", ClaudeTraits(4096, thinking="none")),
+    (r"claude-3-5-", ClaudeTraits(8192, thinking="none")),
+    (r"claude-3-7-", ClaudeTraits(64_000)),
+    (r"opus-4-1(?!\d)", ClaudeTraits(32_000, "one", schema=True)),
+    (r"(?:opus|sonnet|haiku)-4-5(?!\d)", CLAUDE_4_5),
+    (r"(?:opus|sonnet)-4-6(?!\d)", CLAUDE_4_6),
+    (r"opus-4-7(?!\d)", CLAUDE_4_7),
+    (r"opus-4-8(?!\d)", replace(CLAUDE_4_7, mid_system=True)),
+    (r"claude-opus-4(?:-0|-20\d{6})?(?![\d-])", ClaudeTraits(32_000)),
+    (r"claude-sonnet-4(?:-0|-20\d{6})?(?![\d-])", ClaudeTraits(64_000)),
+    (r"sonnet-5-[5-9]", replace(CLAUDE_5_5, off="between_tools")),
+    (r"sonnet-5(?!\d)", CLAUDE_5),
+    (r"haiku-5(?!\d)", replace(CLAUDE_5, mid_system=True)),
+    (r"opus-5-[5-9]", CLAUDE_5_5),
+    (r"opus-5(?!\d)", replace(CLAUDE_5, mid_system=True)),
+    (r"claude", replace(CLAUDE_5_5, mid_system=False)),  # Fable, Mythos, and what comes next
+)
+
+
+def claude_traits(model_id: str, max_output: int | None = None) -> ClaudeTraits:
+    """The traits of a model; `max_output` in tokens, where the model list knows better.
+
+    Models of other makers behind a Messages address get the most tolerant row.
+    """
+    spelling = model_id.lower().replace(".", "-")
+    found = (traits for pattern, traits in CLAUDES if re.search(pattern, spelling))
+    traits = next(found, ClaudeTraits())
+    return replace(traits, max_output=max_output) if max_output else traits
+
+
+# -- the request ---------------------------------------------------------------
+
+
+def chat_to_messages(
+    chat: Json, model: str, traits: ClaudeTraits, origin: str = "anthropic"
+) -> Json:
+    """The Messages request for a chat; BadRequest for what Messages cannot carry.
+
+    `n`, `seed`, `logprobs`, penalties and `logit_bias` have no equal here and are left out.
+    """
+    names = ToolNames(chat)
+    history = History(traits, origin, names)
+    history.read(chat)
+    body: Json = {"model": model, "max_tokens": output_limit(chat, traits)}
+    body["messages"] = history.turns
+    set_tools(body, chat, names, history, traits)
+    set_format(body, chat, history, traits)
+    set_thinking(body, chat, traits)
+    set_sampling(body, chat, traits)
+    end_turns(body, traits)
+    set_extras(body, chat)
+    system: list[Json] = []
+    for block in history.system:
+        append_text(system, block, joins=True)
+    mark_cache(body, system)
+    for turn in body["messages"]:
+        turn["content"] = plain(turn["content"])
+    return {**body, "system": plain(system)} if system else body
+
+
+def output_limit(chat: Json, traits: ClaudeTraits) -> int:
+    for name in ("max_completion_tokens", "max_tokens"):
+        if asked := natural(chat.get(name)):
+            return min(asked, traits.max_output)
+    return traits.max_output
+
+
+def natural(value: object) -> int:
+    """A whole number above 0, else 0."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def plain(content: list[Json]) -> str | list[Json]:
+    """A single text without a mark is written as a string."""
+    if len(content) == 1 and set(content[0]) == {"type", "text"}:
+        return str(content[0]["text"])
+    return content
+
+
+def set_extras(body: Json, chat: Json) -> None:
+    """stop, stream, metadata and service tier."""
+    stop = chat.get("stop")
+    stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
+    kept = [text for text in stops if isinstance(text, str) and text.strip()]
+    if kept:  # "each stop sequence must contain non-whitespace"
+        body["stop_sequences"] = kept
+    if isinstance(chat.get("stream"), bool):
+        body["stream"] = chat["stream"]
+    metadata = chat.get("metadata")
+    known = metadata.get("user_id") if isinstance(metadata, dict) else None
+    user = next((u for u in (chat.get("user"), known) if isinstance(u, str) and u), "")
+    if user:
+        body["metadata"] = {"user_id": user[:MAX_USER_ID]}
+    tiers = {"auto": "auto", "default": "standard_only", "standard_only": "standard_only"}
+    tier = chat.get("service_tier")
+    if isinstance(tier, str) and tier in tiers:
+        body["service_tier"] = tiers[tier]
+
+
+# -- the request: history --------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """A tool call of the last assistant turn: the id the chat gives it, and the one sent."""
+
+    asked: str
+    id: str
+    name: str
+
+
+class History:
+    """System blocks and turns of a Messages request, made from chat messages run by run.
+
+    A run is all messages in a row that become one turn. Each tool_use gets its tool_result in
+    the very next turn, in the order of the calls, before anything else of that turn.
+    """
+
+    def __init__(self, traits: ClaudeTraits, origin: str, names: ToolNames) -> None:
+        self.traits, self.origin, self.names = traits, origin, names
+        self.system: list[Json] = []
+        self.turns: list[Json] = []
+        self.calls: list[Call] = []  # not answered yet
+        self.used: set[str] = set()  # tool_use ids, all different in one request
+
+    def read(self, chat: Json) -> None:
+        messages = [item for item in enumerate(chat_messages(chat)) if not is_void(*item)]
+        while messages and messages[0][1].get("role") in ("system", "developer"):
+            at, message = messages.pop(0)
+            self.system += text_blocks(message, f"messages[{at}]")
+        for is_assistant, run in itertools.groupby(messages, key=is_of_assistant):
+            (self.add_assistant if is_assistant else self.add_user)(list(run))
+        self.add_user([])
+        if not self.turns and self.system:
+            self.turns, self.system = [{"role": "user", "content": self.system}], []
+        elif not self.turns or self.turns[0]["role"] != "user":
+            self.turns.insert(0, {"role": "user", "content": [text_block(NO_OPENING)]})
+
+    def add(self, role: str, content: list[Json]) -> None:
+        if not content:
+            return
+        if self.turns and self.turns[-1]["role"] == role:
+            self.turns[-1]["content"] += content
+        else:
+            self.turns.append({"role": role, "content": content})
+
+    # What the assistant said
+
+    def add_assistant(self, run: list[tuple[int, Json]]) -> None:
+        thoughts: list[Json] = []
+        said: list[Json] = []
+        uses: list[Json] = []
+        for at, message in run:
+            fresh = self.thoughts(message)
+            thoughts += [block for block in fresh if block not in thoughts]
+            for block in text_blocks(message, f"messages[{at}]"):
+                append_text(said, block, isinstance(message.get("content"), str))
+            uses += [self.tool_use(call) for call in calls_of(message)]
+        if said or uses:  # a turn must not end in thinking
+            self.add("assistant", [*thoughts, *said, *uses])
+
+    def thoughts(self, message: Json) -> list[Json]:
+        """Thinking blocks that this provider signed, as they came; others are dropped."""
+        pieces = message.get("reasoning_details")
+        if self.traits.thinking == "none" or not isinstance(pieces, list):
+            return []
+        own = (p for p in pieces if isinstance(p, dict) and p.get("origin") == self.origin)
+        return [block for piece in own if (block := thinking_block(piece))]
+
+    def tool_use(self, call: Json) -> Json:
+        asked = call.get("id")
+        asked = asked if isinstance(asked, str) else ""
+        given = self.fresh_id(asked)
+        name = call_name(call)
+        self.calls.append(Call(asked, given, name))
+        block = {"type": "tool_use", "id": given, "name": self.names.out(name)}
+        return {**block, "input": call_input(call), **cache_mark(call)}
+
+    def fresh_id(self, asked: str) -> str:
+        """The same id for the same history: later turns must not change the cached prefix."""
+        stem = BAD_IN_NAME.sub("_", asked) or f"call_{len(self.used)}"
+        given, n = stem, 1
+        while given in self.used:
+            n += 1
+            given = f"{stem}_{n}"
+        self.used.add(given)
+        return given
+
+    # What came back
+
+    def add_user(self, run: list[tuple[int, Json]]) -> None:
+        answers: dict[str, Json] = {}
+        rest: list[Json] = []
+        orders: list[Json] = []
+        calls, self.calls = self.calls, []
+        for at, message in run:
+            where, role = f"messages[{at}]", message.get("role")
+            if role in ("system", "developer"):
+                orders += text_blocks(message, where)
+            elif role in ("tool", "function"):
+                call = answered(message, calls, answers)
+                if call:
+                    answers[call.id] = tool_result(call.id, message, where)
+                else:
+                    rest += orphan_blocks(message, where)
+            else:
+                for block in content_blocks(message, where):
+                    append_text(rest, block, isinstance(message.get("content"), str))
+        missing = {"content": MISSING_RESULT, "is_error": True}
+        results = [answers.get(c.id) or tool_result(c.id, missing, "") for c in calls]
+        self.add("user", results + rest)
+        self.add_orders(orders)
+
+    def add_orders(self, orders: list[Json]) -> None:
+        """System messages in the middle: in place where that is allowed, else into `system`.
+
+        They may not come first nor after the assistant (users' reports, 2026-09). Where they
+        may stand in place they never go to `system`: newer models bind thinking to the prefix.
+        """
+        if not orders:
+            return
+        if not self.traits.mid_system:
+            self.system += orders
+        elif self.turns and self.turns[-1]["role"] == "user":
+            text = "\n".join(block["text"] for block in orders)
+            self.turns.append({"role": "system", "content": [text_block(text)]})
+        else:
+            text = "\n".join(block["text"] for block in orders)
+            self.add("user", [text_block(f"[System message]\n{text}")])
+
+
+def is_void(at: int, message: Json) -> bool:
+    """Has the assistant said nothing that can be sent, nor called a tool?"""
+    if message.get("role") != "assistant" or calls_of(message):
+        return False
+    return not text_blocks(message, f"messages[{at}]")
+
+
+def is_of_assistant(item: tuple[int, Json]) -> bool:
+    return item[1].get("role") == "assistant"
+
+
+def text_block(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+def append_text(blocks: list[Json], block: Json, joins: bool) -> None:
+    """Texts that were whole messages become one, joined by a newline."""
+    last = blocks[-1] if blocks else {}
+    if joins and set(last) == {"type", "text"} == set(block):
+        blocks[-1] = text_block(f"{last['text']}\n{block['text']}")
+    else:
+        blocks.append(block)
+
+
+def calls_of(message: Json) -> list[Json]:
+    """Tool calls of an assistant message; the older function_call is one without an id."""
+    calls = message.get("tool_calls")
+    found = [c for c in calls if isinstance(c, dict)] if isinstance(calls, list) else []
+    old = message.get("function_call")
+    if not found and isinstance(old, dict):
+        found = [{"type": "function", "function": old}]
+    return [call for call in found if call_name(call)]
+
+
+def made_call(call: Json) -> Json:
+    made = call.get("custom" if call.get("type") == "custom" else "function")
+    return made if isinstance(made, dict) else {}
+
+
+def call_name(call: Json) -> str:
+    name = made_call(call).get("name")
+    return name if isinstance(name, str) else ""
+
+
+def call_input(call: Json) -> Json:
+    """The arguments of a call; the text of a custom tool is the `input` of a function."""
+    made = made_call(call)
+    if call.get("type") != "custom":
+        return parse_arguments(made.get("arguments"))
+    given = made.get("input")
+    return {"input": given if isinstance(given, str) else ""}
+
+
+def parse_arguments(text: object) -> Json:
+    """What is no JSON object is kept as text under "_raw"."""
+    if isinstance(text, dict):
+        return text
+    if not isinstance(text, str) or not text.strip():
+        return {}
+    try:
+        value = DECODER.decode(text)
+        if "\\u" in text and find_value(value, is_broken_text) is not None:
+            return {"_raw": text}  # half of a surrogate pair cannot be sent
+    except (ValueError, RecursionError):
+        return {"_raw": text}
+    return value if isinstance(value, dict) else {"_raw": text}
+
+
+def thinking_block(piece: Json) -> Json | None:
+    """The block a reasoning piece was; None when it cannot be sent back."""
+    kind, text = piece.get("type"), piece.get("text")
+    signature, data = piece.get("signature"), piece.get("data")
+    if kind == "reasoning.text" and isinstance(signature, str) and signature:
+        thinking = text if isinstance(text, str) else ""
+        return {"type": "thinking", "thinking": thinking, "signature": signature}
+    if kind == "reasoning.encrypted" and isinstance(data, str) and data:
+        return {"type": "redacted_thinking", "data": data}
+    return None
+
+
+def answered(message: Json, calls: list[Call], answers: dict[str, Json]) -> Call | None:
+    """The first call without an answer that this message answers."""
+    asked, name = message.get("tool_call_id"), message.get("name")
+    is_old = message.get("role") == "function"
+    for call in calls:
+        fits = call.name == name if is_old else call.asked == asked
+        if fits and call.id not in answers:
+            return call
+    return None
+
+
+def tool_result(id: str, message: Json, where: str) -> Json:
+    """A tool_result block; with is_error it takes text only, and not none."""
+    content = content_blocks(message, where)
+    marks = [block.pop("cache_control") for block in content if "cache_control" in block]
+    block: Json = {"type": "tool_result", "tool_use_id": id}
+    is_error = message.get("is_error") is True and all(b["type"] == "text" for b in content)
+    if is_error and not content:
+        content = [text_block(MISSING_RESULT)]
+    if content:
+        block["content"] = plain(content)
+    if is_error:
+        block["is_error"] = True
+    return {**block, "cache_control": marks[-1]} if marks else block
+
+
+def orphan_blocks(message: Json, where: str) -> list[Json]:
+    """The result of a call nobody made, as user text with a label."""
+    id, name = message.get("tool_call_id"), message.get("name")
+    which = " ".join(word for word in (name, id) if isinstance(word, str) and word)
+    label = text_block(f"[Result of an earlier tool call {which}]".replace(" ]", "]"))
+    return [label, *content_blocks(message, where)]
+
+
+# -- the request: parts ----------------------------------------------------------
+
+
+def cache_mark(holder: Json) -> Json:
+    """{"cache_control": ...} if the holder has one that the API knows."""
+    mark = holder.get("cache_control")
+    if not isinstance(mark, dict) or mark.get("type") != "ephemeral":
+        return {}
+    ttl = {"ttl": mark["ttl"]} if mark.get("ttl") in ("5m", "1h") else {}
+    return {"cache_control": {"type": "ephemeral", **ttl}}
+
+
+def content_blocks(message: Json, where: str) -> list[Json]:
+    """The content of a message as blocks. Blank text is left out: the API refuses it."""
+    content = message.get("content")
+    if isinstance(content, str):
+        blocks = [text_block(content)] if content.strip() else []
+    elif isinstance(content, list):
+        items = enumerate(content)
+        made = (block_from_part(part, f"{where}.content[{at}]") for at, part in items)
+        blocks = [block for block in made if block]
+    else:
+        blocks = []
+    if blocks and (mark := cache_mark(message)):
+        blocks[-1] = {**blocks[-1], **mark}
+    return blocks
+
+
+def text_blocks(message: Json, where: str) -> list[Json]:
+    """The same for roles that have text only; a refusal counts as what was said."""
+    blocks = content_blocks(message, where)
+    for block in blocks:
+        if block["type"] != "text":
+            what = f"{where}.content: only user and tool messages may hold an {block['type']}"
+            raise BadRequest(what, param=f"{where}.content")
+    refusal = message.get("refusal")
+    if not blocks and isinstance(refusal, str) and refusal.strip():
+        return [text_block(refusal)]
+    return blocks
+
+
+def block_from_part(part: Any, where: str) -> Json | None:
+    if isinstance(part, str):
+        return text_block(part) if part.strip() else None
+    if not isinstance(part, dict):
+        raise invalid(where, "an object with a type", part)
+    kind = part.get("type")
+    if kind == "image_url":
+        return {**image_block(part.get("image_url"), where), **cache_mark(part)}
+    if kind == "file":
+        return {**document_block(part.get("file"), where), **cache_mark(part)}
+    text = part.get("refusal") if kind == "refusal" else part.get("text")
+    if kind not in ("text", "refusal", "input_text", "output_text") or not isinstance(text, str):
+        raise BadRequest(f"{where}: this provider takes no parts of type {kind!r}", param=where)
+    return {**text_block(text), **cache_mark(part)} if text.strip() else None
+
+
+def image_block(image: Any, where: str) -> Json:
+    url = image.get("url") if isinstance(image, dict) else image
+    where = f"{where}.image_url.url" if isinstance(image, dict) else f"{where}.image_url"
+    if not isinstance(url, str):
+        raise invalid(where, "an http or data URL", url)
+    if url[:8].lower().startswith(("http://", "https://")):
+        return {"type": "image", "source": {"type": "url", "url": url}}
+    kind, data = split_data_url(url, where)
+    if kind not in IMAGE_TYPES:
+        wants = ", ".join(sorted(IMAGE_TYPES))
+        raise BadRequest(f"{where} must be an image of type {wants}, not {kind!r}", param=where)
+    return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}}
+
+
+def split_data_url(url: str, where: str) -> tuple[str, str]:
+    """(media type, base64 text) of a data URL."""
+    head, comma, data = url.partition(",")
+    words = head[5:].lower().split(";")
+    data = "".join(data.split())
+    if head[:5].lower() != "data:" or not comma or words[-1].strip() != "base64" or not data:
+        raise BadRequest(f"{where} must be an http URL or a base64 data URL", param=where)
+    try:
+        base64.b64decode(data, validate=True)
+    except ValueError:
+        raise BadRequest(f"{where} does not hold valid base64", param=where) from None
+    kind = words[0].strip()
+    return ("image/jpeg" if kind == "image/jpg" else kind), data
+
+
+def document_block(file: Any, where: str) -> Json:
+    """A PDF, a text or an image that came as a file part."""
+    where = f"{where}.file"
+    if not isinstance(file, dict):
+        raise invalid(where, "an object with file_data or file_url", file)
+    name, url, data = (file.get(key) for key in ("filename", "file_url", "file_data"))
+    title = {"title": name[:500]} if isinstance(name, str) and name.strip() else {}
+    if isinstance(url, str) and url[:8].lower().startswith(("http://", "https://")):
+        return {"type": "document", "source": {"type": "url", "url": url}, **title}
+    if not isinstance(data, str):
+        what = f"{where} must have file_data (a data URL) or file_url: other ids are unknown here"
+        raise BadRequest(what, param=where)
+    if title and title["title"].lower().endswith(".pdf") and not data.startswith("data:"):
+        data = f"data:application/pdf;base64,{data}"
+    kind, encoded = split_data_url(data, f"{where}.file_data")
+    if kind in IMAGE_TYPES:
+        return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": encoded}}
+    return {"type": "document", "source": document_source(kind, encoded, where), **title}
+
+
+def document_source(kind: str, encoded: str, where: str) -> Json:
+    if kind == "application/pdf":
+        return {"type": "base64", "media_type": kind, "data": encoded}
+    where = f"{where}.file_data"
+    if not kind.startswith("text/") and kind not in TEXT_TYPES:
+        raise BadRequest(f"{where} must be a PDF, an image or a text, not {kind!r}", param=where)
+    try:
+        text = base64.b64decode(encoded).decode()
+    except UnicodeDecodeError:
+        raise BadRequest(f"{where} must be text in UTF-8", param=where) from None
+    if not text.strip():
+        raise BadRequest(f"{where} must not be empty", param=where)
+    return {"type": "text", "media_type": "text/plain", "data": text}
+
+
+# -- the request: tools ----------------------------------------------------------
+
+
+class ToolNames:
+    """Tool names of a chat as Anthropic takes them (letters, digits, _ and -), and back.
+
+    `custom` holds the names, as the chat spells them, of tools that take free text.
+    """
+
+    def __init__(self, chat: Json) -> None:
+        self.sent: dict[str, str] = {}
+        self.asked: dict[str, str] = {}
+        self.custom: set[str] = set()
+        for tool in offered_tools(chat):
+            name = tool_name(tool)
+            self.out(name)
+            if tool.get("type") == "custom":
+                self.custom.add(name)
+
+    def out(self, name: str) -> str:
+        if name not in self.sent:
+            stem = BAD_IN_NAME.sub("_", name)[:NAME_SIZE] or "tool"
+            given, n = stem, 1
+            while given in self.asked:
+                n += 1
+                given = f"{stem[: NAME_SIZE - 8]}_{n}"
+            self.sent[name], self.asked[given] = given, name
+        return self.sent[name]
+
+    def back(self, name: str) -> str:
+        return self.asked.get(name, name)
+
+
+def offered_tools(chat: Json) -> list[Json]:
+    """Tools with a name, the first of each name; the older `functions` are tools too."""
+    tools, functions = chat.get("tools"), chat.get("functions")
+    found = [t for t in tools if isinstance(t, dict)] if isinstance(tools, list) else []
+    if not found and isinstance(functions, list):
+        found = [{"type": "function", "function": f} for f in functions if isinstance(f, dict)]
+    by_name: dict[str, Json] = {}
+    for tool in found:
+        if name := tool_name(tool):
+            by_name.setdefault(name, tool)
+    return list(by_name.values())
+
+
+def tool_name(tool: Json) -> str:
+    """The name of a function, a custom tool, or one of Anthropic's own; "" for the rest."""
+    kind = tool.get("type") or "function"
+    own = isinstance(kind, str) and SERVER_TOOL.fullmatch(kind)
+    holder = tool if own else tool.get("custom" if kind == "custom" else "function")
+    if kind not in ("function", "custom") and not own:
+        return ""
+    name = holder.get("name") if isinstance(holder, dict) else None
+    return name if isinstance(name, str) else ""
+
+
+def set_tools(
+    body: Json, chat: Json, names: ToolNames, history: History, traits: ClaudeTraits
+) -> None:
+    mode, only = wanted_choice(chat)
+    tools = offered_tools(chat)
+    if isinstance(only, list):
+        tools = [tool for tool in tools if tool_name(tool) in only]
+    made = [tool_definition(tool, names) for tool in tools]
+    if not made:
+        if used := used_tools(history.turns):  # tool_use without tools is refused
+            empty = {"type": "object", "properties": {}}
+            body["tools"] = [{"name": name, "input_schema": empty} for name in used]
+            body["tool_choice"] = {"type": "none"}
+        return
+    body["tools"] = made
+    if isinstance(only, str) and only not in (tool_name(tool) for tool in tools):
+        raise BadRequest(f"tool_choice names {only!r}, which is not in tools", param="tool_choice")
+    choice = tool_choice(chat, mode, names.out(only) if isinstance(only, str) else "")
+    if choice and choice["type"] in ("any", "tool") and not traits.forced_tools:
+        which = f"the tool {choice['name']}" if "name" in choice else "one of the tools"
+        history.system.append(text_block(f"Answer this by calling {which}."))
+        choice = {**choice, "type": "auto"}
+        choice.pop("name", None)
+    if choice:
+        body["tool_choice"] = choice
+
+
+def used_tools(turns: list[Json]) -> list[str]:
+    blocks = (block for turn in turns for block in turn["content"])
+    return list(dict.fromkeys(b["name"] for b in blocks if b["type"] == "tool_use"))
+
+
+def wanted_choice(chat: Json) -> tuple[str, str | list[str] | None]:
+    """(auto, none, any, tool or "", the tool meant or all tools allowed)."""
+    choice = chat.get("tool_choice")
+    if choice is None and chat.get("functions"):
+        choice = chat.get("function_call")
+        choice = {"function": choice} if isinstance(choice, dict) else choice
+    if isinstance(choice, str):
+        return {"required": "any", "any": "any", "none": "none"}.get(choice, "auto"), None
+    if not isinstance(choice, dict):
+        return "", None
+    if choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools")
+        allowed = allowed if isinstance(allowed, dict) else choice
+        listed = allowed.get("tools")
+        items = listed if isinstance(listed, list) else []
+        mode = "any" if allowed.get("mode") == "required" else "auto"
+        return mode, [chosen_name(item) for item in items if isinstance(item, dict)]
+    name = chosen_name(choice)
+    return ("tool", name) if name else ("auto", None)
+
+
+def chosen_name(choice: Json) -> str:
+    for holder in (choice.get("function"), choice.get("custom"), choice):
+        if isinstance(holder, dict) and isinstance(holder.get("name"), str):
+            return str(holder["name"])
+    return ""
+
+
+def tool_choice(chat: Json, mode: str, name: str) -> Json:
+    one_only = chat.get("parallel_tool_calls") is False
+    if not mode and not one_only:
+        return {}
+    choice: Json = {"type": mode or "auto"}
+    if name:
+        choice["name"] = name
+    if one_only and mode != "none":
+        choice["disable_parallel_tool_use"] = True
+    return choice
+
+
+def tool_definition(tool: Json, names: ToolNames) -> Json:
+    kind, mark = tool.get("type"), cache_mark(tool)
+    if isinstance(kind, str) and SERVER_TOOL.fullmatch(kind):
+        return {**{k: v for k, v in tool.items() if k != "cache_control"}, **mark}
+    made = tool.get("custom" if kind == "custom" else "function") or {}
+    about = made.get("description")
+    text = about if isinstance(about, str) else ""
+    if kind == "custom":
+        schema, more = custom_schema(made.get("format"))
+    else:
+        schema, more = object_schema(made.get("parameters"))
+    text = "\n\n".join(words for words in (text, more) if words)
+    described = {"description": text} if text else {}
+    return {"name": names.out(made["name"]), **described, "input_schema": schema, **mark}
+
+
+def custom_schema(format: Any) -> tuple[Json, str]:
+    """A tool that takes free text, as a function with one string; its grammar in words."""
+    inner = format.get("grammar") if isinstance(format, dict) else None
+    grammar = inner if isinstance(inner, dict) else format if isinstance(format, dict) else {}
+    text = grammar.get("definition")
+    note = f"The input must follow this grammar:\n{text}" if isinstance(text, str) else ""
+    properties = {"input": {"type": "string", "description": "The input of the tool, as text."}}
+    return {"type": "object", "properties": properties, "required": ["input"]}, note
+
+
+ALTERNATIVES: Final = ("anyOf", "oneOf", "allOf")
+
+
+def object_schema(schema: Any) -> tuple[Json, str]:
+    """(an input_schema the API takes, what it cannot say, in words).
+
+    The top level must be an object without anyOf, oneOf or allOf ("input_schema does not
+    support ... at the top level", 2026-09): their properties are merged.
+    """
+    whole = dict(schema) if isinstance(schema, dict) else {}
+    branches = [(how, b) for how in ALTERNATIVES for b in branches_of(whole, how)]
+    choice = [b for how, b in branches if how != "allOf"]
+    properties, required = parts_of(whole)
+    for how, branch in branches:
+        more, needed = parts_of(branch)
+        properties = {**more, **properties}
+        required += needed if how == "allOf" else []
+    if choice:  # what every alternative needs is needed
+        needs = [parts_of(branch)[1] for branch in choice]
+        required += [name for name in needs[0] if all(name in n for n in needs)]
+    kept = {k: v for k, v in whole.items() if k not in (*ALTERNATIVES, "$ref", "required")}
+    names = [name for name in dict.fromkeys(required) if name in properties]
+    result = {**kept, "type": "object", "properties": properties}
+    note = "The input must fit one of these schemas: " if choice else ""
+    shown = json.dumps(choice, ensure_ascii=False)[:2000] if choice else ""
+    return ({**result, "required": names} if names else result), note + shown
+
+
+def branches_of(whole: Json, how: str) -> list[Json]:
+    listed = whole.get(how)
+    found = [b for b in listed if isinstance(b, dict)] if isinstance(listed, list) else []
+    if how == "allOf" and isinstance(whole.get("$ref"), str):
+        found.append({"$ref": whole["$ref"]})
+    return [resolved(branch, whole) for branch in found]
+
+
+def resolved(branch: Json, whole: Json) -> Json:
+    """A schema, or the one its local $ref points to."""
+    ref, value = branch.get("$ref"), whole
+    if not isinstance(ref, str) or not ref.startswith("#/"):
+        return branch
+    for name in ref[2:].split("/"):
+        inner = value.get(name.replace("~1", "/").replace("~0", "~"))
+        if not isinstance(inner, dict):
+            return branch
+        value = inner
+    return value
+
+
+def parts_of(schema: Json) -> tuple[Json, list[str]]:
+    """Properties and required names, if they are what they must be."""
+    properties, required = schema.get("properties"), schema.get("required")
+    found = properties if isinstance(properties, dict) else {}
+    names = required if isinstance(required, list) else []
+    kept = {k: v for k, v in found.items() if isinstance(v, (dict, bool))}
+    return kept, [name for name in names if isinstance(name, str)]
+
+
+# -- the request: output, thinking, sampling -------------------------------------
+
+
+def set_format(body: Json, chat: Json, history: History, traits: ClaudeTraits) -> None:
+    """JSON mode: by schema where the model takes this one, else by instruction."""
+    wanted = chat.get("response_format")
+    if not isinstance(wanted, dict) or not wants_json(chat):
+        return
+    holder = wanted.get("json_schema")
+    schema = holder.get("schema") if isinstance(holder, dict) else None
+    strict = closed_schema(schema) if traits.schema and isinstance(schema, dict) else None
+    if strict is not None:
+        body["output_config"] = {"format": {"type": "json_schema", "schema": strict}}
+        return
+    text = "Answer with one valid JSON object and nothing else: no explanation, no code fence."
+    if isinstance(schema, dict):
+        text += "\nIt must fit this JSON schema:\n" + json.dumps(schema, ensure_ascii=False)
+    history.system.append(text_block(text))
+
+
+# Members of a schema that structured output takes (structured outputs guide, 2026-11).
+SCHEMA_MEMBERS: Final = frozenset(
+    {"type", "description", "title", "enum", "const", "$ref", "default"}
+)
+SCHEMA_FORMATS: Final = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid")
+)
+SCHEMA_TYPES: Final = frozenset(
+    ("object", "array", "string", "integer", "number", "boolean", "null")
+)
+
+
+def closed_schema(schema: Json) -> Json | None:
+    """A schema as structured output takes it, or None if it cannot be said that way.
+
+    Objects are closed, what is not supported moves into the description; recursion and open
+    maps cannot be said.
+    """
+    if has_recursion(schema):
+        return None
+    try:
+        closed = close(schema)
+    except ValueError:
+        return None
+    return closed if closed.get("type") == "object" or "$ref" in closed else None
+
+
+def close(schema: Any) -> Json:
+    """One level of closed_schema; ValueError if it cannot be said."""
+    if not isinstance(schema, dict):
+        raise ValueError("not a schema object")
+    made = {k: v for k, v in schema.items() if k in SCHEMA_MEMBERS}
+    for name in ("$defs", "definitions"):
+        if isinstance(schema.get(name), dict):
+            made[name] = {k: close(v) for k, v in schema[name].items()}
+    for name in ALTERNATIVES:
+        if isinstance(schema.get(name), list):
+            made["allOf" if name == "allOf" else "anyOf"] = [close(v) for v in schema[name]]
+    if not any(name in made for name in ("type", "enum", "const", "$ref", "anyOf", "allOf")):
+        raise ValueError("no type")
+    kinds = types_of(made)
+    if str(schema.get("format")) in SCHEMA_FORMATS:
+        made["format"] = schema["format"]
+    if "items" in schema:
+        made["items"] = close(schema["items"])
+    if "object" in kinds or "properties" in schema:
+        close_object(made, schema)
+    return with_notes(made, schema)
+
+
+def types_of(schema: Json) -> list[str]:
+    kinds = schema.get("type", [])
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if isinstance(kinds, list) and all(isinstance(k, str) and k in SCHEMA_TYPES for k in kinds):
+        return kinds
+    raise ValueError("no JSON type")
+
+
+def close_object(made: Json, schema: Json) -> None:
+    properties, required = parts_of(schema)
+    if not properties and schema.get("additionalProperties", True) is not False:
+        raise ValueError("an open map")
+    made["properties"] = {name: close(value) for name, value in properties.items()}
+    made["required"] = [name for name in required if name in properties]
+    made["additionalProperties"] = False
+
+
+def with_notes(made: Json, schema: Json) -> Json:
+    """What had to be left out, as words at the end of the description."""
+    known = (*made, *ALTERNATIVES, "additionalProperties", "$schema", "$id", "examples")
+    lost = {k: v for k, v in schema.items() if k not in known}
+    if not lost:
+        return made
+    about = made.get("description")
+    words = [about] if isinstance(about, str) and about else []
+    return {**made, "description": "\n\n".join([*words, json.dumps(lost, ensure_ascii=False)])}
+
+
+def has_recursion(schema: Json) -> bool:
+    """Does a definition hold itself, directly or through others?"""
+    tables = (schema.get("$defs"), schema.get("definitions"))
+    found = {k: v for table in tables if isinstance(table, dict) for k, v in table.items()}
+    edges = {name: refs_in(value) for name, value in found.items()}
+    reach = {name: set(names) for name, names in edges.items()}
+    for _ in reach:
+        for names in reach.values():
+            names.update(*(edges.get(n, ()) for n in tuple(names)))
+    return "" in refs_in(schema) or any(name in names for name, names in reach.items())
+
+
+def refs_in(value: object) -> set[str]:
+    """The last words of all $refs below a value; "" for the root or another document."""
+    if isinstance(value, list):
+        return {name for item in value for name in refs_in(item)}
+    if not isinstance(value, dict):
+        return set()
+    names = {name for item in value.values() for name in refs_in(item)}
+    ref = value.get("$ref")
+    if isinstance(ref, str):
+        names.add(ref.rpartition("/")[2] if ref.startswith(("#/$defs/", "#/definitions/")) else "")
+    return names
+
+
+class Wish(NamedTuple):
+    """What a chat wants of thinking: None = it does not say."""
+
+    on: bool | None = None
+    budget: int = 0  # tokens; 0 = not said
+    effort: str = ""
+    display: Mapping[str, str] = MappingProxyType({})
+
+
+def thinking_wish(chat: Json) -> Wish:
+    thinking, effort = chat.get("thinking"), chat.get("reasoning_effort")
+    effort = effort if isinstance(effort, str) and effort in (*THINKING_BUDGETS, "none") else ""
+    kind = thinking.get("type") if isinstance(thinking, dict) else None
+    if isinstance(thinking, dict) and isinstance(kind, str):
+        if kind in ("disabled", "between_tools"):
+            return Wish(False)
+        shown = thinking.get("display")
+        display = {"display": shown} if shown in ("summarized", "omitted") else {}
+        level = "" if effort == "none" else effort
+        return Wish(True, natural(thinking.get("budget_tokens")), level, display)
+    if not effort:
+        return Wish()
+    # Newer models hide the text unless asked, and a silent stream looks like a dead one.
+    return Wish(effort != "none", 0, effort, {"display": "summarized"})
+
+
+def set_thinking(body: Json, chat: Json, traits: ClaudeTraits) -> None:
+    """`thinking` and the effort, unless something else in the request forbids thinking."""
+    wish = thinking_wish(chat)
+    forced = body.get("tool_choice", {}).get("type") in ("any", "tool")
+    if traits.thinking == "none" or (wish.on is None and not forced):
+        return
+    if not wish.on or forced or not may_think(body, traits, wish):
+        stop_thinking(body, traits, wish)
+    elif traits.thinking == "adaptive":
+        body["thinking"] = {"type": "adaptive", **wish.display}
+        set_effort(body, wish.effort or effort_of(wish.budget), traits)
+    else:
+        budget = wish.budget or THINKING_BUDGETS.get(wish.effort, THINKING_BUDGETS["medium"])
+        budget = max(budget, MIN_BUDGET)
+        if budget >= body["max_tokens"]:  # leave room for an answer
+            budget = max(MIN_BUDGET, body["max_tokens"] * 3 // 4)
+        body["thinking"] = {"type": "enabled", "budget_tokens": budget}
+
+
+def may_think(body: Json, traits: ClaudeTraits, wish: Wish) -> bool:
+    """A budget needs room, an own answer, and the thinking of a tool loop that goes on.
+
+    Adaptive thinking asks for none of this (extended thinking guide, 2026-11).
+    """
+    if traits.thinking == "adaptive":
+        return True
+    is_prefill = body["messages"][-1]["role"] == "assistant" and traits.prefill
+    return body["max_tokens"] > MIN_BUDGET and not is_prefill and not loses_thought(body)
+
+
+def loses_thought(body: Json) -> bool:
+    """Is the last assistant turn part of a tool loop whose thinking is missing?
+
+    The last turn or the first one of the loop has to begin with thinking ("a final assistant
+    message must start with a thinking block", seen 2025-08).
+    """
+    turns = [turn for turn in body["messages"] if isinstance(turn, dict)]
+    last = [at for at, turn in enumerate(turns) if turn.get("role") == "assistant"]
+    if not last or "tool_use" not in block_types(turns[last[-1]]):
+        return False
+    first = last[-1]
+    while first >= 2 and block_types(turns[first - 1]) == {"tool_result"}:
+        first -= 2
+    return not any(starts_with_thought(turns[at]) for at in {first, last[-1]})
+
+
+def block_types(turn: Json) -> set[str]:
+    content = turn.get("content")
+    blocks = content if isinstance(content, list) else []
+    return {str(block.get("type")) for block in blocks if isinstance(block, dict)}
+
+
+def starts_with_thought(turn: Json) -> bool:
+    content = turn.get("content")
+    first = content[0] if isinstance(content, list) and content else None
+    return isinstance(first, dict) and first.get("type") in THINKING
+
+
+def stop_thinking(body: Json, traits: ClaudeTraits, wish: Wish) -> None:
+    if traits.off in ("disabled", "between_tools"):
+        body["thinking"] = {"type": traits.off}
+    effort = "low" if wish.on is False else wish.effort
+    if traits.off == "never":
+        set_effort(body, effort, traits)
+
+
+def set_effort(body: Json, effort: str, traits: ClaudeTraits) -> None:
+    level = {"minimal": "low", "none": "low"}.get(effort, effort)
+    if level == "xhigh" and level not in traits.efforts:
+        level = "high"
+    if level in traits.efforts:
+        body["output_config"] = {**body.get("output_config", {}), "effort": level}
+
+
+def effort_of(budget: int) -> str:
+    """The effort a budget stands for, "" if there is none."""
+    if not budget:
+        return ""
+    return next((name for name, tokens in THINKING_BUDGETS.items() if budget <= tokens), "max")
+
+
+def set_sampling(body: Json, chat: Json, traits: ClaudeTraits) -> None:
+    """temperature, top_p and top_k as far as model and thinking allow them."""
+    if traits.sampling == "none":
+        return
+    thinks = body.get("thinking", {}).get("type") in ("enabled", "adaptive")
+    warmth: Any = chat.get("temperature")
+    top_p: Any = chat.get("top_p")
+    top_k = natural(chat.get("top_k"))
+    if is_number(warmth) and not thinks:
+        body["temperature"] = min(max(warmth, 0), 1)
+    both = traits.sampling == "one" and "temperature" in body
+    if is_number(top_p) and not both and (not thinks or LEAST_TOP_P <= top_p <= 1):
+        body["top_p"] = min(max(top_p, 0), 1)
+    if top_k and not thinks:
+        body["top_k"] = top_k
+
+
+def end_turns(body: Json, traits: ClaudeTraits) -> None:
+    """A last assistant turn is a prefill: where there is none, the user asks to go on."""
+    turns, last = body["messages"], body["messages"][-1]
+    if last["role"] != "assistant":
+        return
+    has_format = "format" in body.get("output_config", {})
+    if not traits.prefill or has_format or "thinking" in body:
+        turns.append({"role": "user", "content": [text_block(GO_ON)]})
+        return
+    last["content"][-1] = {**last["content"][-1], "text": last["content"][-1]["text"].rstrip()}
+
+
+# -- the request: cache ----------------------------------------------------------
+
+
+def mark_cache(body: Json, system: list[Json]) -> None:
+    """The client's cache marks as far as allowed, or two of our own in a long request."""
+    holders = list(markable(body, system))
+    marked = [holder for holder in holders if "cache_control" in holder]
+    if not marked:
+        add_marks(body, system)
+        return
+    for holder in marked[:-MAX_MARKS]:
+        del holder["cache_control"]
+    ttls = [holder["cache_control"] for holder in marked[-MAX_MARKS:]]
+    for before, mark in itertools.pairwise(ttls):
+        if before.get("ttl") != "1h":
+            mark.pop("ttl", None)  # a longer time may not follow a shorter one
+
+
+def markable(body: Json, system: list[Json]) -> Iterator[Json]:
+    """Everything that may hold a mark, in the order the API reads it."""
+    yield from body.get("tools", ())
+    yield from system
+    for turn in body["messages"]:
+        yield from (block for block in turn["content"] if block["type"] not in THINKING)
+
+
+def add_marks(body: Json, system: list[Json]) -> None:
+    """On what comes first if it is long, and on the newest turn of a long conversation."""
+    prefix = body.get("tools", []) + system
+    size = sum(size_of(block) for block in prefix)
+    if size >= LONG_PREFIX:
+        prefix[-1]["cache_control"] = {"type": "ephemeral"}
+    turns = body["messages"]
+    size += sum(size_of(block) for turn in turns for block in turn["content"])
+    user = [turn for turn in turns if turn["role"] == "user"]
+    if len(turns) > 1 and size >= LONG_PREFIX:
+        user[-1]["content"][-1]["cache_control"] = {"type": "ephemeral"}
+
+
+def size_of(block: Json) -> int:
+    """Characters, roughly; an image or a document counts as 1,000."""
+    text = block.get("text")
+    if isinstance(text, str):
+        return len(text)
+    return 1000 if "source" in block else len(json.dumps(block))
+
+
+# -- native requests -------------------------------------------------------------
+
+
+def own_thinking(body: Json, origin: str) -> Json | None:
+    """Edits for the body of a Messages client that goes to `origin` as it is, or None.
+
+    Sealed thinking goes back unsealed to the provider it came from; that of others, and what
+    nobody signed, is dropped, and thinking with a budget is then left out for this call if its
+    tool loop has lost its own. Only blocks with a seal are touched.
+    """
+    turns = body.get("messages")
+    if not isinstance(turns, list) or not any(is_sealed(b) for t in turns for b in blocks_of(t)):
+        return None
+    made = [unsealed_turn(turn, origin) for turn in turns]
+    edits: Json = {"messages": [turn for turn in made if turn is not None]}
+    thinking = body.get("thinking")
+    is_budget = isinstance(thinking, dict) and thinking.get("type") == "enabled"
+    if is_budget and loses_thought(edits):
+        edits["thinking"] = DROP
+    return edits
+
+
+def blocks_of(turn: Any) -> list[Json]:
+    content = turn.get("content") if isinstance(turn, dict) else None
+    return [b for b in content if isinstance(b, dict)] if isinstance(content, list) else []
+
+
+def opaque_member(block: Json) -> str:
+    return "signature" if block.get("type") == "thinking" else "data"
+
+
+def is_sealed(block: Json) -> bool:
+    value = block.get(opaque_member(block))
+    return block.get("type") in THINKING and isinstance(value, str) and value.startswith(SEAL)
+
+
+def unsealed_turn(turn: Any, origin: str) -> Json | None:
+    """The turn without seals; None if nothing is left of it."""
+    if not any(is_sealed(block) for block in blocks_of(turn)):
+        return cast("Json", turn)
+    content: list[Any] = []
+    for block in turn["content"]:
+        if not isinstance(block, dict) or not is_sealed(block):
+            content.append(block)
+            continue
+        name = opaque_member(block)
+        came_from, value = unseal(block[name])
+        if came_from == origin and value:
+            content.append({**block, name: value})
+    return {**turn, "content": content} if content else None
+
+
+def only_content_messages(block: bytes) -> bool:
+    """Whether a block of Messages events surely holds no error, start, finish or usage.
+
+    The names may stand in a text as well: then the block is looked at for nothing.
+    """
+    return (
+        b"message_delta" not in block
+        and b'"error"' not in block
+        and b"message_st" not in block  # message_start, message_stop
+        and b"event: error" not in block
+    )
+
+
+def messages_tokens(event: Any) -> Tokens | None:
+    """Token counts in message_start, message_delta or a whole answer; 0 = it does not say."""
+    if not isinstance(event, dict):
+        return None
+    holder = event.get("message") if event.get("type") == "message_start" else event
+    usage = holder.get("usage") if isinstance(holder, dict) else None
+    if not isinstance(usage, dict):
+        return None
+    count = usage_from_messages(usage)
+    return Tokens(count["prompt_tokens"], count["completion_tokens"])
+
+
+# -- the answer ------------------------------------------------------------------
+
+FINISHES: Final = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "tool_use": "tool_calls",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "pause_turn": "stop",  # the model wants the turn sent again; a chat has no word for it
+    "refusal": "content_filter",
+}
+ERROR_STATUS: Final = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+INPUT_COUNTS: Final = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+
+
+def usage_from_messages(usage: Json) -> Json:
+    """Chat usage from Messages usage, whose input_tokens leave out what was cached."""
+    fresh, read, written = (natural(usage.get(name)) for name in INPUT_COUNTS)
+    prompt, completion = fresh + read + written, natural(usage.get("output_tokens"))
+    result: Json = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": read, "cache_creation_tokens": written},
+    }
+    details = usage.get("output_tokens_details")
+    thought = details.get("thinking_tokens") if isinstance(details, dict) else None
+    if isinstance(thought, int):
+        result["completion_tokens_details"] = {"reasoning_tokens": natural(thought)}
+    return result
+
+
+def error_from_messages(event: Json) -> Json:
+    """An error event or body in the chat shape, its type also as an HTTP status."""
+    error = event.get("error")
+    error = error if isinstance(error, dict) else {"message": error}
+    kind, message = error.get("type"), error.get("message")
+    kind = kind if isinstance(kind, str) else "api_error"
+    text = message if isinstance(message, str) else kind
+    return {"error": {"message": text, "type": kind, "code": ERROR_STATUS.get(kind, 502)}}
+
+
+@dataclass
+class OpenBlock:
+    """A content block that is being received."""
+
+    kind: str
+    start: Json
+    call: int = -1  # index of the tool call
+    text: str = ""  # thinking, or arguments
+    signature: str = ""
+    begins: int = 0  # where its text begins in the content
+    citations: list[Any] = field(default_factory=list)
+
+
+class MessagesReader:
+    """Events of a Messages stream to chunks of a canonical chat.
+
+    Thinking goes out as reasoning_content while it comes; its reasoning_details piece follows
+    whole, with the signature, when the block ends. `chat` is the request the answer is for: it
+    tells which tools take free text and how they are spelled. `finished` is set by a stop
+    reason: a stream without one was cut off.
+    """
+
+    def __init__(self, origin: str = "anthropic", chat: Json | None = None, created: int = 0):
+        self.origin, self.created = origin, created
+        self.names = ToolNames(chat or {})
+        self.finished = False
+        self.id, self.model = "", ""
+        self.usage: Json = {}
+        self.blocks: dict[int, OpenBlock] = {}
+        self.calls = 0
+        self.written = 0  # characters of content so far
+        self.reasoned = False  # is there reasoning_content already?
+        self.gap = False  # has something else come since the last text?
+
+    def feed(self, event: Json) -> list[Json]:
+        """Chunks for one event; pings and unknown events give none."""
+        kind = event.get("type") if isinstance(event, dict) else None
+        if kind == "error" or (kind is None and isinstance(event, dict) and event.get("error")):
+            return [error_from_messages(event)]
+        read = {
+            "message_start": self.on_start,
+            "content_block_start": self.on_block,
+            "content_block_delta": self.on_delta,
+            "content_block_stop": self.on_block_end,
+            "message_delta": self.on_finish,
+        }.get(str(kind))
+        return read(event) if read else []
+
+    def finish(self) -> list[Json]:
+        """What is held when the stream has ended: the ends of blocks that were never closed."""
+        if not self.finished:
+            return []
+        return [chunk for index in list(self.blocks) for chunk in self.end(index)]
+
+    def chunk(self, delta: Json, **choice: Any) -> list[Json]:
+        return [self.frame([{"index": 0, "delta": delta, "finish_reason": None, **choice}])]
+
+    def frame(self, choices: list[Json], **more: Any) -> Json:
+        head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created}
+        return {**head, "model": self.model, "choices": choices, **more}
+
+    # Events
+
+    def on_start(self, event: Json) -> list[Json]:
+        message = event.get("message")
+        message = message if isinstance(message, dict) else {}
+        self.id, self.model = (str(message.get(name) or "") for name in ("id", "model"))
+        self.add_usage(message.get("usage"))
+        return self.chunk({"role": "assistant"})
+
+    def on_block(self, event: Json) -> list[Json]:
+        start = event.get("content_block")
+        start = start if isinstance(start, dict) else {}
+        block = OpenBlock(str(start.get("type")), start, begins=self.written)
+        index = index_of(event)
+        chunks = self.end(index)  # a stream that leaves out the end of the one before
+        self.blocks[index] = block
+        if block.kind == "text":
+            cited = start.get("citations")
+            block.citations = list(cited) if isinstance(cited, list) else []
+            return chunks + self.on_text(start.get("text"))
+        self.gap = True
+        if block.kind == "thinking":
+            block.signature = str(start.get("signature") or "")
+            return chunks + self.on_thought(block, start.get("thinking"))
+        if block.kind == "tool_use":
+            return chunks + self.on_call(block)
+        return chunks + self.on_server_block(block)
+
+    def on_delta(self, event: Json) -> list[Json]:
+        block, delta = self.blocks.get(index_of(event)), event.get("delta")
+        if block is None or not isinstance(delta, dict):
+            return []
+        kind = delta.get("type")
+        if kind == "text_delta":
+            return self.on_text(delta.get("text"))
+        if kind == "thinking_delta":
+            return self.on_thought(block, delta.get("thinking"))
+        if kind == "signature_delta":
+            block.signature += str(delta.get("signature") or "")
+        elif kind == "citations_delta":
+            block.citations.append(delta.get("citation"))
+        elif kind == "input_json_delta":
+            return self.on_arguments(block, delta.get("partial_json"))
+        elif kind == "compaction_delta":
+            return self.on_thought(block, delta.get("content"))
+        return []
+
+    def on_block_end(self, event: Json) -> list[Json]:
+        return self.end(index_of(event))
+
+    def on_finish(self, event: Json) -> list[Json]:
+        delta = event.get("delta")
+        delta = delta if isinstance(delta, dict) else {}
+        chunks: list[Json] = []
+        reason = delta.get("stop_reason")
+        if isinstance(reason, str) and reason and not self.finished:
+            self.finished = True
+            if reason == "refusal":
+                chunks += self.chunk({"refusal": refusal_text(delta.get("stop_details"))})
+            finish = FINISHES.get(reason, "stop")
+            if reason == "end_turn" and self.calls:  # copies of the API are careless here
+                finish = "tool_calls"
+            stop = delta.get("stop_sequence")
+            more = {"stop_sequence": stop} if isinstance(stop, str) else {}
+            chunks += self.chunk({}, finish_reason=finish, **more)
+        self.add_usage(event.get("usage"))
+        if self.usage:
+            chunks.append(self.frame([], usage=usage_from_messages(self.usage)))
+        return chunks
+
+    # Blocks
+
+    def on_text(self, text: object) -> list[Json]:
+        if not isinstance(text, str) or not text:
+            return []
+        if self.gap and self.written:
+            text = "\n\n" + text  # a call or a search stood between two texts
+        self.gap = False
+        self.written += len(text)
+        return self.chunk({"content": text})
+
+    def on_thought(self, block: OpenBlock, text: object) -> list[Json]:
+        if not isinstance(text, str) or not text:
+            return []
+        is_first = not block.text
+        block.text += text
+        return self.on_reasoning(text, is_first)
+
+    def on_reasoning(self, text: object, is_first: bool) -> list[Json]:
+        if not isinstance(text, str) or not text:
+            return []
+        if is_first and self.reasoned:
+            text = "\n\n" + text
+        self.reasoned = True
+        return self.chunk({"reasoning_content": text})
+
+    def on_call(self, block: OpenBlock) -> list[Json]:
+        block.call, self.calls = self.calls, self.calls + 1
+        name = self.names.back(str(block.start.get("name") or ""))
+        block.start = {**block.start, "name": name}
+        if name in self.names.custom:
+            return []  # its text is inside JSON: it goes out when that is complete
+        function = {"name": name, "arguments": ""}
+        return self.call_chunk(block, {"type": "function", "function": function})
+
+    def call_chunk(self, block: OpenBlock, call: Json) -> list[Json]:
+        id = str(block.start.get("id") or f"call_{block.call}")
+        return self.chunk({"tool_calls": [{"index": block.call, "id": id, **call}]})
+
+    def on_arguments(self, block: OpenBlock, text: object) -> list[Json]:
+        if block.call < 0 or not isinstance(text, str) or not text:
+            return []
+        block.text += text
+        if block.start["name"] in self.names.custom:
+            return []
+        return self.arguments_chunk(block, text)
+
+    def arguments_chunk(self, block: OpenBlock, text: str) -> list[Json]:
+        function = {"arguments": text}
+        return self.chunk({"tool_calls": [{"index": block.call, "function": function}]})
+
+    def on_server_block(self, block: OpenBlock) -> list[Json]:
+        """Blocks without an equal in chat: what they say is kept as readable reasoning."""
+        data = block.start.get("data")
+        if block.kind == "redacted_thinking" and isinstance(data, str):
+            return self.detail({"type": "reasoning.encrypted", "data": data})
+        if block.kind.endswith("_tool_result") or block.kind == "compaction":
+            return self.on_reasoning("\n".join(texts_in(block.start.get("content"))), True)
+        return []
+
+    def detail(self, piece: Json) -> list[Json]:
+        return self.chunk({"reasoning_details": [{**piece, "origin": self.origin}]})
+
+    def end(self, index: int) -> list[Json]:
+        block = self.blocks.pop(index, None)
+        if block is None:
+            return []
+        if block.kind == "thinking":
+            piece = {"type": "reasoning.text", "text": block.text, "signature": block.signature}
+            if not block.signature:
+                del piece["signature"]
+            return self.detail(piece) if block.text or block.signature else []
+        if block.kind == "text":
+            return self.end_text(block)
+        return self.end_call(block) if block.call >= 0 else []
+
+    def end_text(self, block: OpenBlock) -> list[Json]:
+        spans = (url_citation(c, block.begins, self.written) for c in block.citations)
+        found = [span for span in spans if span]
+        return self.chunk({"annotations": found}) if found else []
+
+    def end_call(self, block: OpenBlock) -> list[Json]:
+        """A block without input sends none: its arguments are {}."""
+        whole = block.start.get("input")
+        given = block.text or dump_json(whole if isinstance(whole, dict) else {}).decode()
+        name = block.start["name"]
+        if name in self.names.custom:
+            value = parse_arguments(given).get("input")
+            text = value if isinstance(value, str) else given
+            return self.call_chunk(
+                block, {"type": "custom", "custom": {"name": name, "input": text}}
+            )
+        return [] if block.text else self.arguments_chunk(block, given)
+
+    def add_usage(self, usage: object) -> None:
+        """Later counts win, but a copy of the API that ends with 0 does not undo the input."""
+        for name, value in usage.items() if isinstance(usage, dict) else ():
+            if value is not None and (value or name not in INPUT_COUNTS):
+                self.usage[name] = value
+
+
+def index_of(event: Json) -> int:
+    index = event.get("index")
+    return index if isinstance(index, int) else 0
+
+
+def refusal_text(details: object) -> str:
+    details = details if isinstance(details, dict) else {}
+    told = (details.get(name) for name in ("explanation", "category"))
+    text = next((t for t in told if isinstance(t, str) and t), "")
+    return text or "The model declined to answer."
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """The texts a server tool gave back: of advisors, MCP servers and programs."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            if isinstance(item, dict):
+                yield from texts_in(item)
+    elif isinstance(value, dict):
+        told = (value.get(name) for name in ("text", "stdout", "stderr"))
+        yield from (text for text in told if isinstance(text, str) and text)
+
+
+def url_citation(citation: object, start: int, end: int) -> Json | None:
+    """A chat annotation for a web citation; citations of documents have no equal."""
+    if not isinstance(citation, dict) or not isinstance(citation.get("url"), str):
+        return None
+    span = {"start_index": start, "end_index": end, "url": citation["url"]}
+    title = citation.get("title")
+    cited = {**span, "title": title if isinstance(title, str) else citation["url"]}
+    return {"type": "url_citation", "url_citation": cited}
+
+
+def messages_reply_to_chat(
+    reply: Json, origin: str = "anthropic", chat: Json | None = None, created: int = 0
+) -> Json:
+    """The canonical reply for a whole Messages answer; an error body gives {"error": ...}."""
+    if reply.get("type") == "error" or reply.get("error"):
+        return error_from_messages(reply)
+    reader = MessagesReader(origin, chat, created)
+    chunks = [chunk for event in events_of(reply) for chunk in reader.feed(event)]
+    return reply_from_chunks([*chunks, *reader.finish()])
+
+
+def events_of(reply: Json) -> Iterator[Json]:
+    """A whole answer as the events it would have been streamed in."""
+    yield {"type": "message_start", "message": reply}
+    content = reply.get("content")
+    for index, block in enumerate(content if isinstance(content, list) else ()):
+        yield {"type": "content_block_start", "index": index, "content_block": block}
+        yield {"type": "content_block_stop", "index": index}
+    reason = reply.get("stop_reason") or "end_turn"
+    yield {"type": "message_delta", "delta": {**reply, "stop_reason": reason}}
+
+
+def reply_from_chunks(chunks: Sequence[Json]) -> Json:
+    """The whole canonical reply that chunks of one choice make up."""
+    message: Json = {"role": "assistant", "content": None}
+    choice: Json = {"index": 0, "message": message, "finish_reason": None}
+    calls: dict[int, Json] = {}
+    usage: Json = {}
+    for chunk in chunks:
+        usage = chunk.get("usage") or usage
+        for part in chunk["choices"]:
+            merge_delta(message, part["delta"])
+            for call in part["delta"].get("tool_calls", ()):
+                merge_call(calls, call)
+            choice.update({k: part[k] for k in ("finish_reason", "stop_sequence") if part.get(k)})
+    if calls:
+        message["tool_calls"] = [calls[index] for index in sorted(calls)]
+    head = {k: chunks[0][k] for k in ("id", "created", "model")} if chunks else {}
+    whole = {**head, "object": "chat.completion", "choices": [choice]}
+    return {**whole, "usage": usage} if usage else whole
+
+
+def merge_delta(message: Json, delta: Json) -> None:
+    """Texts are joined, lists are appended to."""
+    for name, value in delta.items():
+        if name not in ("role", "tool_calls"):
+            message[name] = (message.get(name) or type(value)()) + value
+
+
+def merge_call(calls: dict[int, Json], call: Json) -> None:
+    held = calls.get(call["index"])
+    if held is None:
+        calls[call["index"]] = {name: value for name, value in call.items() if name != "index"}
+        return
+    function = held["function"]
+    arguments = function["arguments"] + call["function"]["arguments"]
+    held["function"] = {**function, "arguments": arguments}
+
+
+# =============================================================================
+# 15. Responses in
+# =============================================================================
+
+JSON_TEXT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+# A client speaks OpenAI Responses; the hub speaks chat. Wire facts: recorded traffic of OpenAI,
+# DeepSeek and Bedrock Mantle, and the openai SDK 3.54 (seen 2026-11). Codex CLI 0.159 builds its
+# turn from response.output_item.done alone (public protocol notes, 2026-10).
+
+RESPONSES_FIELDS: Mapping[str, FieldRule] = {
+    "model": FieldRule("a string", is_string),
+    "instructions": FieldRule("a string", is_string),
+    "stream": FieldRule("true or false", is_boolean),
+    "stream_options": FieldRule("an object", is_object),
+    "temperature": FieldRule("a number", is_number),
+    "top_p": FieldRule("a number", is_number),
+    "top_logprobs": FieldRule("an integer", is_integer),
+    "max_output_tokens": FieldRule("an integer of at least 1", is_natural),
+    "max_tool_calls": FieldRule("an integer", is_integer),
+    "tools": FieldRule("a list of tools", is_list),
+    "tool_choice": FieldRule("a string or an object", is_string_or_object),
+    "parallel_tool_calls": FieldRule("true or false", is_boolean),
+    "text": FieldRule("an object", is_object),
+    "reasoning": FieldRule("an object", is_object),
+    "metadata": FieldRule("an object", is_object),
+    "include": FieldRule("a list of strings", is_strings),
+    "store": FieldRule("true or false", is_boolean),
+    "background": FieldRule("true or false", is_boolean),
+    "previous_response_id": FieldRule("a string", is_string),
+    "truncation": FieldRule("a string", is_string),
+    "service_tier": FieldRule("a string", is_string),
+    "prompt_cache_key": FieldRule("a string", is_string),
+    "safety_identifier": FieldRule("a string", is_string),
+    "user": FieldRule("a string", is_string),
+}
+
+# What only the service that keeps files, jobs and prompts could do: (field, why not).
+RESPONSES_REFUSED = (
+    ("background", "answers are not made in the background here; use stream instead"),
+    ("conversation", "conversations are not kept here; use previous_response_id or send the items"),
+    ("prompt", "prompt templates are kept by OpenAI alone; send instructions and input"),
+    ("top_logprobs", "log probabilities are not available here"),
+)
+
+# Request field -> chat field, for values that are the same on both sides.
+RESPONSES_SAME: Mapping[str, str] = {
+    "model": "model",
+    "stream": "stream",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "max_output_tokens": "max_completion_tokens",
+    "safety_identifier": "user",
+    "user": "user",
+    "prompt_cache_key": "prompt_cache_key",
+    "service_tier": "service_tier",
+}
+
+NO_ITEMS = "a string or a list of at least one item"
+NO_PARAMETERS: Json = {"type": "object", "properties": {}}
+FILE_KINDS: Mapping[str, str] = {
+    "pdf": "application/pdf",
+    "txt": "text/plain",
+    "md": "text/markdown",
+    "csv": "text/csv",
+    "json": "application/json",
+    "html": "text/html",
+}
+
+
+def validate_responses(body: Mapping[str, Any]) -> None:
+    """Raise BadRequest, naming the field, for what is malformed or cannot be served at all.
+
+    Items, tools and tool_choice are checked by `responses_to_chat` as it reads them.
+    """
+    check_fields(body, RESPONSES_FIELDS)
+    for name, why in RESPONSES_REFUSED:
+        if body.get(name):
+            raise BadRequest(f"{name} is not supported: {why}", param=name)
+
+
+def responses_to_chat(body: Mapping[str, Any], earlier: Sequence[Json] = ()) -> Json:
+    """The chat body for a Responses body; `earlier` are the items that previous_response_id means.
+
+    Kept: input and instructions, function, custom, namespace and client-run tools, sampling,
+    limits, text.format and text.verbosity, reasoning.effort, identity and cache fields.
+    Tolerated without effect on the model: store, include, metadata (chat at OpenAI refuses it
+    without store), truncation, max_tool_calls, client_metadata, stream_options,
+    reasoning.summary, unknown fields. Refused: RESPONSES_REFUSED.
+    Tools that nobody here can run are left out; `plan_tools(body, earlier).unserved` names them.
+    Their calls in the history become text where they hold results (TOOL_NOTES), else they go
+    (TOOL_SILENT).
+    Raises BadRequest with the path of what is wrong.
+    """
+    validate_responses(body)
+    plan = plan_tools(body, earlier)
+    history = ItemHistory(plan)
+    if body.get("instructions"):
+        history.say("system", body["instructions"])
+    for where, item in all_items(body, earlier):
+        read_item(history, item, where)
+    settings = {**body, **history.updates}
+    chat: Json = {"messages": history.close()}
+    chat |= {to: body[name] for name, to in RESPONSES_SAME.items() if body.get(name) is not None}
+    chat |= chat_text_options(settings.get("text") or {})
+    effort = (settings.get("reasoning") or {}).get("effort")
+    chat |= {"reasoning_effort": effort} if isinstance(effort, str) else {}
+    chat |= {"stream_options": {"include_usage": True}} if body.get("stream") else {}
+    chat |= chat_tool_options(body, plan)
+    if not chat["messages"]:
+        raise invalid("input", NO_ITEMS, body.get("input"))
+    return chat
+
+
+def chat_text_options(text: Json) -> Json:
+    """`text` as response_format and verbosity."""
+    verbosity, form = text.get("verbosity"), text.get("format")
+    options: Json = {"verbosity": verbosity} if isinstance(verbosity, str) else {}
+    if form is None:
+        return options
+    kind = form.get("type") if isinstance(form, dict) else None
+    if kind == "json_schema":
+        names = ("name", "description", "schema", "strict")
+        if not isinstance(form.get("schema"), dict):
+            raise invalid("text.format.schema", "an object", form.get("schema"))
+        schema = {"name": "answer"} | {n: form[n] for n in names if form.get(n) is not None}
+        options["response_format"] = {"type": kind, "json_schema": schema}
+    elif kind == "json_object":
+        options["response_format"] = {"type": kind}
+    elif kind != "text":
+        raise invalid("text.format.type", "text, json_object or json_schema", kind)
+    return options
+
+
+def items_of(body: Mapping[str, Any]) -> list[Json]:
+    """`input` as a list of items, for reading it and for the store."""
+    given = body.get("input")
+    if isinstance(given, str):
+        content = [{"type": "input_text", "text": given}]
+        return [{"type": "message", "role": "user", "content": content}]
+    if given is None:
+        return []
+    if not isinstance(given, list):
+        raise invalid("input", NO_ITEMS, given)
+    for at, item in enumerate(given):
+        if not isinstance(item, dict):
+            raise invalid(f"input[{at}]", "an object with a type", item)
+    return given
+
+
+def all_items(body: Mapping[str, Any], earlier: Sequence[Json]) -> Iterator[tuple[str, Json]]:
+    """(path, item), oldest first. A reference to an item that is there anyway is skipped."""
+    items = items_of(body)
+    known = [item.get("id") for item in (*earlier, *items) if not is_reference(item)]
+    yield from ((f"previous_response_id[{at}]", item) for at, item in enumerate(earlier))
+    for at, item in enumerate(items):
+        if not is_reference(item):
+            yield f"input[{at}]", item
+        elif item["id"] not in known:
+            message = f"input[{at}].id refers to an item that is not kept here: send the item"
+            raise BadRequest(message, param=f"input[{at}].id")
+
+
+def is_reference(item: Json) -> bool:
+    plain = item.get("type") is None and item.get("role") is None
+    return (plain or item.get("type") == "item_reference") and isinstance(item.get("id"), str)
+
+
+# ----- tools -----
+
+
+class ToolName(NamedTuple):
+    """A tool as the client calls it. `kind` is its type, "" for a type nobody here can run."""
+
+    kind: str
+    name: str
+    namespace: str = ""
+
+
+@dataclass(frozen=True)
+class TypedTool:
+    """A tool type without a schema that the client itself runs, offered as a function.
+
+    `member` of its call items holds the arguments together with `fixed`.
+    """
+
+    kind: str
+    item: str  # type of its call items
+    member: str
+    description: str
+    parameters: Json
+    fixed: Json = field(default_factory=dict)
+    extra: Json = field(default_factory=dict)  # other members of its call items
+
+
+@dataclass(frozen=True)
+class ToolPlan:
+    """The tools of one request as chat tools, and the way back to the client's names."""
+
+    tools: tuple[Json, ...] = ()
+    names: Mapping[str, ToolName] = field(default_factory=dict)  # chat name -> client's name
+    unserved: tuple[str, ...] = ()  # types of tools left out, each once
+
+    def chat_name(self, tool: ToolName) -> str:
+        """The chat name of a tool, offered now or only in an earlier turn."""
+        return next((name for name, known in self.names.items() if known == tool), flat_name(tool))
+
+    def client_name(self, name: str) -> ToolName:
+        """What the model called. Models leave the namespace away at times; one match is enough."""
+        if known := self.names.get(name):
+            return known
+        bare = [tool for tool in self.names.values() if tool.namespace and tool.name == name]
+        return bare[0] if len(bare) == 1 else ToolName("function", name)
+
+
+STRINGS: Json = {"type": "array", "items": {"type": "string"}}
+TYPED_TOOLS: Mapping[str, TypedTool] = {
+    row.kind: row
+    for row in (
+        TypedTool(
+            "local_shell",
+            "local_shell_call",
+            "action",
+            "Run a command on the user's computer and get its output.",
+            {
+                "type": "object",
+                "properties": {
+                    "command": {**STRINGS, "description": "The program and its arguments."},
+                    "working_directory": {"type": "string"},
+                    "timeout_ms": {"type": "integer"},
+                },
+                "required": ["command"],
+            },
+            fixed={"type": "exec", "env": {}},
+        ),
+        TypedTool(
+            "shell",
+            "shell_call",
+            "action",
+            "Run shell commands on the user's computer and get their output.",
+            {
+                "type": "object",
+                "properties": {
+                    "commands": {**STRINGS, "description": "Shell commands, run in this order."},
+                    "timeout_ms": {"type": "integer"},
+                    "max_output_length": {"type": "integer"},
+                },
+                "required": ["commands"],
+            },
+        ),
+        TypedTool(
+            "apply_patch",
+            "apply_patch_call",
+            "operation",
+            "Create, update or delete one file; `diff` is a V4A diff, not needed for delete_file.",
+            {
+                "type": "object",
+                "properties": {
+                    "type": {"enum": ["create_file", "update_file", "delete_file"]},
+                    "path": {"type": "string"},
+                    "diff": {"type": "string"},
+                },
+                "required": ["type", "path"],
+            },
+        ),
+        TypedTool(
+            "tool_search",
+            "tool_search_call",
+            "arguments",
+            "Find further tools and make them available.",
+            {"type": "object", "properties": {"query": {"type": "string"}}},
+            extra={"execution": "client"},
+        ),
+    )
+}
+TYPED_ITEMS: Mapping[str, TypedTool] = {row.item: row for row in TYPED_TOOLS.values()}
+CUSTOM_PARAMETERS: Json = {
+    "type": "object",
+    "properties": {"input": {"type": "string", "description": "The whole input of the tool."}},
+    "required": ["input"],
+    "additionalProperties": False,
+}
+NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]")
+MAX_NAME = 64
+
+
+def plan_tools(body: Mapping[str, Any], earlier: Sequence[Json] = ()) -> ToolPlan:
+    """All tools of `tools` and of the items that bring some; a repeated one takes the newest form.
+
+    Items bring tools in Codex's lite mode (additional_tools) and after a tool search.
+    """
+    found: dict[ToolName, Json | None] = {}
+    for where, tools in tool_lists(body, earlier):
+        for at, tool in enumerate(tools):
+            found.update(read_tool(tool, f"{where}[{at}]"))
+    served = [(tool, made) for tool, made in found.items() if made is not None]
+    names: dict[str, ToolName] = {}
+    chat_tools = []
+    for tool, made in served:
+        name = unused_name(flat_name(tool), names)
+        names[name] = tool
+        chat_tools.append({"type": "function", "function": {"name": name, **made}})
+    unserved = tuple(tool.name for tool, made in found.items() if made is None)
+    return ToolPlan(tuple(chat_tools), names, unserved)
+
+
+def tool_lists(body: Mapping[str, Any], earlier: Sequence[Json]) -> Iterator[tuple[str, list[Any]]]:
+    tools = body.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise invalid("tools", "a list of tools", tools)
+    yield "tools", tools or []
+    for where, item in all_items(body, earlier):
+        if item.get("type") in ("additional_tools", "tool_search_output"):
+            given = item.get("tools")
+            if not isinstance(given, list):
+                raise invalid(f"{where}.tools", "a list of tools", given)
+            yield f"{where}.tools", given
+
+
+def read_tool(tool: Any, where: str, namespace: str = "") -> Iterator[tuple[ToolName, Json | None]]:
+    """(name, description and parameters) of one tool; None for a type nobody here can run."""
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if not isinstance(kind, str):
+        raise invalid(where, "an object with a type", tool)
+    if kind == "namespace" and not namespace:
+        yield from read_namespace(tool, where)
+    elif kind == "function":
+        inner = tool.get("function")  # the nested shape of chat, sent by mistake
+        yield read_function(inner if isinstance(inner, dict) else tool, where, namespace)
+    elif kind == "custom":
+        name = required_text(tool, "name", where)
+        made = {"description": custom_description(tool), "parameters": CUSTOM_PARAMETERS}
+        yield ToolName("custom", name, namespace), made
+    elif kind in TYPED_TOOLS and client_runs(tool, kind):
+        yield ToolName(kind, kind), typed_function(TYPED_TOOLS[kind], tool)
+    else:
+        yield ToolName("", kind), None
+
+
+def read_namespace(tool: Json, where: str) -> Iterator[tuple[ToolName, Json | None]]:
+    name, tools = required_text(tool, "name", where), tool.get("tools")
+    if not isinstance(tools, list):
+        raise invalid(f"{where}.tools", "a list of tools", tools)
+    for at, inner in enumerate(tools):
+        yield from read_tool(inner, f"{where}.tools[{at}]", name)
+
+
+def read_function(tool: Json, where: str, namespace: str) -> tuple[ToolName, Json]:
+    name, parameters = required_text(tool, "name", where), tool.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise invalid(f"{where}.parameters", "an object", parameters)
+    made: Json = {"parameters": parameters or NO_PARAMETERS}
+    if isinstance(tool.get("description"), str):
+        made["description"] = tool["description"]
+    if isinstance(tool.get("strict"), bool):
+        made["strict"] = tool["strict"]
+    return ToolName("function", name, namespace), made
+
+
+def custom_description(tool: Json) -> str:
+    """The tool's description, with the grammar its input must follow."""
+    text, form = tool.get("description"), tool.get("format")
+    text = text if isinstance(text, str) else ""
+    if not isinstance(form, dict) or not isinstance(form.get("definition"), str):
+        return text
+    head = f"The input must follow this {form.get('syntax') or 'lark'} grammar:"
+    return f"{text}\n\n{head}\n{form['definition']}".lstrip()
+
+
+def client_runs(tool: Json, kind: str) -> bool:
+    """Does the client run this typed tool? Hosted containers and searches are OpenAI's."""
+    if kind == "tool_search":
+        return tool.get("execution") == "client"
+    place = tool.get("environment")
+    return not isinstance(place, dict) or place.get("type") == "local"
+
+
+def typed_function(row: TypedTool, tool: Json) -> Json:
+    text, parameters = tool.get("description"), tool.get("parameters")
+    return {
+        "description": text if isinstance(text, str) and text else row.description,
+        "parameters": parameters if isinstance(parameters, dict) else row.parameters,
+    }
+
+
+def flat_name(tool: ToolName) -> str:
+    """A name that every provider takes: A-Z a-z 0-9 _ -, at most 64 characters."""
+    whole = f"{tool.namespace.rstrip('_')}__{tool.name}" if tool.namespace else tool.name
+    name = NOT_IN_NAMES.sub("_", whole)
+    if len(name) <= MAX_NAME:
+        return name
+    mark = zlib.crc32(whole.encode("utf-8", "replace"))
+    return f"{name[: MAX_NAME - 9]}_{mark:08x}"
+
+
+def unused_name(name: str, taken: Mapping[str, object]) -> str:
+    for n in itertools.count(2):
+        if name not in taken:
+            break
+        name = f"{name[: MAX_NAME - 4].rstrip('0123456789')}{n}"
+    return name
+
+
+def required_text(value: Json, name: str, where: str) -> str:
+    text = value.get(name)
+    if not isinstance(text, str) or not text:
+        raise invalid(f"{where}.{name}", "a string, and not empty", text)
+    return text
+
+
+def chat_tool_options(body: Mapping[str, Any], plan: ToolPlan) -> Json:
+    """tools, tool_choice and parallel_tool_calls, which providers refuse without tools."""
+    choice, names = choose_tools(body.get("tool_choice"), plan)
+    tools = [tool for tool in plan.tools if tool["function"]["name"] in names]
+    if not tools:
+        if choice == "required":
+            raise no_such_tool("tool_choice requires a call", plan)
+        return {}
+    parallel = body.get("parallel_tool_calls")
+    return {
+        "tools": tools,
+        **({"tool_choice": choice} if choice is not None else {}),
+        **({"parallel_tool_calls": parallel} if parallel is not None else {}),
+    }
+
+
+def choose_tools(choice: Any, plan: ToolPlan) -> tuple[str | Json | None, Iterable[str]]:
+    """(chat's tool_choice, names of the tools on offer) for a Responses tool_choice."""
+    kind = choice.get("type") if isinstance(choice, dict) else choice
+    if kind is None and not isinstance(choice, dict):
+        return None, plan.names
+    if kind in ("auto", "none", "required"):
+        return str(kind), plan.names
+    if not isinstance(choice, dict) or not isinstance(kind, str):
+        raise invalid("tool_choice", "auto, none, required or an object with a type", choice)
+    if kind == "allowed_tools":
+        return allowed_tools(choice, plan)
+    names = matching_tools(choice, plan)
+    if not names:
+        raise no_such_tool(f"tool_choice asks for {choice.get('name') or kind}", plan)
+    if len(names) > 1:
+        return "required", names
+    return {"type": "function", "function": {"name": names[0]}}, plan.names
+
+
+def allowed_tools(choice: Json, plan: ToolPlan) -> tuple[str, Iterable[str]]:
+    """Chat providers know no list of allowed tools: the others are not offered at all."""
+    mode, allowed = choice.get("mode") or "auto", choice.get("tools")
+    if mode not in ("auto", "required"):
+        raise invalid("tool_choice.mode", "auto or required", mode)
+    if not isinstance(allowed, list):
+        raise invalid("tool_choice.tools", "a list of tools", allowed)
+    for at, tool in enumerate(allowed):
+        if not is_typed_object(tool):
+            raise invalid(f"tool_choice.tools[{at}]", "an object with a type", tool)
+    return mode, {name for tool in allowed for name in matching_tools(tool, plan)}
+
+
+def matching_tools(wanted: Json, plan: ToolPlan) -> list[str]:
+    """Chat names of the tools that {type, name?, namespace?} means."""
+    kind, name, namespace = wanted["type"], wanted.get("name"), wanted.get("namespace")
+    if name is None and isinstance(wanted.get("function"), dict):
+        name = wanted["function"].get("name")
+    if kind == "namespace":
+        return [flat for flat, tool in plan.names.items() if tool.namespace == name]
+    return [
+        flat
+        for flat, tool in plan.names.items()
+        if tool.kind == kind
+        and (name in (tool.name, flat) or kind in TYPED_TOOLS)
+        and namespace in (None, "", tool.namespace)
+    ]
+
+
+def no_such_tool(what: str, plan: ToolPlan) -> BadRequest:
+    left = f" ({', '.join(plan.unserved)} cannot be run here)" if plan.unserved else ""
+    message = f"{what}, but no such tool can be offered to the model{left}"
+    return BadRequest(message, param="tool_choice")
+
+
+# ----- items -----
+
+# Results of tools that only OpenAI runs: the members a model can still use, as text.
+TOOL_NOTES: Mapping[str, tuple[str, ...]] = {
+    "file_search_call": ("queries", "results"),
+    "code_interpreter_call": ("code", "outputs"),
+    "image_generation_call": ("revised_prompt",),
+    "mcp_call": ("server_label", "name", "arguments", "output", "error"),
+    "computer_call": ("action", "actions"),
+    "program": ("code",),
+    "program_output": ("result", "output"),
+}
+# Steps of such tools that say nothing the messages beside them do not say.
+TOOL_SILENT = frozenset(
+    ("web_search_call", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response")
+)
+MAX_NOTE = 8_000
+COMPACTED = "[Earlier turns were compacted by OpenAI; what they held cannot be read here.]"
+SPEAKERS = ("user", "system", "developer", "assistant")
+
+
+class ItemHistory:
+    """Chat messages from items, in order.
+
+    What the assistant said, thought and called between two turns of others is ONE message.
+    """
+
+    def __init__(self, plan: ToolPlan) -> None:
+        self.plan = plan
+        self.updates: Json = {}  # settings that items change
+        self._messages: list[Json] = []
+        self._texts: list[str] | None = None  # of the open assistant message
+        self._thoughts: list[str] = []
+        self._pieces: list[Json] = []
+        self._calls: list[Json] = []
+        self._extras: Json = {}  # call id -> extra_content
+
+    def say(self, role: str, content: str | list[Json]) -> None:
+        self.close()
+        self._messages.append({"role": role, "content": content})
+
+    def answer(self, call_id: str, content: str | list[Json], is_error: bool = False) -> None:
+        self.close()
+        message: Json = {"role": "tool", "tool_call_id": call_id, "content": content}
+        self._messages.append({**message, "is_error": True} if is_error else message)
+
+    def add_text(self, text: str) -> None:
+        self._texts = self._texts or []
+        if text:
+            self._texts.append(text)
+
+    def add_call(self, call_id: str, tool: ToolName, arguments: str) -> None:
+        self.add_text("")
+        function = {"name": self.plan.chat_name(tool), "arguments": arguments}
+        self._calls.append({"id": call_id, "type": "function", "function": function})
+
+    def add_thought(self, text: str, pieces: Sequence[Json]) -> None:
+        self.add_text("")
+        self._thoughts += [text] if text else []
+        self._pieces += pieces
+
+    def add_extra(self, call_id: str, extra: object) -> None:
+        """What a provider wants back with a call (Gemini's thought signature)."""
+        self._extras[call_id] = extra
+
+    def close(self) -> list[Json]:
+        """All messages; an open assistant message is finished first."""
+        texts, self._texts = self._texts, None
+        if texts is None:
+            return self._messages
+        calls = [self._with_extra(call) for call in self._calls]
+        text = "\n\n".join(texts)
+        message: Json = {"role": "assistant", "content": text or (None if calls else "")}
+        message |= {"reasoning_content": "\n\n".join(self._thoughts)} if self._thoughts else {}
+        message |= {"reasoning_details": self._pieces} if self._pieces else {}
+        message |= {"tool_calls": calls} if calls else {}
+        self._messages.append(message)
+        self._thoughts, self._pieces, self._calls = [], [], []
+        return self._messages
+
+    def _with_extra(self, call: Json) -> Json:
+        extra = self._extras.get(call["id"])
+        return {**call, "extra_content": extra} if extra is not None else call
+
+
+def read_item(history: ItemHistory, item: Json, where: str) -> None:
+    """Add one item to the history; BadRequest for a type that has no place in a chat."""
+    kind = item.get("type") or ("message" if "role" in item else None)
+    if not isinstance(kind, str):
+        raise invalid(f"{where}.type", "a string", kind)
+    if reader := ITEM_READERS.get(kind):
+        reader(history, item, where)
+    elif kind in TOOL_NOTES or (kind.endswith(("_call", "_output")) and kind not in TOOL_SILENT):
+        note_item(history, item, kind)
+    elif kind not in TOOL_SILENT:
+        if not isinstance(item.get("role"), str):
+            message = f"{where}.type {kind_of(kind)} is not an item that can be served here"
+            raise BadRequest(message, param=f"{where}.type")
+        read_message_item(history, item, where)
+
+
+def note_item(history: ItemHistory, item: Json, kind: str) -> None:
+    """A labelled text, so that the model knows what a tool of OpenAI gave."""
+    names = TOOL_NOTES.get(kind) or [name for name in item if name not in ("id", "type", "status")]
+    told = {name: item[name] for name in names if item.get(name)}
+    if told:
+        text = json.dumps(told, ensure_ascii=False)
+        history.add_text(f"[{kind}: {text[:MAX_NOTE]}]")
+
+
+def read_message_item(history: ItemHistory, item: Json, where: str) -> None:
+    role, content = item.get("role"), item.get("content")
+    if not isinstance(role, str) or role not in SPEAKERS:
+        raise invalid(f"{where}.role", f"one of {', '.join(SPEAKERS)}", role)
+    if content is None and role != "assistant":
+        raise invalid(f"{where}.content", "a string or a list of parts", content)
+    parts = input_parts(content, f"{where}.content")
+    if role == "user":
+        history.say(role, parts)
+    elif isinstance(parts, list):
+        at, part = next((at, p) for at, p in enumerate(parts) if p["type"] != "text")
+        message = f"{where}.content[{at}] is of a kind that only a user may send"
+        raise BadRequest(message, param=f"{where}.content[{at}]")
+    elif role == "assistant":
+        history.add_text(parts)
+    else:
+        history.say(role, parts)
+
+
+def input_parts(content: Any, where: str) -> str | list[Json]:
+    """Content as one text if it is nothing but text, else as chat's parts."""
+    if isinstance(content, str) or content is None:
+        return content or ""
+    if not isinstance(content, list):
+        raise invalid(where, "a string or a list of parts", content)
+    parts = [input_part(part, f"{where}[{at}]") for at, part in enumerate(content)]
+    if all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return parts
+
+
+def input_part(part: Any, where: str) -> Json:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        raise invalid(where, "an object with a type", part)
+    if reader := PART_READERS.get(kind):
+        return reader(part, where)
+    if isinstance(part.get("text"), str):  # summary_text, reasoning_text and what is to come
+        return input_text_part(part, where)
+    raise invalid(f"{where}.type", f"one of {', '.join(sorted(PART_READERS))}", kind)
+
+
+def input_text_part(part: Json, where: str) -> Json:
+    text = part.get("text", part.get("refusal"))
+    if not isinstance(text, str):
+        raise invalid(f"{where}.text", "a string", text)
+    return {"type": "text", "text": text}
+
+
+def input_image_part(part: Json, where: str) -> Json:
+    url, detail = part.get("image_url"), part.get("detail")
+    url = url.get("url") if isinstance(url, dict) else url  # chat's shape, sent by mistake
+    if url is None and isinstance(part.get("file_id"), str):
+        return {"type": "file", "file": {"file_id": part["file_id"]}}
+    if not isinstance(url, str):
+        raise invalid(f"{where}.image_url", "a URL as a string, or a file_id beside it", url)
+    known = {"detail": detail} if detail in ("auto", "low", "high") else {}
+    return {"type": "image_url", "image_url": {"url": url, **known}}
+
+
+def input_file_part(part: Json, where: str) -> Json:
+    names = ("file_data", "file_url", "file_id", "filename")
+    given = {name: part[name] for name in names if part.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise invalid(f"{where}.{name}", "a string", value)
+    if not given.keys() - {"filename"}:
+        raise invalid(where, "a file with file_data, file_url or file_id", part)
+    data = given.get("file_data")
+    if data and not data.startswith("data:"):
+        ending = given.get("filename", "").rpartition(".")[2].lower()
+        mime = FILE_KINDS.get(ending, "application/octet-stream")
+        given["file_data"] = f"data:{mime};base64,{data}"
+    return {"type": "file", "file": given}
+
+
+def input_audio_part(part: Json, where: str) -> Json:
+    audio = part.get("input_audio")
+    if not isinstance(audio, dict):
+        raise invalid(f"{where}.input_audio", "an object with data and format", audio)
+    return {"type": "input_audio", "input_audio": audio}
+
+
+PART_READERS: Mapping[str, Callable[[Json, str], Json]] = {
+    "input_text": input_text_part,
+    "output_text": input_text_part,
+    "text": input_text_part,
+    "refusal": input_text_part,
+    "input_image": input_image_part,
+    "image_url": input_image_part,
+    "computer_screenshot": input_image_part,
+    "input_file": input_file_part,
+    "input_audio": input_audio_part,
+}
+
+
+def call_id_of(item: Json, where: str) -> str:
+    """What joins a call and its output; local_shell_call_output has it as its `id`."""
+    found = item.get("call_id") or item.get("id")
+    if not isinstance(found, str):
+        raise invalid(f"{where}.call_id", "a string, and not empty", item.get("call_id"))
+    return found
+
+
+def namespace_of(item: Json) -> str:
+    namespace = item.get("namespace")
+    return namespace if isinstance(namespace, str) else ""
+
+
+def read_call_item(history: ItemHistory, item: Json, where: str) -> None:
+    name, arguments = required_text(item, "name", where), item.get("arguments")
+    if isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if arguments is not None and not isinstance(arguments, str):
+        raise invalid(f"{where}.arguments", "a string", arguments)
+    tool = ToolName("function", name, namespace_of(item))
+    history.add_call(call_id_of(item, where), tool, arguments or "{}")
+
+
+def read_custom_call_item(history: ItemHistory, item: Json, where: str) -> None:
+    name, text = required_text(item, "name", where), item.get("input")
+    if not isinstance(text, str):
+        raise invalid(f"{where}.input", "a string", text)
+    arguments = json.dumps({"input": text}, ensure_ascii=False)
+    tool = ToolName("custom", name, namespace_of(item))
+    history.add_call(call_id_of(item, where), tool, arguments)
+
+
+def read_typed_call_item(history: ItemHistory, item: Json, where: str) -> None:
+    row = TYPED_ITEMS[item["type"]]
+    given = item.get(row.member)
+    if row.extra and any(item.get(name) != value for name, value in row.extra.items()):
+        return  # a tool search that OpenAI ran
+    if not isinstance(given, dict):
+        raise invalid(f"{where}.{row.member}", "an object", given)
+    told = {name: v for name, v in given.items() if v is not None and row.fixed.get(name) != v}
+    arguments = json.dumps(told, ensure_ascii=False)
+    history.add_call(call_id_of(item, where), ToolName(row.kind, row.kind), arguments)
+
+
+def read_output_item(history: ItemHistory, item: Json, where: str) -> None:
+    """The output of any call: text, parts, or other JSON as text."""
+    content = output_content(item.get("output"), f"{where}.output")
+    history.answer(call_id_of(item, where), content, item.get("status") == "failed")
+
+
+def output_content(output: Any, where: str) -> str | list[Json]:
+    if isinstance(output, str) or output is None:
+        return output or ""
+    if isinstance(output, list) and output and all(is_part(part) for part in output):
+        return input_parts(output, where)
+    return json.dumps(output, ensure_ascii=False)
+
+
+def is_part(value: Any) -> bool:
+    return isinstance(value, dict) and str(value.get("type")) in PART_READERS
+
+
+def read_screen_item(history: ItemHistory, item: Json, where: str) -> None:
+    """What a computer tool saw: the user shows it."""
+    label: Json = {"type": "text", "text": "[computer_call_output]"}
+    history.say("user", [label, input_part(item.get("output"), f"{where}.output")])
+
+
+def read_search_output_item(history: ItemHistory, item: Json, where: str) -> None:
+    """Tools that were found; `plan_tools` has put them on offer."""
+    if item.get("execution") != "client" or not item.get("call_id"):
+        return
+    found = [name for tool in item["tools"] for name in read_tool(tool, f"{where}.tools")]
+    names = [history.plan.chat_name(tool) for tool, made in found if made is not None]
+    text = f"Available now: {', '.join(names)}" if names else "No tool was found."
+    history.answer(call_id_of(item, where), text)
+
+
+def read_update_item(history: ItemHistory, item: Json, where: str) -> None:
+    for name in ("reasoning", "text"):
+        if isinstance(item.get(name), dict):
+            history.updates[name] = item[name]
+
+
+def read_compaction_item(history: ItemHistory, item: Json, where: str) -> None:
+    history.say("user", COMPACTED)
+
+
+def read_nothing(history: ItemHistory, item: Json, where: str) -> None:
+    """additional_tools: `plan_tools` has read it."""
+
+
+# ----- reasoning and its carriers -----
+
+# encrypted_content that we send is seal(origin, "<kind>.<tag>.<data>"), so that every opaque
+# value comes back with the item it belongs to and reaches only the provider it came from:
+#   p  tag = mark of the text the item shows, data = JSON of its reasoning_details without origin;
+#      a text that is the one shown is null there
+#   x  data = JSON of [call id, its extra_content] (Gemini's thought signatures); no tag
+
+
+def carrier(origin: str, kind: str, tag: str, data: object) -> str:
+    return seal(origin, f"{kind}.{tag}.{JSON_TEXT.encode(data)}")
+
+
+# The readable member of a piece of reasoning.
+PIECE_TEXTS: Mapping[str, str] = {"reasoning.text": "text", "reasoning.summary": "summary"}
+
+
+def text_mark(text: str) -> str:
+    """A short mark of a text: a signature must not go back with a text somebody edited."""
+    return f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
+
+
+def read_reasoning_item(history: ItemHistory, item: Json, where: str) -> None:
+    texts = reasoning_texts(item, where)
+    sealed = item.get("encrypted_content")
+    if sealed is not None and not isinstance(sealed, str):
+        raise invalid(f"{where}.encrypted_content", "a string", sealed)
+    text = "\n\n".join(texts)
+    if not sealed:
+        history.add_thought(text, ())
+    elif not sealed.startswith(SEAL):
+        own = item["id"] if isinstance(item.get("id"), str) else ""
+        history.add_thought(text, openai_pieces(own, texts, sealed))
+    else:
+        open_carrier(history, texts, sealed)
+
+
+def reasoning_texts(item: Json, where: str) -> list[str]:
+    """The readable text of a reasoning item: its summary, or the content some providers give."""
+    texts: list[str] = []
+    for name in ("summary", "content"):
+        parts = item.get(name)
+        if parts is not None and not isinstance(parts, list):
+            raise invalid(f"{where}.{name}", "a list of parts", parts)
+        for at, part in enumerate(parts or ()):
+            if not isinstance(part, dict):
+                raise invalid(f"{where}.{name}[{at}]", "an object with a text", part)
+            texts.append(input_text_part(part, f"{where}.{name}[{at}]")["text"])
+        if any(texts):
+            break
+    return texts
+
+
+def open_carrier(history: ItemHistory, texts: list[str], sealed: str) -> None:
+    """Put what a carrier holds back in its place; a damaged one leaves readable text only."""
+    origin, value = unseal(sealed)
+    kind, tag, data = (*value.split(".", 2), "", "")[:3]
+    text, found = "\n\n".join(texts), read_json(data.encode())
+    found = found if isinstance(found, list) else []
+    if kind == "x" and len(found) == 2 and isinstance(found[0], str):
+        history.add_extra(*found)
+        return
+    pieces = [piece for piece in found if isinstance(piece, dict)] if kind == "p" else []
+    kept = (piece_again(piece, text, tag) for piece in pieces)
+    history.add_thought(text, [{**piece, "origin": origin} for piece in kept if piece])
+
+
+def piece_again(piece: Json, text: str, mark: str) -> Json | None:
+    """A piece with its text, or None if somebody changed the text that was signed."""
+    member = PIECE_TEXTS.get(str(piece.get("type")))
+    if member is None or piece.get(member) is not None:
+        return piece
+    return {**piece, member: text} if mark == text_mark(text) else None
+
+
+def openai_pieces(own: str, texts: list[str], data: str) -> list[Json]:
+    """A reasoning item as OpenAI itself gave it."""
+    rest: Json = {"origin": "openai"} | ({"id": own} if own else {})
+    shown = [{"type": "reasoning.summary", "summary": text, **rest} for text in texts if text]
+    return [*shown, {"type": "reasoning.encrypted", "data": data, **rest}]
+
+
+ITEM_READERS: Mapping[str, Callable[[ItemHistory, Json, str], None]] = {
+    "message": read_message_item,
+    "reasoning": read_reasoning_item,
+    "function_call": read_call_item,
+    "custom_tool_call": read_custom_call_item,
+    "function_call_output": read_output_item,
+    "custom_tool_call_output": read_output_item,
+    "local_shell_call_output": read_output_item,
+    "shell_call_output": read_output_item,
+    "apply_patch_call_output": read_output_item,
+    "computer_call_output": read_screen_item,
+    "tool_search_output": read_search_output_item,
+    "additional_tools": read_nothing,
+    "configuration_update": read_update_item,
+    "compaction": read_compaction_item,
+    **dict.fromkeys(TYPED_ITEMS, read_typed_call_item),
+}
+
+
+# ----- the answer -----
+
+
+# Members of a Response that repeat the request, and what they are when it does not say.
+RESPONSE_ECHO: Json = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "service_tier": "default",
+    "store": True,
+    "temperature": 1.0,
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "user": None,
+}
+# Members of a delta beside its calls.
+SPOKEN = ("reasoning_content", "reasoning_details", "content", "refusal", "annotations")
+FILTERED = "The answer was stopped by the provider's content filter."
+FAILURE_CODES = frozenset(
+    ("context_length_exceeded", "insufficient_quota", "rate_limit_exceeded", "invalid_prompt")
+)
+
+
+def response_head(opening: Opening, codex: bool) -> Json:
+    """A Response without its outcome. Codex does not read the echo of what is large."""
+    unread = ("instructions", "tools") if codex else ()
+    asked = {name: value for name, value in opening.request.items() if name not in unread}
+    echo = {
+        name: default if asked.get(name) is None else asked[name]
+        for name, default in RESPONSE_ECHO.items()
+    }
+    return {
+        "id": f"resp_{opening.id}",
+        "object": "response",
+        "created_at": opening.created,
+        "status": "in_progress",
+        "background": False,
+        "completed_at": None,
+        "error": None,
+        "incomplete_details": None,
+        "model": opening.model,
+        "output": [],
+        **echo,
+        "reasoning": {"effort": None, "summary": None, **(asked.get("reasoning") or {})},
+        "text": {"format": {"type": "text"}, **(asked.get("text") or {})},
+        "usage": None,
+    }
+
+
+def response_usage(usage: Mapping[str, Any] | None, opening: Opening, chars: int) -> Json:
+    """Complete counts, as Codex wants them; estimated when the provider gave none."""
+    if not usage:
+        guess = -(-chars // 4)
+        given = {"prompt_tokens": opening.input_tokens, "completion_tokens": guess}
+        usage = {**given, "estimated": True}
+    prompt = usage_count(usage, "prompt_tokens")
+    completion = usage_count(usage, "completion_tokens")
+    read, made = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
+    cached = {
+        "cached_tokens": usage_count(read, "cached_tokens"),
+        "cache_write_tokens": usage_count(read, "cache_creation_tokens"),
+    }
+    total = usage.get("total_tokens")
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": cached,
+        "output_tokens": completion,
+        "output_tokens_details": {"reasoning_tokens": usage_count(made, "reasoning_tokens")},
+        "total_tokens": total if isinstance(total, int) else prompt + completion,
+        **({"estimated": True} if usage.get("estimated") else {}),
+    }
+
+
+def usage_count(counts: Any, name: str) -> int:
+    value = counts.get(name) if isinstance(counts, dict) else None
+    return value if isinstance(value, int) else 0
+
+
+def failure_of(error: RouterError) -> Json:
+    """The error object of response.failed.
+
+    Codex CLI 0.159 retries rate_limit_exceeded after the delay it reads in the text, compacts at
+    context_length_exceeded, gives up at invalid_prompt and tries server_error again.
+    """
+    message, code = error.message, error.code or ""
+    if error.status == 429 and code not in FAILURE_CODES:
+        code = "rate_limit_exceeded"
+    elif code not in FAILURE_CODES:
+        code = "invalid_prompt" if error.status in (400, 413, 422) else "server_error"
+    if error.retry_after is not None and "try again in" not in message.lower():
+        seconds = max(1, math.ceil(error.retry_after))
+        message = f"{message.rstrip('. ')}. Please try again in {seconds}s."
+    return {"code": code, "message": message}
+
+
+def responses_error(error: RouterError) -> Json:
+    """The body of an HTTP error: OpenAI's envelope, as on the chat endpoint."""
+    return error_body(error)
+
+
+class EventLog:
+    """Numbered Responses events as bytes, until they are taken."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._events: list[bytes] = []
+
+    def emit(self, kind: str, members: Json) -> None:
+        self.emit_text(kind, JSON_TEXT.encode(members)[1:-1])
+
+    def emit_text(self, kind: str, members: str) -> None:
+        """`members`: JSON text without its braces."""
+        self.emit_delta(f'event: {kind}\ndata: {{"type":"{kind}",{members}', "")
+
+    def emit_delta(self, head: str, value: str) -> None:
+        """`head`: an event up to its last value, `value` JSON text. The way of every text delta.
+
+        Half a surrogate pair, which a provider may send, is no text and becomes a "?".
+        """
+        event = f'{head}{value},"sequence_number":{self._number}}}\n\n'
+        self._events.append(event.encode("utf-8", "replace"))
+        self._number += 1
+
+    def take(self) -> bytes:
+        events, self._events = self._events, []
+        return b"".join(events)
+
+
+def delta_head(kind: str, **members: object) -> str:
+    inner = JSON_TEXT.encode(members)[1:-1]
+    return f'event: {kind}\ndata: {{"type":"{kind}",{inner},"delta":'
+
+
+class OpenItem:
+    """An output item that is still being written; only one is open at a time."""
+
+    def __init__(self, log_: EventLog, own: str, index: int) -> None:
+        self.log, self.own, self.index = log_, own, index
+
+    @property
+    def place(self) -> Json:
+        return {"item_id": self.own, "output_index": self.index}
+
+    def begin(self) -> None:
+        self.log.emit("response.output_item.added", self._member("in_progress"))
+
+    def end(self, status: str) -> Json:
+        """Close the item; what it holds in the end."""
+        self.close()
+        self.log.emit("response.output_item.done", self._member(status))
+        return self.item(status)
+
+    def close(self) -> None:
+        """The events before output_item.done."""
+
+    def item(self, status: str) -> Json:
+        raise NotImplementedError
+
+    def _member(self, status: str) -> Json:
+        return {"output_index": self.index, "item": self.item(status)}
+
+
+class OpenMessage(OpenItem):
+    """A message: its text, then perhaps a refusal."""
+
+    def __init__(self, log_: EventLog, own: str, index: int) -> None:
+        super().__init__(log_, own, index)
+        self._parts: list[Json] = []
+        self._kind = ""  # of the open part: output_text or refusal
+        self._texts: list[str] = []
+        self._notes: list[Json] = []
+        self._head = ""
+
+    def add(self, kind: str, text: str) -> None:
+        if kind != self._kind:
+            self._open_part(kind)
+        self._texts.append(text)
+        self.log.emit_delta(self._head, JSON_TEXT.encode(text))
+
+    def annotate(self, note: Json) -> None:
+        at = {"annotation_index": len(self._notes), "annotation": note}
+        self._notes.append(note)
+        kind = "response.output_text.annotation.added"
+        self.log.emit(kind, {**self.place, "content_index": len(self._parts), **at})
+
+    @property
+    def has_text(self) -> bool:
+        return self._kind == "output_text"
+
+    def close(self) -> None:
+        if self._kind:
+            part, place = self._part(), {**self.place, "content_index": len(self._parts)}
+            self._parts.append(part)
+            name = "text" if self._kind == "output_text" else "refusal"
+            rest: Json = {"logprobs": []} if name == "text" else {}
+            self.log.emit(f"response.{self._kind}.done", {**place, **rest, name: part[name]})
+            self.log.emit("response.content_part.done", {**place, "part": part})
+        self._kind, self._texts, self._notes = "", [], []
+
+    def item(self, status: str) -> Json:
+        head = {"id": self.own, "type": "message", "status": status, "role": "assistant"}
+        return {**head, "content": list(self._parts)}
+
+    def _open_part(self, kind: str) -> None:
+        self.close()
+        self._kind = kind
+        place = {**self.place, "content_index": len(self._parts)}
+        self.log.emit("response.content_part.added", {**place, "part": self._part()})
+        rest: Json = {"logprobs": []} if kind == "output_text" else {}
+        self._head = delta_head(f"response.{kind}.delta", **place, **rest)
+
+    def _part(self) -> Json:
+        text = "".join(self._texts)
+        if self._kind == "refusal":
+            return {"type": "refusal", "refusal": text}
+        return {"type": "output_text", "annotations": self._notes, "logprobs": [], "text": text}
+
+
+class OpenThought(OpenItem):
+    """A reasoning item: readable text as its summary, opaque pieces in encrypted_content."""
+
+    def __init__(self, log_: EventLog, own: str, index: int, origin: str) -> None:
+        super().__init__(log_, own, index)
+        self.sealed = ""
+        self._origin = origin  # of text without a piece
+        self._pieces: list[Json] = []
+        self._texts: list[str] = []
+        self._head = ""
+
+    def add(self, text: str) -> None:
+        if not self._texts:
+            at = {**self.place, "summary_index": 0}
+            part = {"type": "summary_text", "text": ""}
+            self.log.emit("response.reasoning_summary_part.added", {**at, "part": part})
+            self._head = delta_head("response.reasoning_summary_text.delta", **at)
+        self._texts.append(text)
+        self.log.emit_delta(self._head, JSON_TEXT.encode(text))
+
+    def takes(self, piece: Json) -> bool:
+        """Does this piece ({}: a bare text) belong to the item? A signature or a key ends one."""
+        last = self._pieces[-1] if self._pieces else {}
+        if any(piece.get(n) is not None and piece.get(n) == last.get(n) for n in ("id", "index")):
+            return True
+        ended = last.get("signature") or last.get("type") == "reasoning.encrypted"
+        return not ended and not (piece.get("id") and last.get("id"))
+
+    def keep(self, piece: Json) -> None:
+        """Keep a piece to be sent back; one that goes on with the last is joined to it."""
+        last = self._pieces[-1] if self._pieces else {}
+        member = PIECE_TEXTS.get(str(piece.get("type")))
+        same = all(last.get(name) == piece.get(name) for name in ("type", "index"))
+        same = same and (piece.get("index") is not None or not piece.get("id"))
+        if not last or member is None or not same or (last.get("signature") and piece.get(member)):
+            self._pieces.append(dict(piece))
+            return
+        joined = f"{last.get(member) or ''}{piece.get(member) or ''}"
+        last.update({name: value for name, value in piece.items() if value is not None})
+        last[member] = joined
+
+    def close(self) -> None:
+        origins = (piece["origin"] for piece in self._pieces if piece.get("origin"))
+        if origin := next(origins, self._origin):
+            kept = [self._piece(piece) for piece in self._pieces or [{"type": "reasoning.text"}]]
+            self.sealed = carrier(origin, "p", text_mark(self.text), kept)
+        if self._texts:
+            at = {**self.place, "summary_index": 0}
+            part = {"type": "summary_text", "text": self.text}
+            self.log.emit("response.reasoning_summary_text.done", {**at, "text": self.text})
+            self.log.emit("response.reasoning_summary_part.done", {**at, "part": part})
+
+    def item(self, status: str) -> Json:
+        summary = [{"type": "summary_text", "text": self.text}] if self._texts else []
+        head = {"id": self.own, "type": "reasoning", "summary": summary}
+        return {**head, "encrypted_content": self.sealed or None}
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    def _piece(self, piece: Json) -> Json:
+        kept = {name: value for name, value in piece.items() if name != "origin"}
+        member = PIECE_TEXTS.get(str(piece.get("type")), "")
+        return {**kept, member: None} if self._texts and kept.get(member) == self.text else kept
+
+
+class OpenCall(OpenItem):
+    """A call. Arguments of functions are passed on as they come, others are known at the end."""
+
+    PREFIXES: ClassVar[Mapping[str, str]] = {"function": "fc", "custom": "ctc"}
+
+    def __init__(self, log_: EventLog, own: str, index: int, call: CallState) -> None:
+        super().__init__(log_, own, index)
+        self.call = call
+        live = call.tool.kind == "function"
+        kind = "response.function_call_arguments.delta"
+        self._head = delta_head(kind, **self.place) if live else ""
+        self._closed = False
+
+    def begin(self) -> None:
+        super().begin()
+        if text := self.call.text:
+            self.add(text)
+
+    def add(self, text: str) -> None:
+        if self._head and text:
+            self.log.emit_delta(self._head, JSON_TEXT.encode(text))
+
+    def close(self) -> None:
+        kind, text = self.call.tool.kind, self.call.text
+        self._closed = True
+        if kind == "function":
+            if not text:  # a call without arguments (recorded at openrouter)
+                self.call.add("{}")
+                self.add("{}")
+            done = {"name": self.call.tool.name, "arguments": self.call.text}
+            self.log.emit("response.function_call_arguments.done", {**self.place, **done})
+        elif kind == "custom":
+            given = self.call.custom_input()
+            event = "response.custom_tool_call_input"
+            self.log.emit(f"{event}.delta", {**self.place, "delta": given})
+            self.log.emit(f"{event}.done", {**self.place, "input": given})
+
+    def item(self, status: str) -> Json:
+        tool = self.call.tool
+        space = {"namespace": tool.namespace} if tool.namespace else {}
+        head: Json = {"id": self.own, "call_id": self.call.id, "status": status}
+        if tool.kind == "custom":
+            given = self.call.custom_input() if self._closed else ""
+            return {**head, "type": "custom_tool_call", "name": tool.name, "input": given, **space}
+        if row := TYPED_TOOLS.get(tool.kind):
+            member = {row.member: {**row.fixed, **self.call.arguments()}}
+            return {**head, "type": row.item, **member, **row.extra}
+        text = self.call.text if self._closed else ""
+        return {**head, "type": "function_call", "name": tool.name, "arguments": text, **space}
+
+
+class CallState:
+    """One tool call of the model, gathered from its deltas."""
+
+    def __init__(self) -> None:
+        self.id = self.name = ""
+        self.tool = ToolName("function", "")
+        self.extra: object = None
+        self.native = False  # a custom call of a provider that knows them: plain text
+        self.started = self.ended = False
+        self._texts: list[str] = []
+        self._whole: bool | None = None
+
+    def add(self, text: str) -> None:
+        self._texts.append(text)
+        self._whole = None
+
+    @property
+    def text(self) -> str:
+        if len(self._texts) > 1:
+            self._texts = ["".join(self._texts)]
+        return self._texts[0] if self._texts else ""
+
+    @property
+    def whole(self) -> bool:
+        """Are the arguments a JSON object, so that nothing more can follow?"""
+        if self._whole is None:
+            text = self._texts[-1].rstrip() if self._texts and not self.native else ""
+            self._whole = text.endswith("}") and isinstance(self._parsed(), dict)
+        return self._whole
+
+    def arguments(self) -> Json:
+        found = self._parsed()
+        return found if isinstance(found, dict) else {}
+
+    def custom_input(self) -> str:
+        """The text in {"input": text}; models also send the bare text, or another name."""
+        if self.native:
+            return self.text
+        found = self._parsed()
+        if isinstance(found, str):
+            return found
+        members = found if isinstance(found, dict) else {}
+        texts = [value for value in members.values() if isinstance(value, str)]
+        if isinstance(members.get("input"), str):
+            return str(members["input"])
+        return texts[0] if len(texts) == 1 else self.text
+
+    def _parsed(self) -> Any:
+        return read_json(self.text.encode("utf-8", "replace"))
+
+
+class ResponsesWriter:
+    """Canonical chunks in, Responses events out, in the order OpenAI sends them.
+
+    One item is open at a time. Parallel calls whose deltas are mixed come out one after another:
+    the next begins when the one before is a whole JSON object; text in between waits for that.
+    `earlier` is what `responses_to_chat` got. With `codex`, endings are those Codex CLI takes well
+    (docs: length is completed, a filter is failed, refusals are text) and the request is not
+    echoed. `response` is the final Response once `finish` or `fail` was called, for the store.
+    """
+
+    def __init__(
+        self,
+        opening: Opening,
+        codex: bool = False,
+        earlier: Sequence[Json] = (),
+        origin: str = "",
+    ) -> None:
+        self.response: Json | None = None
+        self._origin = origin
+        self._opening, self._codex = opening, codex
+        self._plan = plan_tools(opening.request, earlier)
+        known = (item.get("call_id") for _, item in all_items(opening.request, earlier))
+        self._taken = {own for own in known if isinstance(own, str)}
+        self._head = response_head(opening, codex)
+        self._head_text = ""
+        self._log = EventLog()
+        self._output: list[Json] = []
+        self._open: OpenItem | None = None
+        self._calls: dict[object, CallState] = {}
+        self._later: list[Json] = []  # deltas that came in the middle of a call
+        self._told = False  # reasoning_content was seen: it is all there is to read
+        self._notes: list[Json] = []  # annotations that came before their text
+        self._usage: Json | None = None
+        self._finish = ""
+        self._chars = 0
+
+    def feed(self, chunk: Json) -> bytes:
+        """The events for one canonical chunk."""
+        if self.response is not None:
+            return b""
+        self._begin(chunk)
+        if usage := chunk.get("usage"):
+            self._usage = usage
+        for choice in chunk.get("choices") or ():
+            if not choice.get("index"):
+                self._take(choice.get("delta") or {})
+                self._finish = choice.get("finish_reason") or self._finish
+        return self._log.take()
+
+    def finish(self) -> bytes:
+        """The end of a stream that came to its end."""
+        if self.response is not None:
+            return b""
+        self._begin({})
+        self._start_rest()
+        reason = {"length": "max_output_tokens", "content_filter": "content_filter"}
+        cut = reason.get(self._finish, "")
+        for delta in self._later:
+            self._speak(delta)
+        self._close("incomplete" if cut and not self._codex else "completed")
+        if cut == "content_filter" and self._codex:
+            self._end("failed", error={"code": "invalid_prompt", "message": FILTERED})
+        elif cut and not self._codex:
+            self._end("incomplete", incomplete_details={"reason": cut})
+        else:
+            self._end("completed")
+        return self._log.take()
+
+    def fail(self, error: RouterError) -> bytes:
+        """The end of a stream that broke, or never began."""
+        if self.response is not None:
+            return b""
+        self._begin({})
+        self._end("failed", error=failure_of(error))
+        return self._log.take()
+
+    def beat(self) -> bytes:
+        """A sign of life; Codex does not count comments as one."""
+        if self.response is not None:
+            return b""
+        if not self._head_text:
+            self._begin({})
+        else:
+            self._log.emit_text("response.in_progress", self._head_text)
+        return self._log.take()
+
+    def _begin(self, chunk: Json) -> None:
+        if self._head_text:
+            return
+        self._head["model"] = self._head["model"] or str(chunk.get("model") or "")
+        self._head_text = f'"response":{JSON_TEXT.encode(self._head)}'
+        self._log.emit_text("response.created", self._head_text)
+        self._log.emit_text("response.in_progress", self._head_text)
+
+    def _end(self, status: str, **outcome: object) -> None:
+        usage = None
+        if status != "failed" or self._usage:
+            usage = response_usage(self._usage, self._opening, self._chars)
+        outcome = {"status": status, "output": self._output, "usage": usage, **outcome}
+        self.response = {**self._head, **outcome}
+        self._log.emit(f"response.{status}", {"response": self.response})
+
+    def _take(self, delta: Json) -> None:
+        if isinstance(self._open, OpenCall):
+            self._wait_or_speak({name: delta[name] for name in SPOKEN if delta.get(name)})
+        else:
+            self._speak(delta)
+        for at, call in enumerate(delta.get("tool_calls") or ()):
+            self._hear_call(call, at)
+
+    def _wait_or_speak(self, delta: Json) -> None:
+        """What is said while a call is open must not cut the call in two."""
+        if not delta:
+            return
+        if self._later or (isinstance(self._open, OpenCall) and not self._open.call.whole):
+            self._later.append(delta)
+        else:
+            self._speak(delta)
+
+    def _speak(self, delta: Json) -> None:
+        """All of a delta but its calls."""
+        text = delta.get("content")
+        if delta.get("reasoning_content") or delta.get("reasoning_details"):
+            self._think(delta)
+        if text:
+            self._say("output_text", text)
+        if refusal := delta.get("refusal"):
+            self._say("output_text" if self._codex else "refusal", refusal)
+        for note in delta.get("annotations") or ():
+            self._annotate(flat_annotation(note))
+
+    def _say(self, kind: str, text: str) -> None:
+        item = self._open
+        if not isinstance(item, OpenMessage):
+            item = OpenMessage(self._log, self._own("msg"), len(self._output))
+            self._start(item)
+        item.add(kind, text)
+        self._chars += len(text)
+        if self._notes and item.has_text:
+            notes, self._notes = self._notes, []
+            for note in notes:
+                item.annotate(note)
+
+    def _annotate(self, note: Json) -> None:
+        if isinstance(self._open, OpenMessage) and self._open.has_text:
+            self._open.annotate(note)
+        else:
+            self._notes.append(note)
+
+    def _think(self, delta: Json) -> None:
+        """Reasoning: pieces are shown unless reasoning_content told their text already."""
+        text, pieces = delta.get("reasoning_content") or "", delta.get("reasoning_details") or ()
+        self._told = self._told or bool(text)
+        if text and not any(readable_text(piece) for piece in pieces):
+            self._show(self._thought({}), text)
+        shown = bool(text) or not self._told
+        for piece in pieces:
+            item = self._thought(piece)
+            if shown and (part := readable_text(piece)):
+                self._show(item, part)
+            item.keep(piece)
+
+    def _show(self, item: OpenThought, text: str) -> None:
+        item.add(text)
+        self._chars += len(text)
+
+    def _thought(self, piece: Json) -> OpenThought:
+        """The open reasoning item, or a new one when this piece belongs to another."""
+        item = self._open
+        if not isinstance(item, OpenThought) or not item.takes(piece):
+            item = OpenThought(self._log, self._own("rs"), len(self._output), self._origin)
+            self._start(item)
+        return item
+
+    def _hear_call(self, delta: Json, at: int) -> None:
+        key = delta.get("index")
+        call = self._calls.setdefault(at if key is None else key, CallState())
+        spec = delta.get("custom") or delta.get("function") or {}
+        call.native = call.native or bool(delta.get("custom"))
+        call.id = call.id or delta.get("id") or ""
+        call.name = call.name or spec.get("name") or ""
+        call.extra = delta.get("extra_content") or call.extra
+        text = spec.get("arguments") or spec.get("input") or ""
+        if call.ended:
+            if text.strip():
+                log.warning("a tool call went on after its end; the rest is dropped")
+            return
+        self._chars += len(text)
+        call.add(text)
+        if isinstance(self._open, OpenCall) and self._open.call is call:
+            self._open.add(text)
+        self._advance()
+
+    def _advance(self) -> None:
+        """Begin the calls that wait, as long as the open one is whole."""
+        for call in self._calls.values():
+            if call.started or not call.name:
+                continue
+            if isinstance(self._open, OpenCall) and not self._open.call.whole:
+                return
+            self._start_call(call)
+
+    def _start_rest(self) -> None:
+        """At the end: every call that still waits, whole or not."""
+        for call in self._calls.values():
+            if not call.started and call.name:
+                self._start_call(call)
+            elif not call.name:
+                log.warning("a tool call without a name is dropped")
+
+    def _start_call(self, call: CallState) -> None:
+        tool = self._plan.client_name(call.name)
+        call.tool = tool._replace(kind="custom") if call.native else tool
+        self._close()
+        prefix = OpenCall.PREFIXES.get(call.tool.kind, "tc")
+        call.id, call.started = self._call_id(call.id), True
+        self._start(OpenCall(self._log, self._own(prefix), len(self._output), call))
+
+    def _call_id(self, given: str) -> str:
+        """The provider's call id. Some count from call_0 in every turn (Bedrock Mantle)."""
+        stem = given or f"call_{self._opening.id}{len(self._output)}"
+        found = stem
+        for n in itertools.count():
+            if found not in self._taken:
+                break
+            found = f"{stem}_{self._opening.id[:8]}{n or ''}"
+        self._taken.add(found)
+        return found
+
+    def _own(self, prefix: str) -> str:
+        """The id of the item that comes next."""
+        self._close()
+        return f"{prefix}_{self._opening.id}{len(self._output)}"
+
+    def _start(self, item: OpenItem) -> None:
+        self._open = item
+        item.begin()
+
+    def _close(self, status: str = "completed") -> None:
+        item, self._open = self._open, None
+        if item is None:
+            return
+        if isinstance(item, OpenCall):
+            item.call.ended = True
+            status = "completed" if item.call.whole else status
+        self._output.append(item.end(status))
+        if isinstance(item, OpenCall) and item.call.extra is not None:
+            self._carry_extra(item.call)
+
+    def _carry_extra(self, call: CallState) -> None:
+        """A reasoning item of nothing but what the provider wants back with this call."""
+        item = OpenThought(self._log, self._own("rs"), len(self._output), self._origin)
+        item.sealed = carrier("call", "x", "", [call.id, call.extra])
+        self._start(item)
+        self._close()
+
+
+def readable_text(piece: Json) -> str:
+    return str(piece.get("text") or piece.get("summary") or "")
+
+
+def flat_annotation(note: Json) -> Json:
+    """Chat nests what Responses has beside the type."""
+    inner = note.get(str(note.get("type")))
+    return {"type": note.get("type"), **inner} if isinstance(inner, dict) else note
+
+
+def chat_reply_to_responses(
+    reply: Json,
+    opening: Opening,
+    codex: bool = False,
+    earlier: Sequence[Json] = (),
+    origin: str = "",
+) -> Json:
+    """The Response for a whole canonical reply: the last object of the same answer as a stream."""
+    writer = ResponsesWriter(opening, codex, earlier, origin)
+    choices = [{**choice, "delta": choice.get("message")} for choice in reply.get("choices") or ()]
+    writer.feed({"model": reply.get("model"), "usage": reply.get("usage"), "choices": choices})
+    writer.finish()
+    return cast(Json, writer.response)
+
+
+# ----- the store -----
+
+
+class Kept(NamedTuple):
+    """One stored response as JSON bytes, so that its size is known and nobody can change it."""
+
+    items: bytes  # the input of this turn
+    response: bytes
+    previous: str
+    expires: float  # on the store's clock
+
+    @property
+    def size(self) -> int:
+        return len(self.items) + len(self.response)
+
+
+class ResponseStore:
+    """Responses that previous_response_id may refer to, each caller's own.
+
+    Bounded by entries and bytes; the least recently used goes first, and each is forgotten
+    `ttl_s` seconds after its last use. One lock, held for dictionary work only. `now` is a
+    monotonic clock in seconds.
+    """
+
+    def __init__(
+        self,
+        max_entries: int = 10_000,
+        max_bytes: int = 256 << 20,
+        ttl_s: float = 30 * 86_400.0,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_entries, self._max_bytes, self._ttl_s = max_entries, max_bytes, ttl_s
+        self._now = now
+        self._lock = threading.Lock()
+        self._kept: dict[tuple[str, str], Kept] = {}  # the least recently used first
+        self._bytes = 0
+
+    def put(self, caller: str, own: str, items: Sequence[Json], response: Json) -> None:
+        """Keep one turn: the items of its input and its Response, unless store is false."""
+        if response.get("store") is False:
+            return
+        previous = str(response.get("previous_response_id") or "")
+        expires = self._now() + self._ttl_s
+        kept = Kept(stored_json(list(items)), stored_json(response), previous, expires)
+        if kept.size > self._max_bytes:
+            return
+        with self._lock:
+            self._drop((caller, own))
+            self._kept[caller, own] = kept
+            self._bytes += kept.size
+            self._shrink()
+
+    def get(self, caller: str, own: str) -> Json | None:
+        """The Response, or None when there is none (any more) of this caller."""
+        with self._lock:
+            kept = self._touch((caller, own))
+        return cast(Json, json.loads(kept.response)) if kept else None
+
+    def items(self, caller: str, own: str) -> list[Json] | None:
+        """The input items of one stored turn, or None."""
+        with self._lock:
+            kept = self._touch((caller, own))
+        return cast("list[Json]", json.loads(kept.items)) if kept else None
+
+    def delete(self, caller: str, own: str) -> bool:
+        """Was there anything to delete?"""
+        with self._lock:
+            there = self._touch((caller, own)) is not None
+            self._drop((caller, own))
+            return there
+
+    def chain(self, caller: str, own: str) -> list[Json]:
+        """All items up to and with the answer `own`, oldest first; BadRequest if one is gone."""
+        turns: list[Kept] = []
+        with self._lock:
+            at = own
+            while at:
+                kept = self._touch((caller, at))
+                if kept is None:
+                    raise unknown_response(own)
+                turns.append(kept)
+                at = kept.previous
+        items: list[Json] = []
+        for kept in reversed(turns):
+            items += json.loads(kept.items)
+            items += json.loads(kept.response)["output"]
+        return items
+
+    def _touch(self, key: tuple[str, str]) -> Kept | None:
+        """Mark as used; the turns before it in a chain are used later, so they stay longer."""
+        kept, now = self._kept.get(key), self._now()
+        if kept is None or kept.expires <= now:
+            self._drop(key)
+            return None
+        del self._kept[key]
+        self._kept[key] = kept = kept._replace(expires=now + self._ttl_s)
+        return kept
+
+    def _drop(self, key: tuple[str, str]) -> None:
+        kept = self._kept.pop(key, None)
+        self._bytes -= kept.size if kept else 0
+
+    def _shrink(self) -> None:
+        """Make room; entries are in order of use, so the expired ones come first as well."""
+        now = self._now()
+        while self._kept:
+            key = next(iter(self._kept))
+            fits = len(self._kept) <= self._max_entries and self._bytes <= self._max_bytes
+            if fits and self._kept[key].expires > now:
+                return
+            self._drop(key)
+
+
+def stored_json(value: object) -> bytes:
+    return JSON_TEXT.encode(value).encode("utf-8", "replace")
+
+
+def unknown_response(own: str) -> BadRequest:
+    """As OpenAI says it, for an id nobody stored, of another caller, or forgotten since."""
+    message = f"Previous response with id '{own}' not found."
+    return BadRequest(message, param="previous_response_id", code="previous_response_not_found")
+
+
+# =============================================================================
+# 16. Responses out
+# =============================================================================
+
+# OpenAI's Responses API and Codex (the same wire under a ChatGPT plan), as providers.
+# Facts: openai-python types and recorded traffic (2026-07 to 2026-10); what Codex refuses:
+# reports in CLIProxyAPI, litellm and ChatMock (2026-09).
+CODEX_INSTRUCTIONS: Final = "You are a helpful assistant."  # an empty text gets 400
+ORPHAN: Final = "[result of a tool call that is not part of this conversation]"
+MAX_CALL_ID: Final = 64  # characters; a longer call_id gets 400
+MIN_OUTPUT_TOKENS: Final = 16  # less gets 400
+SYSTEM_ROLES: Final = ("system", "developer")
+# Words that OpenAI spells differently.
+RESPONSE_EFFORTS: Final[Mapping[str, str]] = {"max": "xhigh"}
+# Fields that mean the same in both dialects. Codex answers 400 to any other of them.
+OPENAI_FIELDS: Final = (
+    "temperature",
+    "top_p",
+    "metadata",
+    "user",
+    "safety_identifier",
+    "service_tier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+)
+CODEX_FIELDS: Final = ("service_tier", "prompt_cache_key")
+# Tools that the provider itself runs, or that only exist in this dialect: sent as they are.
+HOSTED_TOOLS: Final = frozenset(
+    {
+        "apply_patch",
+        "code_interpreter",
+        "computer",
+        "computer_use_preview",
+        "file_search",
+        "image_generation",
+        "local_shell",
+        "mcp",
+        "namespace",
+        "shell",
+        "tool_search",
+        "web_search",
+        "web_search_preview",
+    }
+)
+
+
+def chat_to_responses(
+    chat: Json, model: str, origin: str, codex: bool = False, reasons: bool = True
+) -> Json:
+    """The Responses body for a chat body. BadRequest names the field that cannot be sent.
+
+    `origin` is the provider's name: only its own encrypted reasoning goes back. `codex` asks
+    for the stricter body of a ChatGPT plan. `reasons` = False leaves out everything about
+    reasoning, which models without it refuse ("Encrypted content is not supported").
+    """
+    check_fields(chat, CHAT_FIELDS)
+    instructions, messages = split_instructions(read_messages(chat))
+    items = input_items(paired(messages), origin if reasons else "")
+    if not items:
+        raise BadRequest("messages must hold something besides empty ones", param="messages")
+    body: Json = {
+        "model": model,
+        "input": items,
+        "store": False,
+        "stream": codex or chat.get("stream") is True,
+    }
+    if codex or instructions:
+        body["instructions"] = instructions or CODEX_INSTRUCTIONS
+    for name in CODEX_FIELDS if codex else OPENAI_FIELDS:
+        if chat.get(name) is not None:
+            body[name] = chat[name]
+    if not codex and (limit := chat.get("max_completion_tokens") or chat.get("max_tokens")):
+        body["max_output_tokens"] = max(limit, MIN_OUTPUT_TOKENS)
+    body |= flat_tools(chat, codex)
+    body |= text_member(chat)
+    return body | reasoning_wish(chat, codex) if reasons else body
+
+
+def read_messages(chat: Json) -> list[Json]:
+    """The messages, checked; calls and results in the shape used since 2023."""
+    messages = chat.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise invalid("messages", "a list of at least one message", messages)
+    for at, message in enumerate(messages):
+        check_turn(message, f"messages[{at}]")
+    return list(without_functions(messages))
+
+
+def check_turn(message: Any, where: str) -> None:
+    """As check_message, but assistant and tool messages may do without content."""
+    silent = isinstance(message, dict) and message.get("content") in (None, [])
+    if silent and message.get("role") == "assistant":
+        return check_calls(message, where)
+    if silent and message.get("role") == "tool":
+        message = {**message, "content": ""}
+    check_message(message, where)
+    content = message.get("content")
+    for at, part in enumerate(content if isinstance(content, list) else ()):
+        if part["type"] == "file" and not isinstance(part.get("file"), dict):
+            raise invalid(f"{where}.content[{at}].file", "an object", part.get("file"))
+
+
+def without_functions(messages: Sequence[Json]) -> Iterator[Json]:
+    """`function_call` and the role `function` as tool calls and their results."""
+    last = ""
+    for at, message in enumerate(messages):
+        call = message.get("function_call") if message["role"] == "assistant" else None
+        if call is not None and not message.get("tool_calls"):
+            last = f"call_{at}"
+            yield {**message, "tool_calls": [{"id": last, "type": "function", "function": call}]}
+        elif message["role"] == "function":
+            yield {**message, "role": "tool", "tool_call_id": last}
+        else:
+            yield message
+
+
+def split_instructions(messages: Sequence[Json]) -> tuple[str, Sequence[Json]]:
+    """(the leading system texts, the other messages); at least one message is left over."""
+    count = next((n for n, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), -1)
+    if count < 0:
+        count = len(messages) - 1
+    return "\n".join(filter(None, map(message_text, messages[:count]))), messages[count:]
+
+
+def paired(messages: Sequence[Json]) -> list[Json]:
+    """Messages where each call has one result, after it and in its order, and each result a call.
+
+    A missing result is made up, marked as an error; a result without a call becomes text of
+    the user. Ids are unique within a turn; one that comes again in a later turn stays
+    (Bedrock Mantle counts from call_0 in each, seen 2026-09).
+    """
+    starts = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    edges = itertools.pairwise([0, *starts, len(messages)])
+    turns = (paired_turn(messages[a:b], number) for number, (a, b) in enumerate(edges) if a < b)
+    return list(itertools.chain.from_iterable(turns))
+
+
+def paired_turn(turn: Sequence[Json], number: int) -> list[Json]:
+    """One assistant message and what follows it, until the next one."""
+    head, rest = (turn[:1], turn[1:]) if turn[0]["role"] == "assistant" else ((), turn)
+    waiting: dict[str, deque[Json]] = {}
+    for message in rest:
+        if message["role"] == "tool":
+            waiting.setdefault(message.get("tool_call_id") or "", deque()).append(message)
+    calls: list[Json] = []
+    results: list[Json] = []
+    for at, call in enumerate((head[0].get("tool_calls") or ()) if head else ()):
+        found = waiting.get(call.get("id") or "")
+        result = found.popleft() if found else {"role": "tool", "content": MISSING_RESULT}
+        missing = {} if "tool_call_id" in result else {"is_error": True}
+        call_id = fresh_id(call.get("id") or f"call_{number}_{at}", {c["id"] for c in calls})
+        calls.append({**call, "id": call_id})
+        results.append({**result, **missing, "tool_call_id": call_id})
+    made = [{**head[0], "tool_calls": calls} if calls else head[0]] if head else []
+    stray = {id(message) for queue in waiting.values() for message in queue}
+    others = (m for m in rest if m["role"] != "tool" or id(m) in stray)
+    return [*made, *results, *(stray_result(m) if id(m) in stray else m for m in others)]
+
+
+def fresh_id(wanted: str, taken: set[str]) -> str:
+    """`wanted`, shortened to what is accepted and told apart from the ids `taken`."""
+    if len(wanted) > MAX_CALL_ID:
+        wanted = f"{wanted[:40]}_{zlib.crc32(wanted.encode('utf-8', 'replace')):08x}"
+    twins = (f"{wanted[:56]}_{n}" for n in itertools.count(2))
+    return wanted if wanted not in taken else next(twin for twin in twins if twin not in taken)
+
+
+def stray_result(message: Json) -> Json:
+    """A tool result that no call asked for, as the user's words."""
+    content = message.get("content") or ""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return {"role": "user", "content": [{"type": "text", "text": ORPHAN}, *parts]}
+
+
+def input_items(messages: Sequence[Json], origin: str) -> list[Json]:
+    """Chat messages, already paired, as the items of `input`."""
+    items: list[Json] = []
+    custom: set[str] = set()
+    for message in messages:
+        role = message["role"]
+        if role == "assistant":
+            custom = {c["id"] for c in message.get("tool_calls") or () if c.get("type") == "custom"}
+            items += assistant_items(message, origin)
+        elif role == "tool":
+            items.append(result_item(message, message["tool_call_id"] in custom))
+        else:
+            parts = [item_part(part) for part in message_parts(message)]
+            items.append(message_item("developer" if role in SYSTEM_ROLES else "user", parts))
+    return items
+
+
+def message_item(role: str, parts: list[Json]) -> Json:
+    return {"type": "message", "role": role, "content": parts}
+
+
+def message_parts(message: Json) -> list[Json]:
+    """The content of a message as parts; [] when it has none."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return content if isinstance(content, list) else []
+
+
+def item_part(part: Json) -> Json:
+    """text, image_url and file as input_text, input_image and input_file; others unchanged."""
+    kind = part["type"]
+    if kind == "text":
+        return {"type": "input_text", "text": part["text"]}
+    if kind == "image_url":
+        image = part["image_url"]
+        image = {"url": image} if isinstance(image, str) else image
+        detail = {"detail": image["detail"]} if image.get("detail") else {}
+        return {"type": "input_image", "image_url": image["url"], **detail}
+    if kind == "file":
+        return input_file(part["file"])
+    if kind == "refusal":
+        return {"type": "input_text", "text": part["refusal"]}
+    return {name: value for name, value in part.items() if name != "cache_control"}
+
+
+def input_file(file: Json) -> Json:
+    """A file by id, by URL or with its data; data need a name, which is made up if missing."""
+    for name in ("file_id", "file_url"):
+        if file.get(name):
+            return {"type": "input_file", name: file[name]}
+    data = file.get("file_data")
+    mime = re.match(r"data:[\w.+-]+/([\w.+-]+)", data) if isinstance(data, str) else None
+    name = file.get("filename") or f"file.{mime[1] if mime else 'pdf'}"
+    return {"type": "input_file", "filename": name, "file_data": data}
+
+
+def assistant_items(message: Json, origin: str) -> list[Json]:
+    """Reasoning, then the text, then the calls of one assistant message.
+
+    Reasoning that nothing follows is left out: it is refused without its following item.
+    """
+    parts = [output_part(part) for part in message_parts(message) if part.get("text") != ""]
+    if isinstance(refusal := message.get("refusal"), str) and refusal:
+        parts.append({"type": "refusal", "refusal": refusal})
+    items = [message_item("assistant", parts)] if parts else []
+    items += map(call_item, message.get("tool_calls") or ())
+    return reasoning_items(message, origin) + items if items else []
+
+
+def output_part(part: Json) -> Json:
+    if part["type"] == "refusal":
+        return {"type": "refusal", "refusal": part["refusal"]}
+    # An assistant message holds nothing but text here: a picture leaves a mark.
+    text = part["text"] if part["type"] == "text" else f"[{part['type']}]"
+    return {"type": "output_text", "text": text}
+
+
+def call_item(call: Json) -> Json:
+    if call.get("type") == "custom":
+        made = {"type": "custom_tool_call", "call_id": call["id"]}
+        return {**made, "name": call["custom"]["name"], "input": call["custom"]["input"]}
+    function = call["function"]
+    arguments = function["arguments"] or "{}"
+    made = {"type": "function_call", "call_id": call["id"]}
+    return {**made, "name": function["name"], "arguments": arguments}
+
+
+def result_item(message: Json, custom: bool) -> Json:
+    """A tool's result: a text, or a list of parts where it holds more than text."""
+    kind = "custom_tool_call_output" if custom else "function_call_output"
+    parts = message_parts(message)
+    output: str | list[Json] = message_text(message)
+    failed = message.get("is_error") is True and output != MISSING_RESULT
+    if any(part["type"] != "text" for part in parts):
+        mark = [{"type": "input_text", "text": "[error]"}] if failed else []
+        output = [*mark, *map(item_part, parts)]
+    elif failed:  # this dialect has no mark for a tool that failed
+        output = f"[error] {output}"
+    return {"type": kind, "call_id": message["tool_call_id"], "output": output}
+
+
+def reasoning_items(message: Json, origin: str) -> list[Json]:
+    """The provider's own reasoning items, exactly as it made them.
+
+    Those without encrypted content are left out: nothing is stored, so their ids mean nothing.
+    """
+    groups: dict[str, Json] = {}
+    closed = 0  # pieces without an id belong together up to an encrypted one
+    details = message.get("reasoning_details")
+    for piece in details if isinstance(details, list) else ():
+        if not isinstance(piece, dict) or not origin or piece.get("origin") != origin:
+            continue
+        id = piece.get("id") if isinstance(piece.get("id"), str) else ""
+        start: Json = {"type": "reasoning", **({"id": id} if id else {}), "summary": []}
+        put_piece(groups.setdefault(id or f"#{closed}", start), piece)
+        closed += piece.get("type") == "reasoning.encrypted"
+    return [item for item in groups.values() if item.get("encrypted_content")]
+
+
+def put_piece(item: Json, piece: Json) -> None:
+    kind = piece.get("type")
+    if kind == "reasoning.encrypted" and isinstance(piece.get("data"), str):
+        item["encrypted_content"] = piece["data"]
+    elif kind == "reasoning.summary" and isinstance(piece.get("summary"), str):
+        item["summary"].append({"type": "summary_text", "text": piece["summary"]})
+    elif kind == "reasoning.text" and isinstance(piece.get("text"), str):
+        text = {"type": "reasoning_text", "text": piece["text"]}
+        item.setdefault("content", []).append(text)
+
+
+def flat_tools(chat: Json, codex: bool) -> Json:
+    """tools, tool_choice and parallel_tool_calls; nothing where no tool can be offered."""
+    offered = list(chat.get("tools") or ())
+    for at, tool in enumerate(offered):
+        check_tool(tool, f"tools[{at}]")
+    for at, function in enumerate(chat.get("functions") or ()):
+        check_named(function, f"functions[{at}]")
+        offered.append({"type": "function", "function": function})
+    tools = [made for tool in offered if (made := flat_tool(tool))]
+    if not tools:
+        return {}
+    choice = chat.get("tool_choice") or chat.get("function_call")
+    parallel = chat.get("parallel_tool_calls")
+    members: Json = {"tools": tools}
+    if choice or codex:
+        members["tool_choice"] = flat_choice(choice or "auto")
+    if parallel is not None or codex:
+        members["parallel_tool_calls"] = parallel is not False
+    return members
+
+
+def flat_tool(tool: Json) -> Json | None:
+    """A tool with its members at the top; None for one that this dialect does not know."""
+    kind = tool.get("type") or "function"
+    if kind == "function":
+        return flat_function(tool["function"])
+    if kind == "custom":
+        return flat_custom(tool["custom"])
+    if kind not in HOSTED_TOOLS:
+        return None
+    return {name: value for name, value in tool.items() if name != "cache_control"}
+
+
+def flat_function(function: Json) -> Json:
+    """`strict` is always told: here it is true unless it says false, in a chat the reverse."""
+    return {
+        "type": "function",
+        "name": function["name"],
+        "description": function.get("description") or "",
+        "strict": function.get("strict") is True,
+        "parameters": function.get("parameters") or {"type": "object", "properties": {}},
+    }
+
+
+def flat_custom(custom: Json) -> Json:
+    """A free-text tool; a chat keeps the grammar of its format one level deeper."""
+    made = {name: custom[name] for name in ("name", "description") if custom.get(name)}
+    shape = custom.get("format")
+    if isinstance(shape, dict) and isinstance(shape.get("grammar"), dict):
+        shape = {"type": "grammar", **shape["grammar"]}
+    return {"type": "custom", **made, **({"format": shape} if shape else {})}
+
+
+def flat_choice(choice: Any) -> Any:
+    """{type: function, function: {name}} as {type: function, name}; words as they are."""
+    if not isinstance(choice, dict):
+        return choice
+    kind = choice.get("type") or "function"
+    inner = choice.get(kind) if isinstance(kind, str) else None
+    if not isinstance(inner, dict):
+        return {"type": kind, **choice}
+    if kind != "allowed_tools":
+        return {"type": kind, "name": inner.get("name")}
+    tools = inner.get("tools")
+    return {
+        "type": kind,
+        "mode": inner.get("mode") or "auto",
+        "tools": [flat_choice(tool) for tool in tools if tool] if isinstance(tools, list) else [],
+    }
+
+
+def text_member(chat: Json) -> Json:
+    """`text`: the wanted format and how wordy the answer may be."""
+    text: Json = {}
+    wanted = chat.get("response_format") or {}
+    schema = wanted.get("json_schema")
+    if wanted.get("type") == "json_schema" and isinstance(schema, dict):
+        named = {"type": "json_schema", "name": schema.get("name") or "answer"}
+        text["format"] = {**{k: v for k, v in schema.items() if v is not None}, **named}
+    elif wanted.get("type") == "json_object":
+        text["format"] = {"type": "json_object"}
+    if isinstance(chat.get("verbosity"), str):
+        text["verbosity"] = chat["verbosity"]
+    return {"text": text} if text else {}
+
+
+def reasoning_wish(chat: Json, codex: bool) -> Json:
+    """How hard to think, a summary to read, and the encrypted original to send back."""
+    made: Json = {"include": ["reasoning.encrypted_content"]}
+    effort = chat.get("reasoning_effort") or ("medium" if codex else "")
+    if effort:
+        summary = {} if effort == "none" else {"summary": "auto"}
+        made["reasoning"] = {"effort": RESPONSE_EFFORTS.get(effort, effort), **summary}
+    return made
+
+
+@dataclass(frozen=True)
+class ItemText:
+    """One kind of text: in which item it stands, and which events bring it piece by piece."""
+
+    item: str  # type of the item
+    field: str  # what the reader makes of it
+    whole: str  # member of the `done` event that repeats all of it
+    part: str = ""  # member that numbers the parts of an item
+
+
+ITEM_TEXTS: Final[Mapping[str, ItemText]] = {
+    "response.output_text": ItemText("message", "content", "text", "content_index"),
+    "response.refusal": ItemText("message", "refusal", "refusal", "content_index"),
+    "response.reasoning_summary_text": ItemText("reasoning", "summary", "text", "summary_index"),
+    "response.reasoning_text": ItemText("reasoning", "text", "text", "content_index"),
+    "response.function_call_arguments": ItemText("function_call", "call", "arguments"),
+    "response.custom_tool_call_input": ItemText("custom_tool_call", "call", "input"),
+}
+# Items that are calls: (type and member of a chat's call, member that holds the text).
+CALL_ITEMS: Final[Mapping[str, tuple[str, str]]] = {
+    "function_call": ("function", "arguments"),
+    "custom_tool_call": ("custom", "input"),
+}
+READ_ITEMS: Final = frozenset({"message", "reasoning", *CALL_ITEMS})
+PART_FIELDS: Final[Mapping[str, str]] = {
+    "output_text": "content",
+    "text": "content",
+    "refusal": "refusal",
+    "summary_text": "summary",
+    "reasoning_text": "text",
+}
+# Events that end an answer -> the status they stand for.
+RESPONSE_ENDINGS: Final[Mapping[str, str]] = {
+    "response.completed": "completed",
+    "response.incomplete": "incomplete",
+    "response.failed": "failed",
+    "response.cancelled": "cancelled",
+}
+RESPONSE_ENDING_BYTES: Final = tuple(name.encode() for name in RESPONSE_ENDINGS)
+# The HTTP status an error inside a 200 stands for.
+RESPONSE_ERRORS: Final[Mapping[str, int]] = {
+    "rate_limit_exceeded": 429,
+    "usage_limit_reached": 429,
+    "insufficient_quota": 429,
+    "server_is_overloaded": 503,
+    "slow_down": 503,
+    "server_error": 500,
+    "context_length_exceeded": 400,
+    "model_not_found": 404,
+}
+
+
+@dataclass
+class OutputItem:
+    """One item of an answer, and what of it was passed on."""
+
+    kind: str
+    id: str = ""
+    index: int | None = None
+    sent: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    call: int = -1  # its number among the calls; -1 = its name is not known yet
+    shown: str = ""  # of summary and text, that which is read: one often repeats the other
+    given: set[str] = field(default_factory=set)
+
+
+class ResponsesReader:
+    """Events of a Responses stream to canonical chunks; nothing is ever given twice.
+
+    The same text comes up to four times: as deltas, in `done`, in the finished item and in the
+    final response, and any of them may be missing. Each place remembers what it has sent.
+    Reasoning is passed on as it comes in `reasoning_content`; `reasoning_details` comes in
+    whole pieces with the finished item, as the encrypted content of an item that has only
+    begun is another one (seen 2026-09).
+    """
+
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        self.finished = False
+        self._head: Json = {"id": "", "object": "chat.completion.chunk", "created": 0, "model": ""}
+        self._items: list[OutputItem] = []
+        self._by_id: dict[str, OutputItem] = {}
+        self._by_index: dict[int, OutputItem] = {}
+        self._calls = 0
+        self._said: set[str] = set()  # content, reasoning, role: what has begun
+
+    def feed(self, event: Json) -> list[Json]:
+        """The chunks that one event makes; an error becomes [{"error": {...}}]."""
+        if self.finished or not isinstance(event, dict):
+            return []
+        kind = text_or_empty(event.get("type"))
+        stem, _, end = kind.rpartition(".")
+        if stem in ITEM_TEXTS and end in ("delta", "done"):
+            return self._piece(ITEM_TEXTS[stem], event, end == "done")
+        if kind in ("response.output_item.added", "response.output_item.done"):
+            return self._item_event(event, end == "done")
+        if kind in RESPONSE_ENDINGS:
+            return self._end(event.get("response"), RESPONSE_ENDINGS[kind])
+        if event.get("object") == "response":
+            return self._end(event, "")
+        if kind == "error" or event.get("error") or (not kind and event.get("detail")):
+            return self._fail(event.get("error") or event)
+        self._note(event.get("response"))
+        return []
+
+    def finish(self) -> list[Json]:
+        """Nothing is held back that could still be used: a call without a name is no call."""
+        return []
+
+    def _note(self, response: object) -> None:
+        """Who answers: known from the first events, or only from the last."""
+        if isinstance(response, dict):
+            self._head["id"] = text_or_empty(response.get("id")) or self._head["id"]
+            self._head["model"] = text_or_empty(response.get("model")) or self._head["model"]
+            created = response.get("created_at")
+            if isinstance(created, (int, float)) and is_number(created):
+                self._head["created"] = int(created)
+
+    def _chunk(self, delta: Json, finish: str | None = None) -> Json:
+        if "role" not in self._said:
+            self._said.add("role")
+            delta = {"role": "assistant", **delta}
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        return {**self._head, "choices": [choice]}
+
+    def _piece(self, flow: ItemText, event: Json, whole: bool) -> list[Json]:
+        text = event.get(flow.whole if whole else "delta")
+        if not isinstance(text, str):
+            return []
+        item = self._find(flow.item, text_or_empty(event.get("item_id")), event.get("output_index"))
+        part = event.get(flow.part)
+        return self._say(item, flow.field, part if type(part) is int else 0, text, whole)
+
+    def _item_event(self, event: Json, done: bool) -> list[Json]:
+        raw = event.get("item")
+        if not isinstance(raw, dict) or text_or_empty(raw.get("type")) not in READ_ITEMS:
+            return []
+        id, at = text_or_empty(raw.get("id")), event.get("output_index")
+        item = self._find(raw["type"], id, at, done)
+        # A call that only begins may show arguments which its deltas then repeat.
+        return self._settle(item, raw) if done else self._open(item, raw)
+
+    def _find(self, kind: str, id: str, index: object, known: bool = True) -> OutputItem:
+        """The item that an event is about, made if it is new.
+
+        Some copies change the id with each event, some give one id or index to all: the item
+        with both is right, then that with the index. `known` = False: the event begins an item.
+        """
+        at = index if type(index) is int else None
+        by_id = self._by_id.get(id)
+        by_index = self._by_index.get(at) if at is not None else None
+        if by_id and by_id.kind == kind and at in (None, by_id.index):
+            return by_id
+        if known and not id and at is None:
+            by_index = next((i for i in reversed(self._items) if i.kind == kind), None)
+        for item in (by_index, by_id) if known else ():
+            if item and item.kind == kind:
+                return item
+        return self._new(kind, id, at)
+
+    def _new(self, kind: str, id: str, index: int | None) -> OutputItem:
+        item = OutputItem(kind, id, index)
+        self._items.append(item)
+        if id:
+            self._by_id[id] = item
+        if index is not None:
+            self._by_index[index] = item
+        return item
+
+    def _say(self, item: OutputItem, name: str, part: int, text: str, whole: bool) -> list[Json]:
+        """The chunk for what is new in a text; `whole` = it repeats all that came before."""
+        first = (name, part) not in item.sent
+        sent = item.sent.setdefault((name, part), [])
+        if whole:
+            before = "".join(sent)
+            # Not so when the stream began in its middle: then what was sent has to do.
+            text = text[len(before) :] if text.startswith(before) else ""
+        if not text:
+            if first:
+                del item.sent[name, part]
+            return []
+        sent.append(text)
+        if name == "call":
+            return self._argue(item, text)
+        if name == "refusal":
+            return [self._chunk({"refusal": text})]
+        if name == "content":
+            return [self._chunk({"content": self._gap(item, "content", "read") + text})]
+        if item.shown not in ("", name):
+            return []
+        item.shown = name
+        return [self._chunk({"reasoning_content": self._gap(item, "reasoning", str(part)) + text})]
+
+    def _gap(self, item: OutputItem, stream: str, part: str) -> str:
+        """A blank line between two messages, or two parts of a summary, that become one text."""
+        fresh = part not in item.given
+        item.given.add(part)
+        begun = stream in self._said
+        self._said.add(stream)
+        return "\n\n" if fresh and begun else ""
+
+    def _argue(self, item: OutputItem, text: str) -> list[Json]:
+        if item.call < 0:
+            return []  # kept in item.sent until the name is known
+        kind, member = CALL_ITEMS[item.kind]
+        return [self._chunk({"tool_calls": [{"index": item.call, kind: {member: text}}]})]
+
+    def _open(self, item: OutputItem, raw: Json) -> list[Json]:
+        """The first delta of a call: its number, id, name, and arguments that came too early."""
+        name = text_or_empty(raw.get("name"))
+        if item.kind not in CALL_ITEMS or item.call >= 0 or not name:
+            return []
+        item.call, self._calls = self._calls, self._calls + 1
+        id = text_or_empty(raw.get("call_id")) or text_or_empty(raw.get("id"))
+        kind, member = CALL_ITEMS[item.kind]
+        call = {
+            "index": item.call,
+            "id": id or f"call_{item.call}",
+            "type": kind,
+            kind: {"name": name, member: "".join(item.sent.get(("call", 0), ()))},
+        }
+        return [self._chunk({"tool_calls": [call]})]
+
+    def _settle(self, item: OutputItem, raw: Json) -> list[Json]:
+        """What a finished item holds beyond what was sent of it."""
+        if item.kind in CALL_ITEMS:
+            text = raw.get(CALL_ITEMS[item.kind][1])
+            text = dump_json(text).decode() if isinstance(text, dict) else text_or_empty(text)
+            return self._open(item, raw) + self._say(item, "call", 0, text, True)
+        chunks: list[Json] = []
+        for name in ("summary", "content"):
+            for at, part in enumerate(objects_in(raw.get(name))):
+                place = PART_FIELDS.get(text_or_empty(part.get("type")), "")
+                text = part.get("refusal") if place == "refusal" else part.get("text")
+                if place and isinstance(text, str):
+                    chunks += self._say(item, place, at, text, True)
+        return chunks + self._extras(item, raw)
+
+    def _extras(self, item: OutputItem, raw: Json) -> list[Json]:
+        """Reasoning to send back, and the sources of a text: once for each item."""
+        if item.kind == "message":
+            found, name = message_annotations(raw), "annotations"
+        else:
+            found, name = item_reasoning(raw, self.origin), "reasoning_details"
+        new = [piece for piece in found if piece["type"] not in item.given]
+        item.given |= {piece["type"] for piece in new}
+        return [self._chunk({name: new})] if new else []
+
+    def _end(self, response: object, status: str) -> list[Json]:
+        """The end: what only the final response holds, the finish reason, usage."""
+        response = response if isinstance(response, dict) else {}
+        self._note(response)
+        status = status or text_or_empty(response.get("status"))
+        if status in ("failed", "cancelled") or response.get("error"):
+            return self._fail(response.get("error") or {"code": status or "failed"})
+        chunks: list[Json] = []
+        for item, raw in self._final_items(response):
+            chunks += self._settle(item, raw)
+        self.finished = True
+        chunks.append(self._chunk({}, self._finish_reason(response, status)))
+        if usage := responses_usage(response.get("usage")):
+            chunks.append({**self._head, "choices": [], "usage": usage})
+        return chunks
+
+    def _final_items(self, response: Json) -> Iterator[tuple[OutputItem, Json]]:
+        """Each item of the final output with the one it was in the stream.
+
+        By id; where the ids are all new ones, the n-th of a kind is the n-th that came.
+        """
+        output = objects_in(response.get("output"))
+        raws = [raw for raw in output if text_or_empty(raw.get("type")) in READ_ITEMS]
+        by_id = {i.id: i for i in self._items if i.id}
+        same_ids = any(text_or_empty(raw.get("id")) in by_id for raw in raws)
+        left = list(self._items)
+        for raw in raws:
+            item = by_id.pop(text_or_empty(raw.get("id")), None)
+            if item is None and not same_ids:
+                item = next((i for i in left if i.kind == raw["type"]), None)
+            if item in left:
+                left.remove(item)
+            yield item or self._new(raw["type"], text_or_empty(raw.get("id")), None), raw
+
+    def _finish_reason(self, response: Json, status: str) -> str:
+        if status == "incomplete":
+            details = response.get("incomplete_details")
+            reason = details.get("reason") if isinstance(details, dict) else ""
+            return "content_filter" if reason == "content_filter" else "length"
+        return "tool_calls" if self._calls else "stop"
+
+    def _fail(self, error: object) -> list[Json]:
+        self.finished = True
+        return [{"error": stream_error(error)}]
+
+
+def text_or_empty(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def objects_in(value: object) -> list[Json]:
+    """The objects of a list; [] for what is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def item_reasoning(raw: Json, origin: str) -> list[Json]:
+    """A reasoning item as pieces to send back: readable ones first, then the encrypted one.
+
+    Parts after the first are numbered, so that nobody takes them for one text.
+    """
+    id = {"id": raw["id"]} if text_or_empty(raw.get("id")) else {}
+    pieces: list[Json] = []
+    for part in objects_in(raw.get("summary")) + objects_in(raw.get("content")):
+        name = "summary" if part.get("type") == "summary_text" else "text"
+        if text := text_or_empty(part.get("text")):
+            index = {"index": len(pieces)} if pieces else {}
+            piece = {"type": f"reasoning.{name}", name: text, **id, **index, "origin": origin}
+            pieces.append(piece)
+    if data := text_or_empty(raw.get("encrypted_content")):
+        pieces.append({"type": "reasoning.encrypted", "data": data, **id, "origin": origin})
+    return pieces
+
+
+def message_annotations(raw: Json) -> list[Json]:
+    """Citations of a message, nested as in a chat: {type, url_citation: {...}}."""
+    made = []
+    for part in objects_in(raw.get("content")):
+        for note in objects_in(part.get("annotations")):
+            kind = text_or_empty(note.get("type"))
+            inner = {name: value for name, value in note.items() if name != "type"}
+            if kind == "url_citation":
+                made.append({"type": kind, kind: inner})
+    return made
+
+
+def responses_usage(usage: object) -> Json | None:
+    """Token counts in a chat's words; a total that was given is never recomputed."""
+    if not isinstance(usage, dict):
+        return None
+    asked, made = count_in(usage, "input_tokens"), count_in(usage, "output_tokens")
+    total = usage.get("total_tokens")
+    before, after = usage.get("input_tokens_details"), usage.get("output_tokens_details")
+    cached: Json = {"cached_tokens": count_in(before, "cached_tokens")}
+    if written := count_in(before, "cache_write_tokens"):
+        cached["cache_creation_tokens"] = written
+    return {
+        "prompt_tokens": asked,
+        "completion_tokens": made,
+        "total_tokens": total if is_integer(total) else asked + made,
+        "prompt_tokens_details": cached,
+        "completion_tokens_details": {"reasoning_tokens": count_in(after, "reasoning_tokens")},
+    }
+
+
+def count_in(counts: object, name: str) -> int:
+    value = counts.get(name) if isinstance(counts, dict) else 0
+    return value if type(value) is int and value > 0 else 0
+
+
+def stream_error(error: object) -> Json:
+    """{message, type, code} of an error event, with the `status` that its code stands for."""
+    inner = error if isinstance(error, dict) else {"message": error}
+    kind = text_or_empty(inner.get("type"))
+    kind = "" if kind == "error" else kind
+    code = text_or_empty(inner.get("code")) or kind
+    text = text_or_empty(inner.get("message")) or text_or_empty(inner.get("detail"))
+    made: Json = {
+        "message": scrub(text or code or "the provider failed without a reason"),
+        "type": kind or "server_error",
+        "code": code or None,
+    }
+    stated = inner.get("status") or inner.get("status_code")
+    status = stated if is_integer(stated) else RESPONSE_ERRORS.get(code)
+    if status or code.startswith("invalid_"):
+        made["status"] = status or 400
+    if is_number(inner.get("resets_in_seconds")):
+        made["resets_in_seconds"] = inner["resets_in_seconds"]
+    return made
+
+
+def whole_reply(chunks: Iterable[Json]) -> Json:
+    """One whole reply out of canonical chunks; the first error chunk takes its place."""
+    head: Json = {}
+    texts: dict[str, list[str]] = {"content": [], "reasoning_content": [], "refusal": []}
+    lists: dict[str, list[Json]] = {"reasoning_details": [], "annotations": []}
+    calls: dict[int, Json] = {}
+    finish, usage = "stop", None
+    for chunk in chunks:
+        if "error" in chunk:
+            return {"error": chunk["error"]}
+        head = {name: chunk[name] for name in ("id", "created", "model")}
+        usage = chunk.get("usage") or usage
+        for choice in chunk["choices"]:
+            finish = choice.get("finish_reason") or finish
+            for name, value in choice["delta"].items():
+                if name in texts:
+                    texts[name].append(value)
+                elif name in lists:
+                    lists[name] += value
+            for call in choice["delta"].get("tool_calls") or ():
+                join_call(calls, call)
+    message: Json = {"role": "assistant", "content": "".join(texts.pop("content")) or None}
+    message |= {name: "".join(parts) for name, parts in texts.items() if parts}
+    message |= {name: parts for name, parts in lists.items() if parts}
+    if calls:
+        message["tool_calls"] = list(calls.values())
+    made = {"index": 0, "message": message, "finish_reason": finish}
+    reply = {**head, "object": "chat.completion", "choices": [made]}
+    return {**reply, "usage": usage} if usage else reply
+
+
+def join_call(calls: dict[int, Json], call: Json) -> None:
+    """Put one delta of a call to what is known of it."""
+    if call["index"] not in calls:
+        calls[call["index"]] = {n: v for n, v in call.items() if n != "index"}
+        return
+    old = calls[call["index"]]
+    kind = old["type"]
+    for name, text in call.get(kind, {}).items():
+        old[kind] = {**old[kind], name: old[kind].get(name, "") + text}
+
+
+def responses_reply_to_chat(reply: Json, origin: str) -> Json:
+    """A whole Responses answer as a chat reply; {"error": {...}} for one that failed."""
+    return whole_reply(ResponsesReader(origin).feed({"object": "response", **reply}))
+
+
+def responses_events_to_reply(events: Iterable[Json], origin: str) -> Json:
+    """The whole reply of a stream (Codex only streams); {"error": ...} if it broke off."""
+    reader = ResponsesReader(origin)
+    chunks = [chunk for event in events for chunk in reader.feed(event)]
+    if not reader.finished:
+        broken = {"message": "the stream ended before its last event", "code": "truncated"}
+        return {"error": {**broken, "type": "server_error", "status": 502}}
+    return whole_reply(chunks)
+
+
+def only_content_responses(block: bytes) -> bool:
+    """Whether a block of whole events surely holds no end, no error and no usage.
+
+    Every `data:` must hold an event of this dialect, and none of them one that ends it. A few
+    fast searches, as in only_content; when in doubt the answer is no.
+    """
+    count = block.count
+    lines = block.startswith(b"data:") + count(b"\ndata:")
+    if b"\r" in block:
+        lines += count(b"\rdata:")
+    typed = count(b'"type":"response.')
+    if typed != lines:  # [DONE], a bare error, or an event that is written with spaces
+        typed += count(b'"type": "response.')
+    return (
+        typed == lines
+        and not any(ending in block for ending in RESPONSE_ENDING_BYTES)
+        and (b'"error"' not in block or only_null(block, b"error"))
+        and (b'"usage"' not in block or only_null(block, b"usage"))
+    )
+
+
+def only_null(block: bytes, name: bytes) -> bool:
+    """Whether a member is null wherever it stands."""
+    count = block.count
+    return count(b'"%b"' % name) == count(b'"%b":null' % name) + count(b'"%b": null' % name)
+
+
+def own_reasoning(body: Json, origin: str) -> Json | None:
+    """The edit {"input": [...]} that a Responses client's body needs; None = send it as it is.
+
+    Sealed content of this provider is unsealed; items sealed for another one are left out, as
+    nobody else can read them. What was never sealed stays: it came from a native answer.
+    """
+    items = body.get("input")
+    if not isinstance(items, list) or not any(map(is_sealed_item, items)):
+        return None
+    kept = (unsealed_item(item, origin) if is_sealed_item(item) else item for item in items)
+    return {"input": [item for item in kept if item is not None]}
+
+
+def unsealed_item(item: Json, origin: str) -> Json | None:
+    """A sealed item as the provider made it; None if another one did, or nothing is in it.
+
+    A seal holds the encrypted content itself, or "p.<mark>.<JSON>" with the pieces of
+    reasoning that an answer in the Responses dialect was made from.
+    """
+    source, value = unseal(item["encrypted_content"])
+    if source != origin or not value:
+        return None
+    pieces = read_json(value[2:].partition(".")[2].encode()) if value.startswith("p.") else None
+    if not isinstance(pieces, list):
+        return {**item, "encrypted_content": value}
+    parts = objects_in(item.get("summary"))
+    shown = "\n\n".join(text for part in parts if (text := text_or_empty(part.get("text"))))
+    blank = {"reasoning.summary": {"summary": shown}, "reasoning.text": {"text": shown}}
+    told = ({k: v for k, v in piece.items() if v is not None} for piece in objects_in(pieces))
+    details = [{**blank.get(str(p.get("type")), {}), **p, "origin": origin} for p in told]
+    return next(iter(reasoning_items({"reasoning_details": details}, origin)), None)
+
+
+def is_sealed_item(item: object) -> bool:
+    content = item.get("encrypted_content") if isinstance(item, dict) else None
+    return isinstance(content, str) and content.startswith(SEAL)
+
+
+# =============================================================================
+# 17. Completions
+# =============================================================================
+
+# The legacy endpoint, for clients that still ask for text_completion: the prompt becomes one
+# user message. Field by field as in the openai SDK 3.54 (seen 2026-11).
+
+COMPLETION_REFUSED: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "suffix": (bool, "text cannot be filled in before a suffix by chat models"),
+    "echo": (bool, "the prompt cannot be given back with the answer"),
+    "logprobs": (is_integer, "log probabilities are not available"),
+    "tools": (bool, "tools need /v1/chat/completions"),
+    "functions": (bool, "functions need /v1/chat/completions"),
+}
+COMPLETION_ONLY = ("prompt", "suffix", "echo", "logprobs", "best_of", "messages", "tool_choice")
+COMPLETION_FINISHES = frozenset(("stop", "length", "content_filter"))
+
+
+def completions_to_chat(body: Mapping[str, Any]) -> Json:
+    """The chat body for a legacy completion. Other fields pass; max_tokens has no default here.
+
+    One prompt only: a string, or a list of one string. Raises BadRequest with the field's name.
+    """
+    prompt = completion_prompt(body.get("prompt"))
+    for name, (asks, why) in COMPLETION_REFUSED.items():
+        if asks(body.get(name)):
+            raise BadRequest(f"{name} is not supported: {why}", param=name)
+    fields = {k: v for k, v in body.items() if k not in COMPLETION_ONLY}
+    check_fields(fields, CHAT_FIELDS)
+    best_of = body.get("best_of")
+    if best_of is not None and best_of != (body.get("n") or 1):
+        message = "best_of is not supported: ask for n answers and choose among them"
+        raise BadRequest(message, param="best_of")
+    return {**fields, "messages": [{"role": "user", "content": prompt}]}
+
+
+def completion_prompt(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list) or not prompt:
+        raise invalid("prompt", "a string or a list of one string", prompt)
+    if not all(isinstance(text, str) for text in prompt):
+        message = "prompt must be text: tokens mean something else to every model"
+        raise BadRequest(message, param="prompt")
+    if len(prompt) > 1:
+        message = f"prompt holds {len(prompt)} texts: send one request for each"
+        raise BadRequest(message, param="prompt")
+    return str(prompt[0])
+
+
+def completion_finish(reason: object) -> str:
+    return str(reason) if reason in COMPLETION_FINISHES else "stop"
+
+
+def completion_choice(index: object, text: str, finish: str | None) -> Json:
+    return {"text": text, "index": index or 0, "logprobs": None, "finish_reason": finish}
+
+
+def spoken_text(message: Any) -> str:
+    """Text and refusal of a message or delta; the format has no place for reasoning."""
+    if not isinstance(message, dict):
+        return ""
+    return f"{message.get('content') or ''}{message.get('refusal') or ''}"
+
+
+def completion_head(opening: Opening, model: object) -> Json:
+    return {
+        "id": f"cmpl-{opening.id}",
+        "object": "text_completion",
+        "created": opening.created,
+        "model": opening.model or str(model or ""),
+    }
+
+
+def chat_reply_to_completion(reply: Json, opening: Opening) -> Json:
+    """The text_completion for a whole canonical reply."""
+    choices = [
+        completion_choice(
+            choice.get("index"),
+            spoken_text(choice.get("message")),
+            completion_finish(choice.get("finish_reason")),
+        )
+        for choice in reply.get("choices") or ()
+    ]
+    usage = {"usage": reply["usage"]} if reply.get("usage") else {}
+    return {**completion_head(opening, reply.get("model")), "choices": choices, **usage}
+
+
+class CompletionsWriter:
+    """Canonical chunks in, text_completion chunks out; usage only if the client asked for it."""
+
+    def __init__(self, opening: Opening) -> None:
+        self._opening = opening
+        options = opening.request.get("stream_options")
+        self._tells_usage = isinstance(options, dict) and options.get("include_usage") is True
+        self._head: Json = {}
+        self._usage: Json | None = None
+        self._finishes: dict[int, str] = {}
+        self._ended = False
+
+    def feed(self, chunk: Json) -> bytes:
+        """The events for one canonical chunk; the finish of each choice is held to the end."""
+        if self._ended:
+            return b""
+        self._head = self._head or completion_head(self._opening, chunk.get("model"))
+        self._usage = chunk.get("usage") or self._usage
+        texts = []
+        for choice in chunk.get("choices") or ():
+            index = choice.get("index") or 0
+            self._finishes[index] = choice.get("finish_reason") or self._finishes.get(index, "")
+            if text := spoken_text(choice.get("delta")):
+                texts.append(completion_choice(index, text, None))
+        return self._event(texts) if texts else b""
+
+    def finish(self) -> bytes:
+        """Finish reasons, usage if asked for, and [DONE]."""
+        if self._ended:
+            return b""
+        self._ended = True
+        self._head = self._head or completion_head(self._opening, "")
+        ends = sorted((self._finishes or {0: ""}).items())
+        last = [completion_choice(index, "", completion_finish(why)) for index, why in ends]
+        usage = b""
+        if self._tells_usage and self._usage:
+            usage = encode_event({**self._head, "choices": [], "usage": self._usage})
+        return self._event(last) + usage + DONE
+
+    def fail(self, error: RouterError) -> bytes:
+        """The error, and no [DONE] after it."""
+        if self._ended:
+            return b""
+        self._ended = True
+        return encode_event(error_body(error))
+
+    def beat(self) -> bytes:
+        return b"" if self._ended else b": keep-alive\n\n"
+
+    def _event(self, choices: list[Json]) -> bytes:
+        usage = {"usage": None} if self._tells_usage else {}
+        return encode_event({**self._head, "choices": choices, **usage})
+
+
+# =============================================================================
+# 18. Dialects
 # =============================================================================
 
 
@@ -2916,6 +11184,8 @@ class Sight(NamedTuple):
     finished: bool = False  # how the answer ended is stated
     done: bool = False  # nothing comes after it
     only_usage: bool = False
+    odd: bool = False  # in an accent that would confuse the client
+    final: Json | None = None  # the whole answer once more
 
 
 def see_chat(data: bytes) -> Sight:
@@ -2928,7 +11198,56 @@ def see_chat(data: bytes) -> Sight:
     listed = choices if isinstance(choices, list) else ()
     finished = any(isinstance(c, dict) and c.get("finish_reason") for c in listed)
     only_usage = choices == [] and bool(chunk.get("usage"))
-    return Sight(chunk_sign(chunk), None, tokens_of(chunk), finished, only_usage=only_usage)
+    sign = chunk_sign(chunk)
+    odd = bool(sign) and needs_reading(chunk)
+    return Sight(sign, None, tokens_of(chunk), finished, only_usage=only_usage, odd=odd)
+
+
+# What a finished Messages stream may say without a word of content.
+TELLING_STOPS: Final = frozenset({"refusal", "max_tokens", "model_context_window_exceeded"})
+
+
+def see_messages(data: bytes) -> Sight:
+    event = read_json(data)
+    if error := embedded_error(event):
+        return Sight(error=error)
+    if not isinstance(event, dict):
+        return Sight()
+    kind, tokens = event.get("type"), messages_tokens(event)
+    if kind == "message_delta":
+        delta = event.get("delta")
+        stop = delta.get("stop_reason") if isinstance(delta, dict) else None
+        telling: Sign = "finish" if stop in TELLING_STOPS else "empty finish"
+        return Sight(telling if stop else "", None, tokens, bool(stop))
+    part = event.get("delta") if kind == "content_block_delta" else event.get("content_block")
+    useful = isinstance(part, dict) and any(
+        name != "type" and value for name, value in part.items()
+    )
+    return Sight("useful" if useful else "", None, tokens, done=kind == "message_stop")
+
+
+def see_responses(data: bytes) -> Sight:
+    if data == b"[DONE]":
+        return Sight()
+    event = read_json(data)
+    kind = event.get("type") if isinstance(event, dict) else None
+    if not isinstance(kind, str):
+        error = embedded_error(event)
+        return Sight(error=error) if error else Sight()
+    whole = event.get("response")
+    whole = whole if isinstance(whole, dict) else {}
+    if kind in ("error", "response.failed", "response.cancelled"):
+        problem = stream_error(whole.get("error") or event.get("error") or event)
+        return Sight(error=embedded_error(problem) or BROKEN)
+    if kind in ("response.completed", "response.incomplete"):
+        said = bool(whole.get("output")) or kind == "response.incomplete"
+        tokens = tokens_of({"usage": responses_usage(whole.get("usage"))})
+        sign: Sign = "finish" if said else "empty finish"
+        return Sight(sign, None, tokens, True, True, final=whole)
+    useful = kind.endswith(".delta") and bool(event.get("delta"))
+    made = event.get("item") if kind == "response.output_item.done" else None
+    useful = useful or (isinstance(made, dict) and made.get("type") != "reasoning")
+    return Sight("useful" if useful else "")
 
 
 def judge_embeddings(body: bytes) -> tuple[Outcome | None, Json]:
@@ -2941,6 +11260,70 @@ def judge_embeddings(body: bytes) -> tuple[Outcome | None, Json]:
     return Outcome(0, f"no embeddings in the answer: {error_text(body)[:200]}", "garbled"), {}
 
 
+def judge_messages(body: bytes) -> tuple[Outcome | None, Json]:
+    return judge_translated(
+        body, lambda reply: messages_reply_to_chat(reply, ""), "type", "message"
+    )
+
+
+def judge_responses(body: bytes) -> tuple[Outcome | None, Json]:
+    return judge_translated(
+        body, lambda reply: responses_reply_to_chat(reply, ""), "object", "response"
+    )
+
+
+def judge_translated(
+    body: bytes, translate: Callable[[Json], Json], member: str, kind: str
+) -> tuple[Outcome | None, Json]:
+    """(what is wrong with a whole answer of another dialect or None, the parsed answer)."""
+    reply = read_json(body)
+    if not body.strip():
+        return Outcome(0, "an empty body", "empty"), {}
+    if error := embedded_error(reply):
+        return error, {}
+    if not isinstance(reply, dict) or reply.get(member) != kind:
+        return Outcome(0, f"not a {kind}: {error_text(body)[:200]}", "garbled"), {}
+    chat = translate(reply)
+    if error := embedded_error(chat):
+        return error, {}
+    if any(answers(choice) for choice in chat.get("choices") or ()):
+        return None, reply
+    return Outcome(0, "an answer without content", "empty"), {}
+
+
+class Reader(Protocol):
+    """A provider's stream -> canonical chunks."""
+
+    finished: bool
+
+    def feed(self, event: Json) -> list[Json]: ...
+    def finish(self) -> list[Json]: ...
+
+
+class Writer(Protocol):
+    """Canonical chunks -> a client's stream."""
+
+    def feed(self, chunk: Json) -> bytes: ...
+    def finish(self) -> bytes: ...
+    def fail(self, error: RouterError) -> bytes: ...
+    def beat(self) -> bytes: ...
+
+
+SEQUENCE: Final = re.compile(rb'"sequence_number"\s*:\s*(\d+)')
+
+
+def broken_response(first: bytes, last: bytes, error: RouterError) -> bytes:
+    """`response.failed` for a Response that began as `first` and came as far as `last`."""
+    events = (read_json(event_data(event)) for event in split_events(first))
+    begun: Json = next(
+        (e["response"] for e in events if isinstance(e, dict) and "response" in e), {}
+    )
+    number = max((int(n) for n in SEQUENCE.findall(last)), default=0) + 1
+    failure = {**begun, "status": "failed", "error": failure_of(error)}
+    event = {"type": "response.failed", "sequence_number": number, "response": failure}
+    return b"event: response.failed\n" + encode_event(event)
+
+
 @dataclass(frozen=True)
 class Dialect:
     """A language that providers speak."""
@@ -2948,37 +11331,285 @@ class Dialect:
     name: str
     path: str  # below a provider's base URL
     judge: Callable[[bytes], tuple[Outcome | None, Json]]  # a whole answer: (problem, reply)
+    reader: Callable[[str, Json], Reader]  # for a provider's answer to a chat
+    canonical: Callable[[Json, str, Json], Json]  # a whole answer made canonical
     only_content: Callable[[bytes], bool] = only_content
     see: Callable[[bytes], Sight] = see_chat
     closing: bytes = DONE  # what a stream ends with
+    last: frozenset[str] = frozenset()  # types of the events that end a stream
+    # (how the stream began, what was passed on last, why) -> the end of one that breaks
+    broken: Callable[[bytes, bytes, RouterError], bytes] = lambda _first, _last, error: (
+        encode_event(error_body(error))
+    )
 
+
+MESSAGE_STOP: Final = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+
+IN_CHAT: Final[tuple[Callable[[str, Json], Reader], Callable[[Json, str, Json], Json]]] = (
+    lambda origin, _chat: ChatReader(origin),
+    lambda reply, origin, _chat: canonical_reply(reply, origin),
+)
+
+IN_RESPONSES: Final[tuple[Callable[[str, Json], Reader], Callable[[Json, str, Json], Json]]] = (
+    lambda origin, _chat: ResponsesReader(origin),
+    lambda reply, origin, _chat: responses_reply_to_chat(reply, origin),
+)
+RESPONSE_LAST: Final = frozenset(RESPONSE_ENDINGS)
 
 DIALECTS: Final = {
     row.name: row
     for row in (
-        Dialect("chat", "/chat/completions", judge_reply),
-        Dialect("embeddings", "/embeddings", judge_embeddings),
+        Dialect("chat", "/chat/completions", judge_reply, *IN_CHAT),
+        Dialect(
+            "messages",
+            "/messages",
+            judge_messages,
+            MessagesReader,
+            messages_reply_to_chat,
+            only_content_messages,
+            see_messages,
+            MESSAGE_STOP,
+            frozenset({"message_stop"}),
+            lambda _first, _last, error: messages_event(messages_error(error)),
+        ),
+        Dialect(
+            "responses",
+            "/responses",
+            judge_responses,
+            *IN_RESPONSES,
+            only_content_responses,
+            see_responses,
+            b"",
+            RESPONSE_LAST,
+            broken_response,
+        ),
+        Dialect("embeddings", "/embeddings", judge_embeddings, *IN_CHAT),
+        # ChatGPT's backend only streams, and its last event does not repeat the answer: it is
+        # never handed on as it came.
+        Dialect("codex", "/responses", judge_responses, *IN_RESPONSES, last=RESPONSE_LAST),
     )
 }
 
 
+PIECE_NAMES: Final = ("origin", "id", "format")
+
+
+class ChatWriter:
+    """Canonical chunks for a client that speaks Chat.
+
+    Its SDK puts deltas together member by member: what is in a list needs an `index`, and text
+    of equal index is joined, so that a name must come once.
+    """
+
+    def __init__(self, opening: Opening, _origin: str) -> None:
+        options = opening.request.get("stream_options") or {}
+        self._wants_usage = bool(options.get("include_usage"))
+        self._usage: Json | None = None
+        self._pieces: set[int] = set()  # of reasoning, by index
+        self._head = {
+            "id": f"chatcmpl-{opening.id}",
+            "object": "chat.completion.chunk",
+            "created": opening.created,
+            "model": opening.model,
+        }
+
+    def feed(self, chunk: Json) -> bytes:
+        self._usage = chunk.get("usage") or self._usage
+        for name in ("id", "created", "model"):
+            if chunk.get(name):
+                self._head[name] = chunk[name]
+        choices = [{"finish_reason": None, **choice} for choice in chunk.get("choices") or ()]
+        for choice in choices:
+            if pieces := choice.get("delta", {}).get("reasoning_details"):
+                choice["delta"] = {**choice["delta"], "reasoning_details": self._indexed(pieces)}
+        return encode_event({**self._head, "choices": choices}) if choices else b""
+
+    def _indexed(self, pieces: list[Json]) -> list[Json]:
+        """Pieces of reasoning with an index; what names one stands in its first delta only."""
+        made = []
+        for piece in pieces:
+            index = piece.get("index")
+            first = not isinstance(index, int) or index not in self._pieces
+            index = index if isinstance(index, int) else len(self._pieces)
+            self._pieces.add(index)
+            named = piece if first else {k: v for k, v in piece.items() if k not in PIECE_NAMES}
+            made.append({**named, "index": index})
+        return made
+
+    def finish(self) -> bytes:
+        if not (self._wants_usage and self._usage):
+            return DONE
+        return encode_event({**self._head, "choices": [], "usage": self._usage}) + DONE
+
+    def fail(self, error: RouterError) -> bytes:
+        return encode_event(error_body(error))
+
+    def beat(self) -> bytes:
+        return KEEP_ALIVE
+
+
+def chat_reply_to_chat(reply: Json, opening: Opening, _origin: str) -> Json:
+    head = {"id": f"chatcmpl-{opening.id}", "object": "chat.completion"}
+    return {**head, "created": opening.created, "model": opening.model, **reply}
+
+
+KEEP_ALIVE: Final = b": keep-alive\n\n"
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A language that clients speak; where a provider speaks it too, bytes pass unchanged."""
+
+    dialect: str  # what a provider must speak for that
+    writer: Callable[[Opening, str], Writer]  # for an answer of the provider named
+    whole: Callable[[Json, Opening, str], Json]
+    beat: bytes = KEEP_ALIVE
+
+
+CHAT: Final = Surface("chat", ChatWriter, chat_reply_to_chat)
+EMBEDDINGS: Final = replace(CHAT, dialect="embeddings")
+MESSAGES: Final = Surface("messages", MessagesWriter, chat_reply_to_messages, PING)
+COMPLETIONS: Final = Surface(
+    "completions",
+    lambda opening, _origin: CompletionsWriter(opening),
+    lambda reply, opening, _origin: chat_reply_to_completion(reply, opening),
+)
+
+
+def responses_surface(codex: bool, earlier: Sequence[Json]) -> Surface:
+    """The Responses surface of one request: `earlier` are the items of the turns before it."""
+    return Surface(
+        "responses",
+        lambda opening, origin: ResponsesWriter(opening, codex, earlier, origin),
+        lambda reply, opening, origin: chat_reply_to_responses(
+            reply, opening, codex, earlier, origin
+        ),
+    )
+
+
+@dataclass
+class Ask:
+    """One client request on its way: as sent, as parsed, as chat, and who waits for it."""
+
+    surface: Surface
+    raw: bytes
+    body: Json
+    chat: Json  # the body itself where the client speaks Chat
+    guard: Guard
+    stream: bool = False
+    wants_usage: bool = False
+    started: float = 0.0
+    request_id: str = ""
+    tokens: int = 0  # how large it is, about
+    forward: bytes = b""  # header lines for a provider of the same dialect
+    input: list[Json] | None = None  # Responses: all items, those of earlier turns included
+    kept_body: tuple[object, bytes] = (None, b"")  # the body made last, and for whom
+
+    @functools.cached_property
+    def opening(self) -> Opening:
+        model = self.body.get("model") or "hermes-router"
+        return Opening(secrets.token_hex(12), model, int(time.time()), self.tokens, self.body)
+
+
+class Whole(NamedTuple):
+    """A whole answer on its way to the client, or what is wrong with it."""
+
+    problem: Outcome | None
+    body: bytes = b""
+    tokens: Tokens | None = None
+    final: Json | None = None  # the body, parsed
+
+
+EVENTS_BEGIN: Final = re.compile(rb"\s*(?:event|data|id|retry)?:")
+
+
+@dataclass
+class Passage:
+    """How one answer gets from a provider's dialect to a client's."""
+
+    dialect: Dialect
+    ask: Ask
+    origin: str = ""  # the provider
+    secret: bytes = field(default=b"", repr=False)
+
+    @property
+    def native(self) -> bool:
+        return self.dialect.name == self.ask.surface.dialect
+
+    def writer(self) -> Writer:
+        return self.ask.surface.writer(self.ask.opening, self.origin)
+
+    def reader(self) -> Reader:
+        return self.dialect.reader(self.origin, self.ask.chat)
+
+    def canonical(self, reply: Json) -> Json:
+        return self.dialect.canonical(reply, self.origin, self.ask.chat)
+
+    def flow(self) -> Flow:
+        return Flow(self) if self.native else Translation(self)
+
+    def whole(self, body: bytes) -> Whole:
+        """A whole answer as the client gets it."""
+        if EVENTS_BEGIN.match(body):
+            return self._gathered(body)
+        problem, reply = self.dialect.judge(body)
+        if problem:
+            problem, _ = self.dialect.judge(masked(body, self.secret))
+            return Whole(problem or BROKEN)
+        if self.native and not (self.dialect.name == "chat" and needs_reading(reply)):
+            return Whole(None, body, self._tokens(reply), reply)
+        return self._made(self.canonical(reply))
+
+    def _tokens(self, reply: Json) -> Tokens | None:
+        if self.dialect.name in ("chat", "embeddings"):
+            return tokens_of(reply)
+        return tokens_of(self.canonical(reply))
+
+    def _gathered(self, body: bytes) -> Whole:
+        """A stream where a whole answer was asked for: subscriptions only stream."""
+        reader = self.reader()
+        values = (read_json(event_data(e)) for e in split_events(masked(body, self.secret)))
+        chunks = [c for value in values if isinstance(value, dict) for c in reader.feed(value)]
+        chunks += reader.finish()
+        for chunk in chunks:
+            if error := embedded_error(chunk):
+                return Whole(error)
+        if not reader.finished:
+            return Whole(Outcome(0, "the stream ended without a finish", "reset"))
+        return self._made(gathered_reply(chunks))
+
+    def _made(self, chat: Json) -> Whole:
+        if error := embedded_error(chat):
+            return Whole(error)
+        if not any(answers(choice) for choice in chat.get("choices") or ()):
+            return Whole(Outcome(0, "an answer without content", "empty"))
+        made = self.ask.surface.whole(chat, self.ask.opening, self.origin)
+        return Whole(None, dump_json(made), tokens_of(chat), made)
+
+
 class Flow:
-    """The events of one answer on their way to the client.
+    """The events of one answer on their way to the client, as they came.
 
     Fed with blocks of whole events. Before `useful` is set nothing may reach the client;
     once `failure` is set nothing more does but what `fail` gives.
     """
 
-    def __init__(self, dialect: Dialect, wants_usage: bool, secret: bytes = b"") -> None:
-        self._dialect, self._wants_usage, self._secret = dialect, wants_usage, secret
+    def __init__(self, passage: Passage) -> None:
+        self._passage, self._dialect = passage, passage.dialect
         self.useful = False
         self.finished = False  # how the answer ended was stated
         self.done = False  # nothing comes any more
+        self.odd = False  # what came is better translated
+        self.final: Json | None = None  # the whole answer, where a dialect repeats it
         self.tokens: Tokens | None = None
         self.failure: Outcome | None = None
+        self._first = self._before = self._last = (
+            b""  # blocks of events, for the end of one that breaks
+        )
 
     def take(self, block: bytes) -> bytes:
         """What the client gets for a block of whole events."""
+        self._first, self._before, self._last = self._first or block, self._last, block
         if self.useful and self._dialect.only_content(block):
             return block
         middle = len(block) // 2
@@ -2995,18 +11626,26 @@ class Flow:
             return b"" if self.failure else event
         sight = self._dialect.see(data)
         if sight.error:
-            self.failure = self._dialect.see(masked(data, self._secret)).error or BROKEN
+            self._last = self._last.partition(event)[0] or self._before
+            self.failure = self._dialect.see(masked(data, self._passage.secret)).error or BROKEN
             return b""
         self._note(sight)
-        return b"" if self.failure or (sight.only_usage and not self._wants_usage) else event
+        ours = sight.only_usage and not self._passage.ask.wants_usage
+        return b"" if self.failure or ours else event
 
     def _note(self, sight: Sight) -> None:
-        self.tokens = sight.tokens or self.tokens
+        if sight.tokens:
+            old = self.tokens or Tokens()
+            self.tokens = Tokens(
+                *(new or before for new, before in zip(sight.tokens, old, strict=True))
+            )
         self.finished = self.finished or sight.finished
         self.done = self.done or sight.done
+        self.final = sight.final or self.final
         if sight.sign == "empty finish" and not self.useful:
             self.failure = Outcome(0, "a stream without content", "empty")
         elif sight.sign:
+            self.odd = self.odd or (sight.odd and not self.useful)
             self.useful = True
 
     def end(self, rest: bytes) -> bytes:
@@ -3016,22 +11655,106 @@ class Flow:
         block = b""
         if data == b"[DONE]" or read_json(data) is not None:
             block = self._look(rest + b"\n\n")
-        if self.failure or self.finished:
-            return block if self.failure or self.done else block + self._dialect.closing
+        if self.failure or self.done:
+            return block
+        if self.finished:
+            return block + self._close()
         self.failure = Outcome(0, "the stream ended without a finish", "reset")
         return block
 
+    def _close(self) -> bytes:
+        return self._dialect.closing
+
     def adopt(self, body: bytes) -> bytes:
         """A whole answer where a stream was asked for, as a stream."""
-        self.failure, reply = self._dialect.judge(masked(body, self._secret))
+        self.failure, reply = self._dialect.judge(masked(body, self._passage.secret))
         if self.failure:
             return b""
-        self.tokens = tokens_of(reply)
-        return self.take(b"".join(map(encode_event, chunks_from_reply(reply))) + DONE)
+        if self._dialect.name == "chat":
+            chunks = chunks_from_reply(reply)
+            return self.take(b"".join(map(encode_event, chunks)) + DONE)
+        self.useful = self.finished = self.done = True
+        chat = self._passage.canonical(reply)
+        self.tokens = tokens_of(chat)
+        writer = self._passage.writer()
+        return b"".join(map(writer.feed, chunks_from_reply(chat))) + writer.finish()
+
+    def translated(self) -> Flow:
+        """The same from its beginning, but translated: for an odd accent."""
+        return Translation(self._passage)
 
     def fail(self, error: RouterError) -> bytes:
         """The event that ends a committed stream; no [DONE], no finish: nothing is faked."""
-        return encode_event(error_body(error))
+        return self._dialect.broken(self._first, self._last, error)
+
+    def beat(self) -> bytes:
+        """A sign of life while the provider is silent."""
+        return self._passage.ask.surface.beat
+
+
+class Translation(Flow):
+    """The same from one dialect to another, through canonical chunks."""
+
+    def __init__(self, passage: Passage) -> None:
+        super().__init__(passage)
+        self._reader = passage.reader()
+        self._writer = passage.writer()
+
+    def take(self, block: bytes) -> bytes:
+        return b"".join(map(self._look, split_events(block)))
+
+    def _look(self, event: bytes) -> bytes:
+        data = event_data(event)
+        if self.failure or self.done or not data:
+            return b""
+        if data == b"[DONE]":
+            # Responses have an end of their own; where one is missing, nothing was finished.
+            self.finished = self.finished or self._dialect.name == "chat"
+            return self._close() if self.finished else b""
+        value = read_json(data)
+        if not isinstance(value, dict):
+            return b""
+        out = self._written(self._reader.feed(value))
+        self.finished = self.finished or self._reader.finished
+        if value.get("type") in self._dialect.last and self.finished:
+            return out + self._close()
+        return out
+
+    def _written(self, chunks: Iterable[Json]) -> bytes:
+        out: list[bytes] = []
+        for chunk in chunks:
+            if "error" in chunk:
+                hidden = read_json(masked(dump_json(chunk), self._passage.secret))
+                self.failure = embedded_error(hidden) or BROKEN
+                return b"".join(out)
+            self._note(Sight(chunk_sign(chunk), None, tokens_of(chunk)))
+            out.append(self._writer.feed(chunk))
+        return b"".join(out)
+
+    def _close(self) -> bytes:
+        block = self._written(self._reader.finish())
+        self.done = True
+        if not self.useful and not self.failure:
+            self.failure = Outcome(0, "a stream without content", "empty")
+        if self.failure:
+            return block
+        block += self._writer.finish()
+        self.final = getattr(self._writer, "response", None)
+        return block
+
+    def adopt(self, body: bytes) -> bytes:
+        self.failure, reply = self._dialect.judge(masked(body, self._passage.secret))
+        if self.failure:
+            return b""
+        self.useful = self.finished = self.done = True
+        chat = self._passage.canonical(reply)
+        return self._written(chunks_from_reply(chat)) + self._writer.finish()
+
+    def fail(self, error: RouterError) -> bytes:
+        return self._writer.fail(error)
+
+    def beat(self) -> bytes:
+        return self._writer.beat()
 
 
 BROKEN: Final = Outcome(0, "an answer that cannot be used", "garbled")
@@ -3043,7 +11766,7 @@ def masked(data: bytes, secret: bytes) -> bytes:
 
 
 # =============================================================================
-# 12. Keys
+# 19. Keys
 # =============================================================================
 
 # Rests that a last round may overlook when nothing else is left: guesses about health,
@@ -3211,7 +11934,274 @@ class KeyPool:
 
 
 # =============================================================================
-# 13. Breakers
+# 20. Accounts
+# =============================================================================
+
+# ChatGPT accounts that Codex runs on, signed in elsewhere (`codex login`): an access token
+# of about an hour, and a refresh token that works once. From auth.json `codex_accounts`.
+CODEX_CLIENT_ID: Final = "app_EMoamEEZ73f0CkXaXp7hrann"
+TOKEN_SPARE_S: Final = 300.0  # a token is renewed this long before it ends
+TOKEN_LIFE_S: Final = 3600.0  # of a token that does not say when it ends
+REFRESH_LIMIT_S: Final = 30.0
+MAX_CODEX_WAIT_S: Final = 7 * 86_400.0  # the plan's longest window
+
+Post = Callable[[str, Json, float], tuple[int, Any]]  # (url, body, seconds) -> (status, JSON)
+
+
+class AccountError(Exception):
+    """No access token can be had for an account now; counts as a network failure of it."""
+
+    sort = "network"
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+
+@dataclass
+class Flight:
+    """A refresh under way: others wait for `landed` and take what it brought."""
+
+    landed: threading.Event = field(default_factory=threading.Event)
+    token: str = field(default="", repr=False)
+    error: str = "the refresh failed"
+
+
+def token_end(token: str) -> float:
+    """When a token ends, in unix seconds; 0.0 if it does not say."""
+    end = jwt_claims(token).get("exp")
+    return finite_number(end) or 0.0
+
+
+class Accounts:
+    """The access token of each account, renewed by one thread while the others wait.
+
+    One lock, for the dictionaries and the rare rewrite of auth.json; never held while the
+    token endpoint is asked. `post` may raise what the transport raises; `wall` gives unix
+    seconds.
+    """
+
+    def __init__(
+        self,
+        accounts: Iterable[Account],
+        path: Path,
+        post: Post,
+        wall: Callable[[], float],
+        url: str = CODEX_TOKEN_URL,
+    ) -> None:
+        self._lock = threading.Lock()
+        self._path, self._post, self._wall, self._url = path, post, wall, url
+        self._accounts = {account.id: account for account in accounts}
+        self._stored = {a.id: a.refresh_token for a in self._accounts.values()}
+        self._ends = {a.id: token_end(a.access_token) for a in self._accounts.values()}
+        self._flights: dict[str, Flight] = {}
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(self._accounts)
+
+    def access_token(self, id: str, patience_s: float = REFRESH_LIMIT_S + 5) -> str:
+        """A token good for five minutes or more; AccountError if there is none in time."""
+        with self._lock:
+            token = self._usable(id)
+            if token:
+                return token
+            flight = self._flights.get(id)
+            mine = flight is None
+            if flight is None:
+                flight = self._flights[id] = Flight()
+        if mine:
+            self._fly(id, flight)
+        elif not flight.landed.wait(patience_s):
+            raise AccountError(f"codex account {key_tail(id)}: the refresh takes too long")
+        if not flight.token:
+            raise AccountError(f"codex account {key_tail(id)}: {flight.error}")
+        return flight.token
+
+    def reject(self, id: str, token: str) -> None:
+        """The provider refused this token: the next caller renews it."""
+        with self._lock:
+            account = self._accounts.get(id)
+            if account and account.access_token == token:
+                self._ends[id] = 0.0
+
+    def _usable(self, id: str) -> str:
+        account = self._accounts.get(id)
+        if account is None:
+            raise AccountError(f"codex account {key_tail(id)} is not in {self._path.name}")
+        good = account.access_token and self._ends[id] - TOKEN_SPARE_S > self._wall()
+        return account.access_token if good else ""
+
+    def _fly(self, id: str, flight: Flight) -> None:
+        """Renew a token, and let those who wait for it go whatever happens."""
+        try:
+            flight.token = self._from_file(id) or self._refresh(id)
+        except AccountError as error:
+            flight.error = error.text
+            log.warning("codex account %s: %s", key_tail(id), error.text)
+        finally:
+            with self._lock:
+                del self._flights[id]
+            flight.landed.set()
+
+    def _from_file(self, id: str) -> str:
+        """The token of a newer sign-in, if auth.json holds one since it was last read."""
+        with self._lock:
+            document, _ = self._read_file()
+            for account in read_accounts(document):
+                if account.id == id and account.refresh_token != self._stored[id]:
+                    self._keep(account, token_end(account.access_token))
+                    self._stored[id] = account.refresh_token
+            return self._usable(id)
+
+    def _keep(self, account: Account, end: float) -> None:
+        self._accounts[account.id] = account
+        self._ends[account.id] = end
+
+    def _refresh(self, id: str) -> str:
+        """Trade the refresh token for a new pair and keep both, in memory and on disk."""
+        with self._lock:
+            old = self._accounts[id]
+        body = {
+            "client_id": CODEX_CLIENT_ID,
+            "grant_type": "refresh_token",
+            "refresh_token": old.refresh_token,
+        }
+        try:
+            status, answer = self._post(self._url, body, REFRESH_LIMIT_S)
+        except (OSError, ValueError) as error:
+            raise AccountError(f"the token endpoint failed: {type(error).__name__}") from None
+        token = answer.get("access_token") if isinstance(answer, dict) else None
+        if status != 200 or not isinstance(token, str) or not re.fullmatch(r"[!-~]+", token):
+            raise AccountError(token_refusal(status, answer, old))
+        now = self._wall()
+        life = answer.get("expires_in")
+        end = token_end(token) or now + (float(life) if is_number(life) else TOKEN_LIFE_S)
+        rotated = answer.get("refresh_token")
+        rotated = rotated if isinstance(rotated, str) and rotated else old.refresh_token
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+        with self._lock:
+            self._keep(Account(id, rotated, token, stamp), end)
+            self._save(id, answer.get("id_token"))
+        return token
+
+    def _read_file(self) -> tuple[Json, str]:
+        """(what auth.json holds now, "" or why it cannot be used)."""
+        try:
+            document = json.loads(self._path.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
+            return {}, type(error).__name__
+        return (document, "") if isinstance(document, dict) else ({}, "it holds no object")
+
+    def _save(self, id: str, identity: object) -> None:
+        """Put new tokens into the account's rows of auth.json, read anew: all else stays.
+
+        A row that meanwhile got another refresh token is newer than ours and is left alone, as
+        is a file that is gone or broken; the tokens then live until the process ends.
+        """
+        account, (document, problem) = self._accounts[id], self._read_file()
+        rows = [row for row in account_rows(document) if is_row_of(row, id, self._stored[id])]
+        for row in rows:
+            holder = token_holder(row)
+            holder["access_token"] = account.access_token
+            holder["refresh_token"] = account.refresh_token
+            if "id_token" in holder and isinstance(identity, str):
+                holder["id_token"] = identity
+            row["last_refresh"] = account.last_refresh
+        try:
+            if rows:
+                text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+                write_private(self._path.resolve(), text)
+                self._stored[id] = account.refresh_token
+        except (OSError, ValueError) as error:  # ValueError: half a surrogate pair in a text
+            problem = type(error).__name__
+        if problem:
+            name, tail = self._path.name, key_tail(id)
+            log.error("%s: new tokens of codex account %s not stored: %s", name, tail, problem)
+
+
+def is_row_of(row: Json, id: str, refresh_token: str) -> bool:
+    account = read_account(row)
+    return account is not None and (account.id, account.refresh_token) == (id, refresh_token)
+
+
+def token_refusal(status: int, answer: object, account: Account) -> str:
+    """Why no token came, without any token in it."""
+    body = answer if isinstance(answer, dict) else {}
+    code, text = error_code(dump_json(body)), dig_message(body)
+    why = scrub(f"{text} {code}", 200)
+    for secret in (account.refresh_token, account.access_token):
+        why = why.replace(secret, "[redacted]") if secret else why
+    hint = "; sign in again with `codex login`" if status in (400, 401, 403) else ""
+    return f"the token endpoint answered {status} {why}".strip() + hint
+
+
+def codex_headers(account_id: str, session_id: str = "") -> dict[str, str]:
+    """Headers of a Codex request beside Authorization (as Codex CLI sent them, 2026-09)."""
+    headers = {
+        "chatgpt-account-id": account_id,
+        "Accept": "text/event-stream",
+        "Content-Type": "application/json",
+        "originator": "codex_cli_rs",
+        "OpenAI-Beta": "responses=experimental",
+    }
+    if re.fullmatch(r"[\w.:-]{1,128}", session_id, re.ASCII):
+        headers["session_id"] = session_id
+    return headers
+
+
+def codex_wait(headers: Mapping[str, str], body: bytes, wall: float) -> float | None:
+    """Seconds until a 429 of Codex is over, at least 1; None when it does not say.
+
+    A plan has a short window (primary, 5 hours) and a long one (secondary, a week). Only a
+    window that is used up counts: the body may name the end of the long one although the
+    short one is what is full (sub2api#2264).
+    """
+    names = ("primary", "secondary")
+    windows = [window for name in names if (window := codex_window(headers, name, wall))]
+    full = [wait for used, wait in windows if used >= 100]
+    open_waits = [wait for used, wait in windows if used < 100]
+    stated = codex_body_wait(body, wall)
+    if full:
+        stated = max(full)
+    elif stated is not None:
+        stated = min([stated, *open_waits])
+    else:
+        stated = finite_number(headers.get("retry-after"))
+    return None if stated is None else min(max(stated, 1.0), MAX_CODEX_WAIT_S)
+
+
+def codex_window(headers: Mapping[str, str], name: str, wall: float) -> tuple[float, float] | None:
+    """(percent used, seconds until it starts anew) of one window; None if not stated."""
+    used = finite_number(headers.get(f"x-codex-{name}-used-percent"))
+    wait = finite_number(headers.get(f"x-codex-{name}-reset-after-seconds"))
+    if wait is None and (at := finite_number(headers.get(f"x-codex-{name}-reset-at"))) is not None:
+        wait = at - wall
+    return None if used is None or wait is None else (used, wait)
+
+
+def codex_body_wait(body: bytes, wall: float) -> float | None:
+    """`resets_in_seconds`, or `resets_at` in unix seconds, of the error."""
+    value = read_json(body)
+    error = value.get("error") if isinstance(value, dict) else None
+    error = error if isinstance(error, dict) else {}
+    wait = finite_number(error.get("resets_in_seconds"))
+    at = finite_number(error.get("resets_at"))
+    return wait if wait is not None or at is None else at - wall
+
+
+def finite_number(value: object) -> float | None:
+    """A number, or a text that is one; None for all else."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+# =============================================================================
+# 21. Breakers
 # =============================================================================
 
 
@@ -3337,7 +12327,7 @@ class Breakers:
 
 
 # =============================================================================
-# 14. Usage
+# 22. Usage
 # =============================================================================
 
 
@@ -3404,7 +12394,7 @@ class Usage:
 
 
 # =============================================================================
-# 15. Difficulty
+# 23. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -3533,7 +12523,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 16. Plan
+# 24. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -3549,6 +12539,10 @@ PREFIXES: Final = (
     ("grok", "xai"),
     ("deepseek", "deepseek"),
 )
+
+
+# Claude Code's way to ask for a long context window: `claude-opus-4-8[1m]` (seen 2026-11).
+WINDOW_SUFFIX: Final = re.compile(r"\[\d+[km]\]$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -3570,6 +12564,23 @@ class Target:
     @functools.cached_property
     def label(self) -> str:
         return f"{self.service.name}/{self.model}"
+
+    @functools.cached_property
+    def dialects(self) -> tuple[str, ...]:
+        """What it speaks, the usual one first."""
+        row = self.service.provider
+        if row.responses_only and re.search(row.responses_only, self.model.lower()):
+            return ("responses",)
+        return row.dialects
+
+    @functools.cached_property
+    def fit(self) -> Fit:
+        """What its provider asks of a chat body for this model."""
+        return fit_for(self.service.name, self.model)
+
+    @functools.cached_property
+    def claude(self) -> ClaudeTraits:
+        return claude_traits(self.model, self.facts.max_output)
 
 
 class Candidate(NamedTuple):
@@ -3740,7 +12751,8 @@ class Directory:
 
     def choose(self, model: str) -> Choice:
         """The ladder: router ids, provider/model, alias, configured id, prefix, else smart."""
-        name = model.strip().lower()
+        model = WINDOW_SUFFIX.sub("", model.strip())
+        name = model.lower()
         base, _, profile = name.rpartition(":")
         routers = {self._config.router_model_id.lower(), "hermes-router", "auto"}
         if not name or name in routers:
@@ -3749,7 +12761,7 @@ class Directory:
             return Choice(profile=profile, why=f"profile {profile}")
         if name == "dummy" and self._config.echo_fallback:
             return Choice(echo=True)
-        return self._named(model.strip(), name)
+        return self._named(model, name)
 
     def _named(self, model: str, name: str) -> Choice:
         spill = not self._config.strict_model
@@ -3812,7 +12824,7 @@ class Directory:
 
 
 # =============================================================================
-# 17. Verdicts
+# 25. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -3903,6 +12915,7 @@ SICK: Final = Verdict("provider_error", "route", 15.0, counts=True, then="key")
 BAD_ANSWER: Final = Verdict("bad_answer", "route", 30.0, counts=True)
 CLIENT_FAULT: Final = Verdict("client_fault", then="stop")
 MODEL_REFUSED: Final = Verdict("model_refused", "model", 3600.0)
+UNFIT: Final = Verdict("unfit")  # this provider cannot be asked this; nothing was sent
 DEAD_KEY: Final = Verdict("dead_key", "key", 3600.0, then="key")
 NO_CREDIT: Final = Verdict("no_credit", "key", 3600.0, then="key")
 
@@ -3911,6 +12924,7 @@ RULES: Final = (
     Rule(codes(429), None, RATE_LIMITED),
     Rule(codes(400, 413, 422, 500), OVERFLOW_WORDS, OVERFLOW),
     Rule(codes(400, 401), DEAD_KEY_WORDS, DEAD_KEY),
+    Rule(codes(400), re.compile("credit balance is too low", re.IGNORECASE), NO_CREDIT),
     Rule(codes(400), re.compile("degraded function", re.IGNORECASE), SICK),
     Rule(codes(400), NO_SUCH_MODEL, MODEL_REFUSED),
     Rule(codes(401, 403), MODEL_WORDS, MODEL_REFUSED),
@@ -4033,7 +13047,7 @@ def reset_wait(headers: Mapping[str, str], wall: float) -> float | None:
 
 
 # =============================================================================
-# 18. Transport
+# 26. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -4478,6 +13492,11 @@ class Transport:
                 guard.release()
                 raise guard.explain(error, "reset") from error
 
+    def post_json(self, url: str, body: Json, timeout: float) -> tuple[int, Any]:
+        """One small POST beside the requests of clients: (status, the JSON answered or None)."""
+        answer = self._session.post(url, json=body, timeout=timeout, allow_redirects=False)
+        return answer.status_code, read_json(answer.content[:READ_BYTES])
+
     def _exchange(self, link: Link, head: bytes, body: bytes, guard: Guard) -> Response:
         guard.hold(link.sock)
         try:
@@ -4558,30 +13577,12 @@ class Transport:
 
 
 # =============================================================================
-# 19. Upstream
+# 27. Upstream
 # =============================================================================
 
 MAX_HELD_BYTES: Final = 1 << 20  # of a stream before its first useful event
 LINGER_S: Final = 0.3  # for the end of the coding after [DONE]
 NOT_EVENTS: Final = (b"{", b"<", b"[")  # how JSON and HTML begin, and no event
-
-
-@dataclass
-class Ask:
-    """One client request on its way: the body as sent and as parsed, and who asks."""
-
-    dialect: str  # of the client: a key of DIALECTS
-    raw: bytes
-    body: Json
-    guard: Guard
-    stream: bool = False
-    wants_usage: bool = False
-    started: float = 0.0
-    request_id: str = ""
-
-    @property
-    def is_chat(self) -> bool:
-        return self.dialect == "chat"
 
 
 @dataclass
@@ -4595,6 +13596,7 @@ class Attempt:
     tokens: Tokens | None = None
     stream: Relay | None = None
     seconds: float = 0.0
+    final: Json | None = None  # the client's answer, parsed
 
 
 class Relay:
@@ -4607,6 +13609,7 @@ class Relay:
         self.held = b""  # what commits the stream
         self.read_out = False  # the client got all of it
         self.on_close: Callable[[Relay], None] | None = None
+        self.keep: Callable[[Json], None] | None = None  # gets the whole answer at the end
 
     @property
     def tokens(self) -> Tokens | None:
@@ -4628,6 +13631,8 @@ class Relay:
             if block:
                 return block
         self.read_out = True
+        if self.keep and self.flow.final:
+            self.keep(self.flow.final)
         self.close()
         raise StopIteration
 
@@ -4649,7 +13654,7 @@ class Relay:
         if not data:
             self._response = None
             block = flow.end(self._cutter.rest)
-        return block + self._told(response) if flow.failure else block
+        return block + self.told() if flow.failure else block
 
     def _read(self, response: Response) -> bytes:
         """What came; only the provider's silence counts against it, not a slow client's."""
@@ -4668,12 +13673,13 @@ class Relay:
             return flow.end(b"")
         sort = error.sort if isinstance(error, TransportError) else "garbled"
         flow.failure = Outcome(0, str(error), sort)
-        return self._told(response)
+        return self.told()
 
-    def _told(self, response: Response) -> bytes:
+    def told(self) -> bytes:
         """The client learns that the provider failed; nothing of it is read any more."""
-        self._response = None
-        response.close()
+        response, self._response = self._response, None
+        if response is not None:
+            response.close()
         problem = self.flow.failure or BROKEN
         text = f"the provider failed in the middle of its answer: {problem.text or problem.sort}"
         return self.flow.fail(Exhausted(text, code="stream_interrupted"))
@@ -4698,12 +13704,24 @@ class Relay:
             hook(self)
 
 
+# (headers, body, unix seconds) -> how long a refusal lasts, in seconds; None = not stated
+ReadWait = Callable[[Mapping[str, str], bytes, float], float | None]
+
+
 class Upstream:
     """Sends one request to one target and judges what comes back."""
 
-    def __init__(self, config: Config, transport: Transport, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        transport: Transport,
+        now: Callable[[], float],
+        accounts: Accounts,
+    ) -> None:
         self._config, self._transport, self._now = config, transport, now
-        self._heads: dict[tuple[str, str], bytes] = {}
+        self._accounts = accounts
+        self._heads: dict[tuple[str, str, str], bytes] = {}
+        self._lacking: set[tuple[str, str]] = set()  # (service, dialect) that it does not speak
 
     def send(self, target: Target, lease: Lease, ask: Ask, deadline: float) -> Attempt:
         """One attempt; `deadline` is the monotonic time when the whole request ends."""
@@ -4712,8 +13730,10 @@ class Upstream:
         ask.guard.begin(min(started + patience, deadline))
         try:
             attempt = self._try(target, lease, ask)
-        except TransportError as error:
+        except (TransportError, AccountError) as error:
             attempt = failed(Outcome(0, error.text, error.sort))
+        except BadRequest as error:  # this dialect has no words for it
+            attempt = Attempt(UNFIT, Outcome(400, error.message))
         ask.guard.deadline = deadline
         attempt.seconds = self._now() - started
         if attempt.stream:
@@ -4731,21 +13751,57 @@ class Upstream:
         return wait
 
     def _try(self, target: Target, lease: Lease, ask: Ask) -> Attempt:
-        dialect, secret = DIALECTS[ask.dialect], lease.key.encode()
-        response = self._transport.post(
-            self._transport.origin(target.service.url),
+        secret = lease.key
+        if target.service.provider.accounts:
+            secret = self._accounts.access_token(lease.key)  # it may have to be renewed first
+        first, *others = self._spoken(target, ask)
+        response = self._post(target, lease, secret, ask, first)
+        # A server under a provider's name may speak Chat only.
+        if others and response.status in (404, 405, 501):
+            response.close()
+            self._lacking.add((target.provider, first.name))
+            first = others[0]
+            response = self._post(target, lease, secret, ask, first)
+        if response.status != 200:
+            read_wait = codex_wait if target.service.provider.accounts else stated_wait
+            if response.status == 401 and read_wait is codex_wait:
+                self._accounts.reject(lease.key, secret)
+            return self._refused(response, secret.encode(), read_wait)
+        passage = Passage(first, ask, target.provider, secret.encode())
+        if not ask.stream:
+            return whole_answer(response, passage)
+        return first_useful(response, passage.flow())
+
+    def _spoken(self, target: Target, ask: Ask) -> list[Dialect]:
+        """The dialects to try, the client's own first."""
+        wanted = ask.surface.dialect
+        if wanted == "embeddings":
+            return [DIALECTS[wanted]]
+        names = [n for n in target.dialects if (target.provider, n) not in self._lacking]
+        names.sort(key=lambda name: name != wanted)
+        return [DIALECTS[name] for name in names or target.dialects]
+
+    def _post(
+        self, target: Target, lease: Lease, secret: str, ask: Ask, dialect: Dialect
+    ) -> Response:
+        service, native = target.service, dialect.name == ask.surface.dialect
+        if service.provider.accounts:
+            headers = header_lines(self._account_headers(service, lease.key, secret))
+        else:
+            headers = self._headers(service, secret, dialect.name)
+        if native:
+            headers += ask.forward
+        elif dialect.name == "messages":
+            headers += CLAUDE_VERSION
+        return self._transport.post(
+            self._transport.origin(service.url),
             dialect.path,
-            self._headers(target.service, lease.key),
-            self._body(target, ask),
+            headers,
+            self._body(target, ask, dialect.name, native),
             ask.guard,
         )
-        if response.status != 200:
-            return self._refused(response, secret)
-        if not ask.stream:
-            return whole_answer(response, dialect, secret)
-        return first_useful(response, Flow(dialect, ask.wants_usage, secret))
 
-    def _refused(self, response: Response, secret: bytes) -> Attempt:
+    def _refused(self, response: Response, secret: bytes, read_wait: ReadWait) -> Attempt:
         """A status other than 200, with the provider's reason."""
         try:
             body = masked(response.read(limit=1 << 20), secret)
@@ -4753,75 +13809,144 @@ class Upstream:
             body = error.text.encode()
         wait = None
         if response.status in (429, 503, 529):
-            wait = stated_wait(response.headers, body, time.time())
+            wait = read_wait(response.headers, body, time.time())
         outcome = Outcome(
             response.status, error_text(body), retry_after=wait, code=error_code(body)
         )
         return failed(outcome)
 
-    def _headers(self, service: Service, key: str) -> bytes:
-        """Header lines for one (service, key), made once."""
-        made = self._heads.get((service.name, key))
+    def _headers(self, service: Service, key: str, dialect: str) -> bytes:
+        """Header lines for one (service, key), made once where they do not change."""
+        made = self._heads.get((service.name, key, dialect))
         if made is None:
-            lines = {
-                "Content-Type": "application/json",
-                "Accept": "application/json, text/event-stream",
-                "Accept-Encoding": "identity",
-                "User-Agent": f"hermes-router/{__version__}",
-                **dict(service.headers),
-            }
-            if key:
+            lines = {**COMMON_HEADERS, **dict(service.headers)}
+            if key and dialect == "messages":
+                lines["x-api-key"] = key
+            elif key:
                 lines["Authorization"] = f"Bearer {key}"
-            made = "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode(
-                "latin-1"
-            )
-            self._heads[service.name, key] = made
+            made = self._heads[service.name, key, dialect] = header_lines(lines)
         return made
 
-    def _body(self, target: Target, ask: Ask) -> bytes:
-        """The client's bytes with the edits that this target needs."""
-        edits: dict[str, object] = {}
-        if ask.body.get("model") != target.model:
-            edits["model"] = target.model
-        if ask.is_chat:
-            edits |= self._chat_edits(target, ask)
-        return edit_body(ask.raw, ask.body, edits) if edits else ask.raw
+    @staticmethod
+    def _account_headers(service: Service, account: str, token: str) -> dict[str, str]:
+        """Headers of a subscription, whose token changes every hour."""
+        return {
+            **COMMON_HEADERS,
+            **dict(service.headers),
+            **codex_headers(account),
+            "Authorization": f"Bearer {token}",
+        }
 
-    def _chat_edits(self, target: Target, ask: Ask) -> dict[str, object]:
-        reserve = self._config.reasoning_reserve if target.reasoning else 0
-        edits = output_edits(ask.body, reserve, target.service.max_output_tokens)
-        if ask.stream and not ask.wants_usage and target.service.provider.stream_options:
-            options = ask.body.get("stream_options") or {}
+    def _body(self, target: Target, ask: Ask, dialect: str, native: bool) -> bytes:
+        """The client's bytes with the edits this target needs, or its chat in another dialect."""
+        place = (target.label, dialect)
+        if ask.kept_body[0] == place:  # the same for every key
+            return ask.kept_body[1]
+        if dialect == "embeddings":
+            made = edit_body(ask.raw, ask.body, model_edit(target, ask))
+        else:
+            made = BODIES[dialect](target, ask, native, self._config.reasoning_reserve)
+        ask.kept_body = (place, made)
+        return made
+
+
+COMMON_HEADERS: Final = {
+    "Content-Type": "application/json",
+    "Accept": "application/json, text/event-stream",
+    "Accept-Encoding": "identity",
+    "User-Agent": f"hermes-router/{__version__}",
+}
+CLAUDE_VERSION: Final = b"anthropic-version: 2023-06-01\r\n"
+
+
+def header_lines(headers: Mapping[str, str]) -> bytes:
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
+
+
+def model_edit(target: Target, ask: Ask) -> dict[str, object]:
+    return {} if ask.body.get("model") == target.model else {"model": target.model}
+
+
+def chat_body(target: Target, ask: Ask, native: bool, reserve: int) -> bytes:
+    """A chat body that this provider takes; the client's own bytes where little must change."""
+    if why := target.fit.refuses(ask.chat):
+        raise BadRequest(why)
+    edits = {**model_edit(target, ask), **target.fit.edits(ask.chat)}
+    asked = {**ask.chat, **edits} if edits else ask.chat
+    edits |= output_edits(asked, reserve * target.reasoning, target.service.max_output_tokens)
+    if edits.get("stream", ask.stream) and target.service.provider.stream_options:
+        if not (native and ask.wants_usage):
+            options = ask.chat.get("stream_options") or {}
             edits["stream_options"] = {**options, "include_usage": True}
-        elif "stream_options" in ask.body and not target.service.provider.stream_options:
-            edits["stream_options"] = DROP
-        if target.service.provider.reasoning_replay == "reject":
-            messages = without_reasoning(ask.body["messages"])
-            if messages is not None:
-                edits["messages"] = messages
-        return edits
+    elif "stream_options" in ask.chat:
+        edits["stream_options"] = DROP
+    if native:
+        return edit_body(ask.raw, ask.body, edits) if edits else ask.raw
+    whole = {**ask.chat, "stream": ask.stream, **edits}
+    return dump_json({name: value for name, value in whole.items() if value is not DROP})
+
+
+def messages_body(target: Target, ask: Ask, native: bool, _reserve: int) -> bytes:
+    if native:
+        edits = model_edit(target, ask)
+        own = own_thinking(ask.body, target.provider) if SEAL.encode() in ask.raw else None
+        return edit_body(ask.raw, ask.body, {**edits, **(own or {})})
+    made = chat_to_messages(ask.chat, target.model, target.claude, target.provider)
+    return dump_json({**made, "stream": ask.stream})
+
+
+def codex_body(target: Target, ask: Ask, _native: bool, _reserve: int) -> bytes:
+    return dump_json(chat_to_responses(ask.chat, target.model, target.provider, codex=True))
+
+
+def responses_body(target: Target, ask: Ask, native: bool, _reserve: int) -> bytes:
+    if not native:
+        made = chat_to_responses(
+            ask.chat,
+            target.model,
+            target.provider,
+            reasons=target.facts.reasoning is not False,
+        )
+        return dump_json({**made, "stream": ask.stream})
+    edits = model_edit(target, ask)
+    body = ask.body
+    if ask.input is not None:
+        body = {**body, "input": ask.input}
+        edits |= {"input": ask.input, "previous_response_id": DROP}
+    own = own_reasoning(body, target.provider) if SEAL in dump_json(body).decode() else None
+    return edit_body(ask.raw, ask.body, {**edits, **(own or {})})
+
+
+BODIES: Final[Mapping[str, Callable[[Target, Ask, bool, int], bytes]]] = {
+    "chat": chat_body,
+    "messages": messages_body,
+    "responses": responses_body,
+    "codex": codex_body,
+}
 
 
 def failed(outcome: Outcome, in_ok: bool = False) -> Attempt:
     return Attempt(judge(outcome, in_ok), outcome)
 
 
-def whole_answer(response: Response, dialect: Dialect, secret: bytes) -> Attempt:
-    """A 200 read to its end and judged; its bytes are kept as they came."""
+def whole_answer(response: Response, passage: Passage) -> Attempt:
+    """A 200 read to its end and judged; its bytes are kept as they came where they may be."""
     body = response.read()
-    problem, reply = dialect.judge(body)
-    if problem:
-        problem, _ = dialect.judge(masked(body, secret))
-        return failed(problem or BROKEN, in_ok=True)
+    whole = passage.whole(body)
+    if whole.problem:
+        return failed(whole.problem, in_ok=True)
     content_type = response.headers.get("content-type", "")
-    if "json" not in content_type:
+    if whole.body is not body or "json" not in content_type:
         content_type = "application/json"  # deepseek sends octet-stream, others text/plain
-    return Attempt(None, Outcome(200, ""), body, content_type, tokens_of(reply))
+    made = Attempt(None, Outcome(200, ""), whole.body, content_type, whole.tokens)
+    made.final = whole.final
+    return made
 
 
 def first_useful(response: Response, flow: Flow) -> Attempt:
     """Hold a stream back until its first useful event has come: only then is it committed."""
-    cutter, held, size, begun = EventCutter(), [], 0, False
+    cutter, size, begun = EventCutter(), 0, False
+    held: list[bytes] = []
     while not flow.failure and size <= MAX_HELD_BYTES:
         data = response.read1()
         if not begun and data.lstrip()[:1] in NOT_EVENTS:
@@ -4832,7 +13957,10 @@ def first_useful(response: Response, flow: Flow) -> Attempt:
         except ValueError as error:
             flow.failure = Outcome(0, str(error), "garbled")
         size += len(held[-1])
-        if flow.useful and not flow.failure:
+        if flow.odd:
+            flow = flow.translated()
+            held = [flow.take(b"".join(held))]
+        if flow.useful:
             return committed(response if data else None, flow, cutter, b"".join(held))
         if not data:
             text = "the stream ended before its first useful event" if begun else "an empty stream"
@@ -4844,7 +13972,7 @@ def first_useful(response: Response, flow: Flow) -> Attempt:
 
 def committed(response: Response | None, flow: Flow, cutter: EventCutter, held: bytes) -> Attempt:
     relay = Relay(response, flow, cutter)
-    relay.held = held
+    relay.held = held + (relay.told() if flow.failure else b"")
     return Attempt(None, Outcome(200, ""), content_type="text/event-stream", stream=relay)
 
 
@@ -4857,7 +13985,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 20. Router
+# 28. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -4883,6 +14011,7 @@ class Answer:
     provider: str
     model: str
     attempts: int
+    final: Json | None = None  # the client's answer, parsed; of a stream when it has ended
 
 
 @dataclass
@@ -4970,7 +14099,15 @@ class Router:
         self.watchdog = Watchdog(now)
         self.encoder = Encoder()
         self.transport = transport or Transport(config.connect_timeout)
-        self.upstream = Upstream(config, self.transport, now)
+        self.accounts = Accounts(
+            config.accounts,
+            config.home / config.auth_file,
+            self.transport.post_json,
+            time.time,
+            config.codex_token_url,
+        )
+        self.upstream = Upstream(config, self.transport, now, self.accounts)
+        self.responses = ResponseStore(now=now)
 
     def close(self) -> None:
         """Let go of the connections to providers."""
@@ -4980,16 +14117,16 @@ class Router:
 
     def complete(self, ask: Ask, caller: Caller, profile: str = "") -> Answer:
         """Answer a chat request, or raise the RouterError that says why not."""
-        choice = self.directory.choose(ask.body.get("model") or "")
+        choice = self.directory.choose(ask.chat.get("model") or "")
+        tokens = ask.tokens = self.size(ask)
         if choice.echo or self.echoes:
             return echo_answer(ask)
         profile = choice.profile or profile
-        tokens = self.size(ask)
         threshold = self.config.fast_route_threshold
         traits = Traits(
-            rate_difficulty(ask.body).level,
-            wants_tools(ask.body),
-            wants_vision(ask.body),
+            rate_difficulty(ask.chat).level,
+            wants_tools(ask.chat),
+            wants_vision(ask.chat),
             profile,
             0 < tokens < threshold,
             caller.scope,
@@ -5139,6 +14276,7 @@ class Router:
         if attempt.stream is None:
             self.watchdog.unwatch(ask.guard)
             self.charge(target, attempt.tokens)
+            answer.final = attempt.final
             return answer
         answer.body = attempt.stream
         attempt.stream.on_close = functools.partial(self.stream_ended, target, lease, ask)
@@ -5169,7 +14307,7 @@ class Router:
 
     def size(self, ask: Ask) -> int:
         """The request in tokens; counted exactly only where a decision hangs on it."""
-        estimate = token_bounds(text_bytes(ask.raw), ask.body)
+        estimate = token_bounds(text_bytes(ask.raw), ask.chat)
         bounds = [
             s.skip_tokens_over for s in self.directory.services.values() if s.skip_tokens_over
         ]
@@ -5177,7 +14315,7 @@ class Router:
             bounds.append(self.config.fast_route_threshold)
         if any(estimate.exceeds(bound) is None for bound in bounds):
             self.encoder.start()  # in the background; until it is loaded the estimate decides
-            return count_tokens(ask.body, self.encoder) or estimate.likely
+            return count_tokens(ask.chat, self.encoder) or estimate.likely
         return estimate.likely
 
     def exhausted(self, walk: Walk, tokens: int, late: bool) -> RouterError:
@@ -5243,23 +14381,26 @@ ECHO_HELP: Final = (
 
 
 def echo_answer(ask: Ask) -> Answer:
-    """The answer of the built-in echo, whole or streamed."""
-    text = ECHO_HELP + (last_user_text(ask.body) or "(nothing)")
+    """The answer of the built-in echo, whole or streamed, in the client's dialect."""
+    text = ECHO_HELP + (last_user_text(ask.chat) or "(nothing)")
     head = {"id": f"chatcmpl-{ask.request_id}", "created": int(time.time()), "model": "echo"}
     message = {"role": "assistant", "content": text}
     asked, said = len(ask.raw) // 4, len(text) // 4
     usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     reply = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
+    passage = Passage(DIALECTS["chat"], ask, "echo")
     if not ask.stream:
-        return Answer(dump_json(reply), "application/json", "echo", "echo", 1)
-    relay = Relay(None, Flow(DIALECTS["chat"], ask.wants_usage), EventCutter())
-    relay.held = b"".join(echo_events(head, text, usage if ask.wants_usage else None))
+        whole = passage.whole(dump_json(reply))
+        return Answer(whole.body, "application/json", "echo", "echo", 1, whole.final)
+    flow = passage.flow()
+    relay = Relay(None, flow, EventCutter())
+    relay.held = flow.take(b"".join(echo_events(head, text, usage)))
     return Answer(relay, "text/event-stream", "echo", "echo", 1)
 
 
-def echo_events(head: Json, text: str, usage: Json | None) -> Iterator[bytes]:
-    """One event per word, a finish, usage where asked for, and the end."""
+def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
+    """One event per word, a finish, usage, and the end."""
 
     def event(delta: Json, finish: str | None) -> bytes:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
@@ -5269,15 +14410,12 @@ def echo_events(head: Json, text: str, usage: Json | None) -> Iterator[bytes]:
     for word in re.findall(r"\S+\s*|\s+", text):
         yield event({"content": word}, None)
     yield event({}, "stop")
-    if usage:
-        yield encode_event(
-            {**head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
-        )
+    yield encode_event({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
     yield DONE
 
 
 # =============================================================================
-# 21. Status
+# 29. Status
 # =============================================================================
 
 
@@ -5393,6 +14531,37 @@ def capabilities(target: Target) -> Json:
     }
 
 
+def anthropic_models(rows: Sequence[Json]) -> Json:
+    """The same list for a client that sent `anthropic-version`."""
+    data = [anthropic_model(row) for row in rows]
+    return {
+        "data": data,
+        "has_more": False,
+        "first_id": data[0]["id"],
+        "last_id": data[-1]["id"],
+    }
+
+
+def anthropic_model(row: Json) -> Json:
+    made = {"type": "model", "id": row["id"], "display_name": row["id"]}
+    sizes = {
+        "max_input_tokens": row.get("context_length"),
+        "max_tokens": row.get("max_output_tokens"),
+    }
+    return {**made, "created_at": "2026-01-01T00:00:00Z", **{k: v for k, v in sizes.items() if v}}
+
+
+def codex_model(row: Json) -> Json:
+    """A row as Codex CLI asks for it (GET /v1/models?client_version=, seen 2026-10)."""
+    return {
+        "slug": row["id"],
+        "display_name": row["id"],
+        "context_window": row.get("context_length"),
+        "supported_in_api": True,
+        "visibility": "list",
+    }
+
+
 class Metric(NamedTuple):
     name: str
     kind: str
@@ -5464,7 +14633,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 22. Endpoints
+# 30. Endpoints
 # =============================================================================
 
 PUBLIC: Final = frozenset({"/health", "/", "/favicon.ico"})
@@ -5495,8 +14664,15 @@ def add_routes(app: flask.Flask, router: Router) -> None:
     """Every path, the method it answers to, and its function."""
     routes: tuple[tuple[str, str, Callable[..., Any]], ...] = (
         ("POST", "/v1/chat/completions", lambda: serve_chat(router)),
+        ("POST", "/v1/messages", lambda: serve_messages(router)),
+        ("POST", "/v1/messages/count_tokens", lambda: serve_count(router)),
+        ("POST", "/v1/responses", lambda: serve_responses(router)),
+        ("GET", "/v1/responses/<own>", lambda own: serve_stored(router, own)),
+        ("GET", "/v1/responses/<own>/input_items", lambda own: serve_input(router, own)),
+        ("DELETE", "/v1/responses/<own>", lambda own: delete_stored(router, own)),
+        ("POST", "/v1/completions", lambda: serve_completions(router)),
         ("POST", "/v1/embeddings", lambda: serve_embeddings(router)),
-        ("GET", "/v1/models", lambda: {"object": "list", "data": model_list(router)}),
+        ("GET", "/v1/models", lambda: serve_models(router)),
         ("GET", "/v1/models/<path:model>", lambda model: serve_model(router, model)),
         ("GET", "/v1/status", lambda: snapshot(router)),
         (
@@ -5594,10 +14770,22 @@ def health(router: Router) -> Json:
     return {"status": "ok", "providers": list(router.directory.services), **mode}
 
 
+def serve_models(router: Router) -> Json:
+    """The list in the shape the client expects: OpenAI's, Anthropic's, or Codex's beside it."""
+    request, rows = current_request(), model_list(router)
+    if "HTTP_ANTHROPIC_VERSION" in request.environ:
+        return anthropic_models(rows)
+    listed: Json = {"object": "list", "data": rows}
+    if "client_version" in request.args:
+        listed["models"] = [codex_model(row) for row in rows]
+    return listed
+
+
 def serve_model(router: Router, model: str) -> Json:
     for row in model_list(router):
         if row["id"] == model:
-            return row
+            claude = "HTTP_ANTHROPIC_VERSION" in current_request().environ
+            return anthropic_model(row) if claude else row
     raise NotFound(
         f"the model {model[:200]!r} is not listed here", param="model", code="model_not_found"
     )
@@ -5605,41 +14793,170 @@ def serve_model(router: Router, model: str) -> Json:
 
 def serve_chat(router: Router) -> flask.Response:
     request = current_request()
-    ask = read_ask(router, request, "chat", validate_chat)
-    ask.stream = bool(ask.body.get("stream"))
-    options = ask.body.get("stream_options") or {}
+    raw, body = read_body(router, request)
+    validate_chat(body)
+    ask = make_ask(router, request, CHAT, raw, body, body)
+    options = body.get("stream_options") or {}
     ask.wants_usage = bool(options.get("include_usage"))
-    profile = request.environ.get("HTTP_X_HERMES_PROFILE", "").strip().lower()
-    profile = profile if profile in ("fast", "local") else ""
-    caller = request.environ["hermes.caller"]
-    return respond(router, request, ask, lambda: router.complete(ask, caller, profile))
+    return respond_chat(router, request, ask)
+
+
+def serve_messages(router: Router) -> flask.Response:
+    request = current_request()
+    raw, body = read_body(router, request)
+    ask = make_ask(router, request, MESSAGES, raw, body, messages_to_chat(body))
+    ask.wants_usage = True
+    ask.forward = forwarded(request)
+    return respond_chat(router, request, ask)
+
+
+def forwarded(request: flask.Request) -> bytes:
+    """The client's own version and beta headers, for a provider that speaks Messages too."""
+    environ = request.environ
+    version = environ.get("HTTP_ANTHROPIC_VERSION") or "2023-06-01"
+    lines = {"anthropic-version": version}
+    if beta := environ.get("HTTP_ANTHROPIC_BETA"):
+        lines["anthropic-beta"] = beta
+    return header_lines({n: v for n, v in lines.items() if v.isprintable()})
+
+
+def serve_count(router: Router) -> Json:
+    """POST /v1/messages/count_tokens: an estimate until the encoder is loaded."""
+    _, body = read_body(router, current_request())
+    router.encoder.start()
+    return {"input_tokens": count_messages_tokens(body, router.encoder)}
+
+
+def serve_completions(router: Router) -> flask.Response:
+    request = current_request()
+    raw, body = read_body(router, request)
+    ask = make_ask(router, request, COMPLETIONS, raw, body, completions_to_chat(body))
+    ask.wants_usage = True
+    return respond_chat(router, request, ask)
+
+
+def serve_responses(router: Router) -> flask.Response:
+    request = current_request()
+    raw, body = read_body(router, request)
+    validate_responses(body)
+    caller, previous = request.environ["hermes.caller"].name, body.get("previous_response_id")
+    earlier = router.responses.chain(caller, previous) if previous else []
+    surface = responses_surface(is_codex(request, body), earlier)
+    ask = make_ask(router, request, surface, raw, body, responses_to_chat(body, earlier))
+    ask.wants_usage = True
+    items = items_of(body)
+    if previous:
+        ask.input = [*earlier, *items]
+
+    def keep(final: Json) -> None:
+        if body.get("store") is not False and isinstance(own := final.get("id"), str):
+            stored = {**final, "previous_response_id": previous}
+            router.responses.put(caller, own, items, stored)
+
+    try:
+        return respond_chat(router, request, ask, keep)
+    except (BadRequest, OverLimit) as error:
+        if not told_in_stream(error, ask, is_codex(request, body)):
+            raise
+        flow = surface.writer(ask.opening, "")
+        return flask.Response(
+            flow.fail(error), 200, {**STREAM_HEADERS, "Content-Type": "text/event-stream"}
+        )
+
+
+def is_codex(request: flask.Request, body: Json) -> bool:
+    """Codex CLI by its headers, or by what only it sends (versions 0.159 to 0.169, 2026-11)."""
+    environ = request.environ
+    named = environ.get("HTTP_ORIGINATOR", "") + environ.get("HTTP_USER_AGENT", "")
+    include = body.get("include")
+    sealed = isinstance(include, list) and "reasoning.encrypted_content" in include
+    like = body.get("store") is False and "prompt_cache_key" in body and sealed
+    return "codex" in named.lower() or like
+
+
+def told_in_stream(error: RouterError, ask: Ask, codex: bool) -> bool:
+    """Agents act upon these only as `response.failed` in a stream (Codex CLI to 0.160)."""
+    overflow = error.code == "context_length_exceeded"
+    return ask.stream and (overflow or (codex and isinstance(error, OverLimit)))
+
+
+def stored_response(router: Router, own: str) -> Json:
+    caller = current_request().environ["hermes.caller"].name
+    found = router.responses.get(caller, own)
+    if found is None:
+        raise NotFound(f"there is no response {own[:100]!r}", param="response_id")
+    return found
+
+
+def serve_stored(router: Router, own: str) -> Json:
+    return stored_response(router, own)
+
+
+def serve_input(router: Router, own: str) -> Json:
+    """GET /v1/responses/{id}/input_items."""
+    stored_response(router, own)
+    caller = current_request().environ["hermes.caller"].name
+    items = router.responses.items(caller, own) or []
+    rows = [{"id": f"item_{at}", **item} for at, item in enumerate(items)]
+    ends = {"first_id": rows[0]["id"], "last_id": rows[-1]["id"]} if rows else {}
+    return {"object": "list", "data": rows, "has_more": False, **ends}
+
+
+def delete_stored(router: Router, own: str) -> Json:
+    stored_response(router, own)
+    router.responses.delete(current_request().environ["hermes.caller"].name, own)
+    return {"id": own, "object": "response", "deleted": True}
 
 
 def serve_embeddings(router: Router) -> flask.Response:
     request = current_request()
-    ask = read_ask(router, request, "embeddings", validate_embeddings)
+    raw, body = read_body(router, request)
+    validate_embeddings(body)
+    ask = make_ask(router, request, EMBEDDINGS, raw, body, body)
+    ask.stream = False
     return respond(
         router, request, ask, lambda: router.embed(ask, request.environ["hermes.caller"])
     )
 
 
-def read_ask(
-    router: Router, request: flask.Request, dialect: str, validate: Callable[[Json], None]
-) -> Ask:
-    """The request as sent and as parsed; BadRequest names the field that is wrong."""
+def read_body(router: Router, request: flask.Request) -> tuple[bytes, Json]:
+    """The request as sent and as parsed; RouterError says what is wrong with it."""
     coding = request.environ.get("HTTP_CONTENT_ENCODING", "identity").lower()
     if coding not in ("", "identity"):
         raise UnsupportedMedia(f"request bodies with content encoding {coding[:40]!r} are not read")
     if (request.content_length or 0) > router.config.max_request_bytes:
         raise TooLarge(f"the request is larger than {router.config.max_request_bytes} bytes")
     raw = request.get_data(cache=False)
-    body = parse_body(raw)
-    validate(body)
-    return Ask(dialect, raw, body, Guard(), started=router.now(), request_id=request_id(request))
+    return raw, parse_body(raw)
+
+
+def make_ask(
+    router: Router, request: flask.Request, surface: Surface, raw: bytes, body: Json, chat: Json
+) -> Ask:
+    ask = Ask(surface, raw, body, chat, Guard(), bool(body.get("stream")))
+    ask.started, ask.request_id = router.now(), request_id(request)
+    return ask
+
+
+def respond_chat(
+    router: Router,
+    request: flask.Request,
+    ask: Ask,
+    keep: Callable[[Json], None] | None = None,
+) -> flask.Response:
+    """Answer whatever became a chat; `keep` gets the whole answer once it is known."""
+    profile = request.environ.get("HTTP_X_HERMES_PROFILE", "").strip().lower()
+    profile = profile if profile in ("fast", "local") else ""
+    caller = request.environ["hermes.caller"]
+    return respond(router, request, ask, lambda: router.complete(ask, caller, profile), keep)
 
 
 def respond(
-    router: Router, request: flask.Request, ask: Ask, answer: Callable[[], Answer]
+    router: Router,
+    request: flask.Request,
+    ask: Ask,
+    answer: Callable[[], Answer],
+    keep: Callable[[Json], None] | None = None,
 ) -> flask.Response:
     """Run one request inside the gate, cut when the client goes away."""
     on_close = request.environ.get(ON_CLOSE, forget)
@@ -5664,7 +14981,10 @@ def respond(
     }
     if isinstance(made.body, bytes):
         visit.leave(200, made)
+        if keep and made.final:
+            keep(made.final)
         return flask.Response(made.body, 200, headers)
+    made.body.keep = keep
     body = Stream(made.body, lambda whole: visit.leave(200 if whole else 499, made))
     return flask.Response(body, 200, {**headers, **STREAM_HEADERS}, direct_passthrough=True)
 
@@ -5717,11 +15037,11 @@ class Stream:
 
 
 def error_response(router: Router, error: RouterError) -> flask.Response:
-    """Any RouterError as the OpenAI error envelope."""
-    response = flask.Response(
-        dump_json(error_body(error)), error.status, mimetype="application/json"
-    )
-    response.headers["X-Request-ID"] = request_id(current_request())
+    """Any RouterError in the envelope of the endpoint's dialect."""
+    request = current_request()
+    envelope = envelope_for(request.environ, error, request_id(request))
+    response = flask.Response(dump_json(envelope), error.status, mimetype="application/json")
+    response.headers["X-Request-ID"] = request_id(request)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if error.attempts:
@@ -5729,6 +15049,15 @@ def error_response(router: Router, error: RouterError) -> flask.Response:
     router.usage.answered(error.status)
     log.info("%s %d %s", request_id(current_request()), error.status, scrub(error.message, 300))
     return response
+
+
+def envelope_for(environ: Mapping[str, Any], error: RouterError, request_id: str) -> Json:
+    """The error as the client of this path reads it; two kinds of client list models."""
+    path = environ.get("PATH_INFO", "")
+    claude = path.startswith("/v1/models") and "HTTP_ANTHROPIC_VERSION" in environ
+    if claude or path.startswith("/v1/messages"):
+        return messages_error(error, request_id)
+    return error_body(error)
 
 
 def http_error(router: Router, error: HTTPException) -> flask.Response:
@@ -5754,7 +15083,7 @@ def crash(router: Router, error: Exception) -> flask.Response:
 
 
 # =============================================================================
-# 23. Server
+# 31. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -5905,12 +15234,12 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
     def execute(self) -> None:
         refused = self.request.error
         kind = HTTP_ERRORS.get(refused.code, BadRequest if refused.code < 500 else RouterError)
-        body = dump_json(error_body(kind(f"{refused.reason}: {refused.body}")))
+        own = f"req_{secrets.token_hex(16)}"
+        error = kind(f"{refused.reason}: {refused.body}")
+        place = {"PATH_INFO": getattr(self.request, "path", "")}
+        body = dump_json(envelope_for(place, error, own))
         self.status = f"{refused.code} {refused.reason}"
-        self.response_headers += [
-            ("Content-Type", "application/json"),
-            ("X-Request-ID", f"req_{secrets.token_hex(16)}"),
-        ]
+        self.response_headers += [("Content-Type", "application/json"), ("X-Request-ID", own)]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -6106,7 +15435,7 @@ def make_server(app: flask.Flask, config: Config) -> Any:
 
 
 # =============================================================================
-# 24. Documents
+# 32. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -6270,7 +15599,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 25. Command line
+# 33. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3

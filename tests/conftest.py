@@ -29,10 +29,11 @@ def upstreams() -> Iterator[list[Upstream]]:
 
 @pytest.fixture
 def upstream(upstreams: list[Upstream]) -> Callable[..., Upstream]:
-    """upstream(answer, ...) or upstream(function): a scripted provider."""
+    """upstream(step, ...): a scripted provider; a step is an answer, or makes one of a request."""
 
     def make(*script: Any) -> Upstream:
-        upstreams.append(Upstream(script[0] if callable(script[0]) else script))
+        only = script[0] if len(script) == 1 else None
+        upstreams.append(Upstream(only if callable(only) else script))
         return upstreams[-1]
 
     return make

@@ -36,7 +36,8 @@ class Pieces:
 
 
 def chat_flow(wants_usage: bool = False) -> router.Flow:
-    return router.Flow(router.DIALECTS["chat"], wants_usage)
+    ask = router.Ask(router.CHAT, b"{}", {}, {}, router.Guard(), True, wants_usage)
+    return router.Passage(router.DIALECTS["chat"], ask, "groq").flow()
 
 
 def chat_relay(response: Any, wants_usage: bool = False) -> router.Relay:

@@ -269,13 +269,17 @@ def test_a_slow_drip_is_no_failure(pair):
     assert len(both.asked) == 1
 
 
+CALL = {"index": 0, "id": "c", "type": "function"}
+CALL["function"] = {"name": "f", "arguments": "{}"}
+
+
 @pytest.mark.parametrize(
     "useful",
     [
         {"content": "x"},
         {"reasoning_content": "hm"},
         {"reasoning": "hm"},
-        {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]},
+        {"tool_calls": [CALL]},
     ],
     ids=lambda useful: next(iter(useful)),
 )

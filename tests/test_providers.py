@@ -36,7 +36,7 @@ def test_row_is_well_formed(row):
     assert re.fullmatch(r"[a-z][a-z0-9_]*", row.name)
     assert row.title and row.note and row.free.text
     assert row.tier in {"free", "trial", "paid", "subscription", "local"}
-    assert row.dialect in {"chat", "messages", "codex"}
+    assert set(row.dialects) <= router.DIALECTS.keys() and row.dialects
     assert row.state in {"alive", "changed", "retired"}
     assert row.trains_on_prompts in {"yes", "no", "unknown"}
     assert re.fullmatch(r"2026-\d\d-\d\d", row.state_date)
@@ -53,7 +53,7 @@ def test_row_is_well_formed(row):
 def test_row_can_be_used(row):
     assert row.models or row.state == "retired"
     assert len(set(row.models)) == len(row.models)
-    assert row.key_env or row.dialect == "codex", "codex accounts come from auth.json"
+    assert row.key_env or row.accounts, "codex accounts come from auth.json"
     assert urlsplit(row.url).scheme == ("http" if row.tier == "local" else "https")
     assert router.normalise_base_url(row.url, row.known_path) == row.url
 

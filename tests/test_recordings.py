@@ -24,6 +24,8 @@ from upstream import (
     text_of,
 )
 
+import router
+
 MODEL = "recorded-model"
 # The provider row that stands for each recorded provider; the rest are OpenAI-compatible servers.
 ROWS = {
@@ -39,6 +41,17 @@ ROWS = {
 WHOLE = [r for r in select(streams=False) if r.provider != "demo-endpoint"]
 BROKEN = {"groq.chat.tool-use-failed-error-streaming.0", "openrouter.chat.stream-error.0"}
 STREAMS = [r for r in select(streams=True) if r.id not in BROKEN]
+
+
+def is_plain(recording: Recording) -> bool:
+    """Whether a Chat client understands the answer as it came; other accents are put right."""
+    return not router.needs_reading(json.loads(recording.body))
+
+
+def asks_nothing_odd(recording: Recording) -> bool:
+    """Whether the provider takes the request today without an edit."""
+    row = ROWS.get(recording.provider, "local")
+    return not router.fit_for(row, MODEL).edits(recording.request).keys() - {"stream_options"}
 
 
 def named(recordings: list[Recording]) -> dict:
@@ -84,7 +97,7 @@ def say_hello(client, **changes):
 # --- whole answers ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recording", **named(WHOLE))
+@pytest.mark.parametrize("recording", **named([r for r in WHOLE if is_plain(r)]))
 def test_a_whole_answer_comes_back_byte_for_byte(replayed, recording):
     answers = [
         recording.answer("whole"),
@@ -103,6 +116,22 @@ def test_a_whole_answer_comes_back_byte_for_byte(replayed, recording):
         assert got.headers["X-Hermes-Model"].endswith(MODEL)
         assert got.headers["X-Hermes-Attempts"] == "1"
     assert len(up.requests) == len(answers)
+
+
+@pytest.mark.parametrize("recording", **named([r for r in WHOLE if not is_plain(r)]))
+def test_an_odd_accent_is_put_right_and_loses_nothing(replayed, recording):
+    _, client, _ = replayed(recording, recording.answer())
+    got = ask(client, recording, stream=False).json["choices"]
+    for before, after in zip(json.loads(recording.body)["choices"], got, strict=True):
+        said, told = before["message"], after["message"]
+        calls = [call["function"]["name"] for call in said.get("tool_calls") or ()]
+        assert [call["function"]["name"] for call in told.get("tool_calls", ())] == calls
+        assert all(call["id"] and call["type"] == "function" for call in told.get("tool_calls", []))
+        assert not calls or after["finish_reason"] == "tool_calls"
+        if isinstance(said.get("content"), str):
+            _, _, words = said["content"].rpartition("</think>")
+            everything = f"{told.get('reasoning_content')} {told['content'] or ''}".split()
+            assert set(words.replace("<think>", "").split()) <= set(everything)
 
 
 # --- streams ------------------------------------------------------------------
@@ -169,7 +198,7 @@ def test_usage_is_asked_for_upstream_and_withheld_from_who_did_not(replayed, rec
 # --- what the provider is asked -------------------------------------------------
 
 
-@pytest.mark.parametrize("recording", **named(WHOLE + STREAMS))
+@pytest.mark.parametrize("recording", **named(list(filter(asks_nothing_odd, WHOLE + STREAMS))))
 def test_the_request_reaches_the_provider_as_it_was(replayed, recording):
     up, client, _ = replayed(recording, recording.answer())
     ask(client, recording)
@@ -186,11 +215,12 @@ RAW = """{ "messages": [{"role": "user",
    "content": "caf\\u00e9 \\ud83d\\ude00 \\"model\\": \\"no\\"",
    "model": "inner", "stream_options": 1}],
  "seed": 12345678901234567890, "temperature": 1.0, "top_p": 1e-2, "logit_bias": {"model": -1.50},
- "metadata": {"model": "also inner", "stream": "x"}, "model" : "hermes-router", "user": "é"%s}"""
+ "metadata": {"model": "also inner", "stream": "x"}, "model" : "hermes-router", "store": true,
+ "user": "é"%s}"""
 
 
 @pytest.mark.parametrize(
-    "stream", ["", ', "stream": true', ', "stream":false , "stream_options":{}']
+    "stream", ["", ', "stream": true', ', "stream":false']
 )
 def test_only_the_model_is_rewritten_not_a_digit_else(alone, stream):
     """Not even a big integer is rounded, and other members of the same name stay as they are."""

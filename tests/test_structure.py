@@ -219,7 +219,7 @@ def test_every_provider_row_makes_sense() -> None:
         assert row.state == "alive" or (row.state_date and row.note), row.name
         assert row.trains_on_prompts in ("yes", "no", "unknown"), row.name
         # Codex has no key: it signs in with the tokens of an account.
-        assert row.keyless or row.key_env or row.dialect == "codex", row.name
+        assert row.keyless or row.key_env or row.accounts, row.name
         assert repeated(row.models) == [], row.name
         assert all(re.fullmatch(r"[A-Z][A-Z0-9_]*", name) for name in row.key_env), row.name
 
