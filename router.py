@@ -4995,7 +4995,8 @@ class Fit:
             self._put(chat, edits, "max_tokens", chat.get("max_tokens") or quirk.default_max_tokens)
         if quirk.unstreamed_max_tokens and not chat.get("stream"):
             self._stream_long(chat, edits, quirk.unstreamed_max_tokens)
-        if quirk.choosing_stops_thinking and is_forced(chat.get("tool_choice")):
+        choice = edits.get("tool_choice", chat.get("tool_choice"))
+        if quirk.choosing_stops_thinking and is_forced(choice):
             edits["thinking"] = {"type": "disabled"}
             self._put(chat, edits, "reasoning_effort", DROP)
         tools = edits.get("tools", chat.get("tools"))

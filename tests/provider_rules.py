@@ -487,6 +487,12 @@ def cloudflare_default(model: str, body: Body) -> str | None:
     return None if body.get("max_tokens") else "the answer would end after 256 tokens"
 
 
+def thinks_or_is_forced(model: str, body: Body) -> str | None:
+    forced = body.get("tool_choice", "auto") not in ("auto", "none")
+    thinks = body.get("thinking", {}).get("type") != "disabled"
+    return "tool_choice is incompatible with thinking" if forced and thinks else None
+
+
 def fireworks_stream(model: str, body: Body) -> str | None:
     most = max(body.get("max_tokens", 0), body.get("max_completion_tokens", 0))
     wrong = most > 4096 and not body.get("stream")
@@ -567,7 +573,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "kimi": (
         *CHAT[1:], refuses_members("temperature", "top_p", models=r"k2\.[56]|k3|coding"),
-        kimi_thinking, choices("auto", "none"), refuses_in_messages("reasoning_details"),
+        kimi_thinking, thinks_or_is_forced, refuses_in_messages("reasoning_details"),
     ),
     "openai": (openai_rules, openai_reasoning, no_marks, *REASONING),
     "anthropic": NOT_CHAT,
@@ -583,7 +589,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         efforts(models="non-reasoning"),
     ),
     "deepseek": (
-        *CHAT[1:], deepseek_thinking, no_json_schema, choices("auto", "none"),
+        *CHAT[1:], deepseek_thinking, no_json_schema, thinks_or_is_forced,
         refuses_in_messages("reasoning_details"), only_functions,
     ),
     "together": (
@@ -592,7 +598,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "fireworks": (
         refuses_members("thinking", "store", "metadata"), *CHAT[1:], fireworks_stream,
-        refuses_in_messages("reasoning_details", "reasoning", "name"), only_functions,
+        refuses_in_messages("reasoning_details", "reasoning"), only_functions,
     ),
     "venice": (
         *CHAT[1:], *REASONING, venice_members, own_prompt_off, only_functions,
