@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """router.py: one address for many language models.
 
-Clients speak OpenAI Chat; the router rates how hard a request is, walks a list of
-(provider, model, key) candidates until one answers, and passes the answer on. Failures
-before the first useful event stay unseen; failures after it are told, never faked.
+Clients speak OpenAI Chat or Responses or Anthropic Messages; the router rates how hard a
+request is, walks a list of (provider, model, key) candidates until one answers, and passes
+the answer on in the client's language. Failures before the first useful event stay unseen;
+failures after it are told, never faked.
 
 Contents (each section uses only the ones above it):
 
@@ -1567,7 +1568,7 @@ class Config:
     codex_token_url: str = setting(
         CODEX_TOKEN_URL,
         "CODEX_TOKEN_URL",
-        "Timeouts",
+        "Access",
         "where tokens of ChatGPT accounts are renewed",
     )
     services: tuple[Service, ...] = ()
@@ -9580,7 +9581,8 @@ class OpenThought(OpenItem):
 
     def close(self) -> None:
         origins = (piece["origin"] for piece in self._pieces if piece.get("origin"))
-        if origin := next(origins, self._origin):
+        origin = next(origins, self._origin)
+        if origin and not self.sealed:
             kept = [self._piece(piece) for piece in self._pieces or [{"type": "reasoning.text"}]]
             self.sealed = carrier(origin, "p", text_mark(self.text), kept)
         if self._texts:
@@ -11416,9 +11418,7 @@ class ChatWriter:
 
     def feed(self, chunk: Json) -> bytes:
         self._usage = chunk.get("usage") or self._usage
-        for name in ("id", "created", "model"):
-            if chunk.get(name):
-                self._head[name] = chunk[name]
+        self._head |= chat_head(chunk)
         choices = [{"finish_reason": None, **choice} for choice in chunk.get("choices") or ()]
         for choice in choices:
             if pieces := choice.get("delta", {}).get("reasoning_details"):
@@ -11451,7 +11451,16 @@ class ChatWriter:
 
 def chat_reply_to_chat(reply: Json, opening: Opening, _origin: str) -> Json:
     head = {"id": f"chatcmpl-{opening.id}", "object": "chat.completion"}
-    return {**head, "created": opening.created, "model": opening.model, **reply}
+    named = {"created": opening.created, "model": opening.model}
+    return {**reply, **head, **named, **chat_head(reply)}
+
+
+def chat_head(answer: Json) -> Json:
+    """What an answer or a chunk says of itself; ids of other dialects would be odd in Chat."""
+    told = {name: answer[name] for name in ("id", "created", "model") if answer.get(name)}
+    if str(told.get("id")).startswith(("msg_", "resp_")):
+        del told["id"]
+    return told
 
 
 KEEP_ALIVE: Final = b": keep-alive\n\n"
@@ -11503,6 +11512,7 @@ class Ask:
     request_id: str = ""
     tokens: int = 0  # how large it is, about
     forward: bytes = b""  # header lines for a provider of the same dialect
+    left_out: Sequence[str] = ()  # tools that nobody here can run
     input: list[Json] | None = None  # Responses: all items, those of earlier turns included
     kept_body: tuple[object, bytes] = (None, b"")  # the body made last, and for whom
 
@@ -13079,7 +13089,9 @@ class Guard:
     `deadline` passes, by the server when the client goes away.
     """
 
-    __slots__ = ("_lock", "_sock", "cut", "deadline", "gone", "hang_up", "waiting")
+    __slots__ = (
+        "_beat", "_lock", "_sock", "cut", "deadline", "gone", "hang_up", "quiet_since", "waiting"
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -13088,6 +13100,8 @@ class Guard:
         self.gone = False
         self.cut = False
         self.waiting = True  # for the provider; False while the client takes what came
+        self.quiet_since = math.inf  # monotonic seconds; since then the client heard nothing
+        self._beat: Callable[[], None] | None = None
         self.hang_up: Callable[[], None] = self.cut_off  # on a client that does not read
 
     def hold(self, sock: socket.socket) -> None:
@@ -13104,6 +13118,28 @@ class Guard:
         with self._lock:
             self.cut = False
         self.deadline, self.waiting = deadline, True
+
+    def wait(self, now: float, deadline: float) -> None:
+        """From now on a stream's provider is waited for."""
+        self.deadline, self.quiet_since, self.waiting = deadline, now, True
+
+    def resume(self, deadline: float) -> None:
+        """Something came. Waits until a sign of life under way has been sent."""
+        self.deadline = deadline
+        with self._lock:
+            self.waiting = False
+
+    def show_life(self, beat: Callable[[], None] | None) -> None:
+        """What tells a waiting client that the stream is alive; None = no more of that."""
+        with self._lock:
+            self._beat = beat
+
+    def pulse(self, now: float) -> None:
+        """A sign of life, from the watchdog's thread."""
+        with self._lock:
+            if self._beat and self.waiting and not self.cut:
+                self.quiet_since = now
+                self._beat()
 
     def expire(self) -> None:
         """The deadline passed: whoever is waited for is cut off."""
@@ -13143,6 +13179,7 @@ class Watchdog:
     """Cuts requests whose deadline passed: one thread, looking only while there are any."""
 
     TICK_S: ClassVar[float] = 0.1
+    BEAT_S: ClassVar[float] = 15.0  # clients and front ends give up after 30 s and more
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._live: set[Guard] = set()
@@ -13169,19 +13206,22 @@ class Watchdog:
             time.sleep(self.TICK_S)
             now = self._now()
             for guard in self._live.copy():
-                if guard.deadline <= now:
-                    self._expire(guard)
+                if guard.deadline <= now or guard.quiet_since + self.BEAT_S <= now:
+                    self._look_after(guard, now)
             if not self._live:
                 self._some.clear()
                 if self._live:  # somebody came between the look and the clearing
                     self._some.set()
 
     @staticmethod
-    def _expire(guard: Guard) -> None:
+    def _look_after(guard: Guard, now: float) -> None:
         try:
-            guard.expire()
-        except Exception:  # one that cannot be cut must not stop the watch over all others
-            log.exception("a request past its deadline could not be cut off")
+            if guard.deadline <= now:
+                guard.expire()
+            else:
+                guard.pulse(now)
+        except Exception:  # one that fails must not stop the watch over all others
+            log.exception("a request could not be cut off or kept alive")
 
 
 CHUNK_SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,15}")
@@ -13598,6 +13638,7 @@ class Attempt:
     stream: Relay | None = None
     seconds: float = 0.0
     final: Json | None = None  # the client's answer, parsed
+    left_out: Sequence[str] = ()  # tools that were not sent on
 
 
 class Relay:
@@ -13746,32 +13787,44 @@ class Upstream:
         """Moves the guard's deadline: some seconds while a stream waits, else the total one."""
 
         def wait(seconds: float | None) -> None:
-            guard.deadline = deadline if seconds is None else min(self._now() + seconds, deadline)
-            guard.waiting = seconds is not None
+            if seconds is None:
+                guard.resume(deadline)
+            else:
+                now = self._now()
+                guard.wait(now, min(now + seconds, deadline))
 
         return wait
 
     def _try(self, target: Target, lease: Lease, ask: Ask) -> Attempt:
-        secret = lease.key
-        if target.service.provider.accounts:
-            secret = self._accounts.access_token(lease.key)  # it may have to be renewed first
-        first, *others = self._spoken(target, ask)
-        response = self._post(target, lease, secret, ask, first)
-        # A server under a provider's name may speak Chat only.
-        if others and response.status in (404, 405, 501):
+        dialects = self._spoken(target, ask)
+        secret = self._secret(target, lease)
+        response = self._post(target, lease, secret, ask, dialects[0])
+        if response.status == 401 and target.service.provider.accounts:
+            # The token may have been revoked before its time: a new one is tried once.
+            self._accounts.reject(lease.key, secret)
             response.close()
-            self._lacking.add((target.provider, first.name))
-            first = others[0]
-            response = self._post(target, lease, secret, ask, first)
+            secret = self._secret(target, lease)
+            response = self._post(target, lease, secret, ask, dialects[0])
+        elif response.status in (404, 405, 501) and len(dialects) > 1:
+            response.close()  # a server under a provider's name may speak Chat only
+            response = self._post(target, lease, secret, ask, dialects[1])
+            if response.status == 200:
+                self._lacking.add((target.provider, dialects[0].name))
+            dialects = dialects[1:]
         if response.status != 200:
             read_wait = codex_wait if target.service.provider.accounts else stated_wait
-            if response.status == 401 and read_wait is codex_wait:
-                self._accounts.reject(lease.key, secret)
             return self._refused(response, secret.encode(), read_wait)
-        passage = Passage(first, ask, target.provider, secret.encode())
-        if not ask.stream:
-            return whole_answer(response, passage)
-        return first_useful(response, passage.flow())
+        passage = Passage(dialects[0], ask, target.provider, secret.encode())
+        make = first_useful if ask.stream else whole_answer
+        attempt = make(response, passage)
+        attempt.left_out = () if passage.native else ask.left_out
+        return attempt
+
+    def _secret(self, target: Target, lease: Lease) -> str:
+        """What authorises the request: the key, or an account's token, renewed if need be."""
+        if target.service.provider.accounts:
+            return self._accounts.access_token(lease.key)
+        return lease.key
 
     def _spoken(self, target: Target, ask: Ask) -> list[Dialect]:
         """The dialects to try, the client's own first."""
@@ -13944,8 +13997,9 @@ def whole_answer(response: Response, passage: Passage) -> Attempt:
     return made
 
 
-def first_useful(response: Response, flow: Flow) -> Attempt:
+def first_useful(response: Response, passage: Passage) -> Attempt:
     """Hold a stream back until its first useful event has come: only then is it committed."""
+    flow = passage.flow()
     cutter, size, begun = EventCutter(), 0, False
     held: list[bytes] = []
     while not flow.failure and size <= MAX_HELD_BYTES:
@@ -14012,6 +14066,7 @@ class Answer:
     provider: str
     model: str
     attempts: int
+    left_out: Sequence[str] = ()  # tools that were not sent on
     final: Json | None = None  # the client's answer, parsed; of a stream when it has ended
 
 
@@ -14274,6 +14329,7 @@ class Router:
         self.breakers.note(target.provider, True, ask.guard)
         self.usage.attempt(target.provider, True, attempt.seconds)
         answer = Answer(attempt.body, attempt.content_type, target.provider, target.model, attempts)
+        answer.left_out = attempt.left_out
         if attempt.stream is None:
             self.watchdog.unwatch(ask.guard)
             self.charge(target, attempt.tokens)
@@ -14286,6 +14342,7 @@ class Router:
     def stream_ended(self, target: Target, lease: Lease, ask: Ask, relay: Relay) -> None:
         """After the last byte, or after the client left."""
         self.watchdog.unwatch(ask.guard)
+        ask.guard.show_life(None)
         self.charge(target, relay.tokens)
         if relay.failure:
             self.learn(target, lease, failed(relay.failure, in_ok=True), ask.guard)
@@ -14393,7 +14450,7 @@ def echo_answer(ask: Ask) -> Answer:
     passage = Passage(DIALECTS["chat"], ask, "echo")
     if not ask.stream:
         whole = passage.whole(dump_json(reply))
-        return Answer(whole.body, "application/json", "echo", "echo", 1, whole.final)
+        return Answer(whole.body, "application/json", "echo", "echo", 1, final=whole.final)
     flow = passage.flow()
     relay = Relay(None, flow, EventCutter())
     relay.held = flow.take(b"".join(echo_events(head, text, usage)))
@@ -14639,9 +14696,10 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 PUBLIC: Final = frozenset({"/health", "/", "/favicon.ico"})
 HTTP_ERRORS: Final = {404: NotFound, 405: MethodNotAllowed, 413: TooLarge, 415: UnsupportedMedia}
-# The server (section 21) puts a setter here; called with a function it runs that function
+# The server below puts a setter here; called with a function it runs that function
 # when the client's connection closes, with None it forgets it.
 ON_CLOSE: Final = "hermes.on_client_close"
+SEND: Final = "hermes.send"  # a function of the server that sends bytes of a stream at once
 HANG_UP: Final = "hermes.hang_up"  # a function of the server that closes the client's connection
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 HARMLESS_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -14807,7 +14865,7 @@ def serve_messages(router: Router) -> flask.Response:
     raw, body = read_body(router, request)
     ask = make_ask(router, request, MESSAGES, raw, body, messages_to_chat(body))
     ask.wants_usage = True
-    ask.forward = forwarded(request)
+    ask.forward, ask.left_out = forwarded(request), server_tools(body)
     return respond_chat(router, request, ask)
 
 
@@ -14845,6 +14903,7 @@ def serve_responses(router: Router) -> flask.Response:
     surface = responses_surface(is_codex(request, body), earlier)
     ask = make_ask(router, request, surface, raw, body, responses_to_chat(body, earlier))
     ask.wants_usage = True
+    ask.left_out = plan_tools(body, earlier).unserved
     items = items_of(body)
     if previous:
         ask.input = [*earlier, *items]
@@ -14980,12 +15039,18 @@ def respond(
         "X-Hermes-Cache": "off",
         "Content-Type": made.content_type,
     }
+    if made.left_out:
+        names = ", ".join(made.left_out).encode("ascii", "replace").decode()
+        headers["X-Hermes-Left-Out"] = "".join(filter(str.isprintable, names))[:500]
     if isinstance(made.body, bytes):
         visit.leave(200, made)
         if keep and made.final:
             keep(made.final)
         return flask.Response(made.body, 200, headers)
-    made.body.keep = keep
+    relay, send = made.body, request.environ.get(SEND)
+    relay.keep = keep
+    if send:
+        ask.guard.show_life(lambda: send(relay.flow.beat()))
     body = Stream(made.body, lambda whole: visit.leave(200 if whole else 499, made))
     return flask.Response(body, 200, {**headers, **STREAM_HEADERS}, direct_passthrough=True)
 
@@ -15191,7 +15256,14 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
         environ: dict[str, Any] = super().get_environment()
         environ[ON_CLOSE] = self.channel.on_close
         environ[HANG_UP] = self.channel.hang_up
+        environ[SEND] = self.send_aside
         return environ
+
+    def send_aside(self, data: bytes) -> None:
+        """Whole events from another thread, unless there is something to be sent already."""
+        if self.wrote_header and not self.channel.total_outbufs_len:
+            with suppress(waitress.channel.ClientDisconnected):
+                self.write(data)
 
     def build_response_header(self) -> bytes:
         """Status line and headers; decides about chunked coding and keep-alive (RFC 9112)."""
@@ -15388,13 +15460,16 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         return not (self.will_close or self.close_when_flushed or waiting)
 
     def write_soon(self, data: Any) -> int:
-        """Send at once what the socket takes; only the rest goes through Waitress's buffers."""
+        """Send at once what the socket takes; only the rest goes through Waitress's buffers.
+
+        The lock is one that Waitress takes again inside: nothing gets between the two parts.
+        """
         sent = 0
         with self.outbuf_lock:
             if self.connected and not self.total_outbufs_len and not self.will_close:
                 with suppress(OSError):  # full, or broken: Waitress's own way deals with both
                     sent = self.socket.send(data)
-        return sent if sent == len(data) else sent + cast(int, super().write_soon(data[sent:]))
+            return sent if sent == len(data) else sent + cast(int, super().write_soon(data[sent:]))
 
     def handle_close(self) -> None:
         super().handle_close()
