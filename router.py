@@ -1543,6 +1543,12 @@ class Config:
         "Routing",
         "tokens added to a request's max_tokens for reasoning models; 0 = none",
     )
+    rescue: bool = setting(
+        True,
+        "RESCUE",
+        "Routing",
+        "another provider goes on with a text stream that broke off; 0 = an error ends it",
+    )
     echo_fallback: bool = setting(
         True, "ECHO_FALLBACK", "Routing", "without any provider the built-in echo answers; 0 = 503"
     )
@@ -4018,6 +4024,7 @@ class Quirk:
     thinking: str | None = None  # "" not known, "toggle" {type: enabled|disabled}, "on" never off
     efforts: tuple[str, ...] | None = None  # words of reasoning_effort it knows
     infers_effort: bool | None = None  # sure to know it: `thinking` may become reasoning_effort
+    prefill: bool | None = None  # goes on with a last message of the assistant
     native: bool | None = None  # not a Chat dialect: only the history is repaired
 
 
@@ -4069,7 +4076,7 @@ QUIRKS = (
     Quirk("gemini", r"gemma", "2026-11", efforts=()),
     Quirk("gemini", GEMINI_SIGNED, "2026-11", thought_signatures=True),
     Quirk(
-        "openrouter", "", "2026-11", keep=(*OPENAI_ONLY, *OPEN_SAMPLING, "reasoning"),
+        "openrouter", "", "2026-11", prefill=True, keep=(*OPENAI_ONLY, *OPEN_SAMPLING, "reasoning"),
         max_tokens="", system_role="", lead_system=False, flat="", cache_control=True,
         own_tools=True, files=("data", "url"), audio=True,
         reasoning_replay="accept", reasoning_field="reasoning_details",
@@ -4100,7 +4107,8 @@ QUIRKS = (
           efforts=("low", "medium", "high"), infers_effort=True),
     Quirk("cerebras", r"qwen", "2026-09", strict_tools=True),
     Quirk(
-        "groq", "", "2026-09", drop=LOGPROBS, keep=("service_tier",), message_drop=("name",),
+        "groq", "", "2026-09", prefill=True, drop=LOGPROBS, keep=("service_tier",),
+        message_drop=("name",),
         max_tokens="", flat="all", own_tools=True,
         json_with_tools=False, efforts=(),
     ),
@@ -4117,7 +4125,8 @@ QUIRKS = (
         ),
         rename=(("seed", "random_seed"),), limits=(("temperature", 0, 1.5),),
         message_drop=("name",), message_keep=("prefix",), lead_system=False, flat="all",
-        tool_order=True, tool_ids="mistral9", prefix=True, no_empty=True, efforts=(),
+        tool_order=True, tool_ids="mistral9", prefix=True, prefill=True, no_empty=True,
+        efforts=(),
     ),
     Quirk("mistral", r"mistral-(?:small|medium)", "2026-11", keep=("reasoning_effort",),
           efforts=("none", "high"), infers_effort=True),
@@ -4210,10 +4219,11 @@ QUIRKS = (
         reasoning_replay="require", reasoning_field="reasoning_content", placeholder="",
         thinking="toggle", efforts=("high", "max"), infers_effort=True,
     ),
-    Quirk("together", "", "2026-11", keep=OPEN_SAMPLING, efforts=("low", "medium", "high")),
+    Quirk("together", "", "2026-11", prefill=True, keep=OPEN_SAMPLING,
+          efforts=("low", "medium", "high")),
     Quirk(
         # cache_control: "Extra inputs are not permitted" (ccr#377)
-        "fireworks", "", "2026-11",
+        "fireworks", "", "2026-11", prefill=True,
         max_tokens="", unstreamed_max_tokens=4096, keep=OPEN_SAMPLING,
         efforts=("none", "low", "medium", "high"),
         reasoning_replay="accept", reasoning_field="reasoning_content",
@@ -8036,6 +8046,10 @@ def only_content_messages(block: bytes) -> bool:
     """
     return (
         b"message_delta" not in block
+        and b'"tool_use"' not in block
+        and b"input_json_delta" not in block
+        and block.count(b"data: {") == block.count(b"}\n\n")
+        and block.count(b"{") == block.count(b"}")
         and b'"error"' not in block
         and b"message_st" not in block  # message_start, message_stop
         and b"event: error" not in block
@@ -11161,20 +11175,26 @@ class CompletionsWriter:
 
 
 def only_content(block: bytes) -> bool:
-    """Whether a block of chat events surely holds no error, finish, usage or end.
+    """Whether a block of chat events is sound and surely holds no more than text.
 
-    A few fast searches for a whole block: a pattern that stops at every quote costs ten times
-    as much, parsing fifty times.
+    No error, finish, usage, tool call or end, and nothing that looks like a broken chunk. A few
+    fast searches for a whole block: a pattern that stops at every quote costs ten times as much,
+    parsing fifty times. When in doubt the answer is no, and each event is looked at.
     """
     count = block.count
+    events = count(b'data: {"')
     return (
-        count(b'"finish_reason"')
+        events == count(b"}\n\n")
+        and count(b'"finish_reason"')
         == count(b'"finish_reason":null') + count(b'"finish_reason": null')
         and b'"error"' not in block
         and count(b'"usage"') == count(b'"usage":null') + count(b'"usage": null')
         and b"[DONE]" not in block
         and b"event:" not in block
         and b'"x_groq"' not in block
+        and count(b'"tool_calls"') == count(b'"tool_calls":null') + count(b'"tool_calls": null')
+        and count(b"{") == count(b"}")
+        and not count(b'"') & 1
     )
 
 
@@ -11188,6 +11208,8 @@ class Sight(NamedTuple):
     done: bool = False  # nothing comes after it
     only_usage: bool = False
     odd: bool = False  # in an accent that would confuse the client
+    calls: bool = False  # part of a tool call
+    broken: bool = False  # no JSON: not passed on
     final: Json | None = None  # the whole answer once more
 
 
@@ -11197,13 +11219,25 @@ def see_chat(data: bytes) -> Sight:
     chunk = read_json(data)
     if error := embedded_error(chunk):
         return Sight(error=error)
-    choices = chunk.get("choices") if isinstance(chunk, dict) else None
+    if not isinstance(chunk, dict):
+        return Sight(broken=True)
+    choices = chunk.get("choices")
     listed = choices if isinstance(choices, list) else ()
     finished = any(isinstance(c, dict) and c.get("finish_reason") for c in listed)
     only_usage = choices == [] and bool(chunk.get("usage"))
     sign = chunk_sign(chunk)
-    odd = bool(sign) and needs_reading(chunk)
-    return Sight(sign, None, tokens_of(chunk), finished, only_usage=only_usage, odd=odd)
+    odd, calls = bool(sign) and needs_reading(chunk), has_calls(chunk)
+    return Sight(
+        sign, None, tokens_of(chunk), finished, only_usage=only_usage, odd=odd, calls=calls
+    )
+
+
+def has_calls(chunk: Json) -> bool:
+    """Does this chunk hold a part of a tool call?"""
+    choices = chunk.get("choices")
+    listed = choices if isinstance(choices, list) else ()
+    deltas = (choice.get("delta") for choice in listed if isinstance(choice, dict))
+    return any(isinstance(d, dict) and bool(d.get("tool_calls")) for d in deltas)
 
 
 # What a finished Messages stream may say without a word of content.
@@ -11215,7 +11249,7 @@ def see_messages(data: bytes) -> Sight:
     if error := embedded_error(event):
         return Sight(error=error)
     if not isinstance(event, dict):
-        return Sight()
+        return Sight(broken=True)
     kind, tokens = event.get("type"), messages_tokens(event)
     if kind == "message_delta":
         delta = event.get("delta")
@@ -11226,7 +11260,9 @@ def see_messages(data: bytes) -> Sight:
     useful = isinstance(part, dict) and any(
         name != "type" and value for name, value in part.items()
     )
-    return Sight("useful" if useful else "", None, tokens, done=kind == "message_stop")
+    calls = isinstance(part, dict) and part.get("type") in ("tool_use", "input_json_delta")
+    done = kind == "message_stop"
+    return Sight("useful" if useful else "", None, tokens, done=done, calls=calls)
 
 
 def see_responses(data: bytes) -> Sight:
@@ -11236,7 +11272,7 @@ def see_responses(data: bytes) -> Sight:
     kind = event.get("type") if isinstance(event, dict) else None
     if not isinstance(kind, str):
         error = embedded_error(event)
-        return Sight(error=error) if error else Sight()
+        return Sight(error=error) if error else Sight(broken=not isinstance(event, dict))
     whole = event.get("response")
     whole = whole if isinstance(whole, dict) else {}
     if kind in ("error", "response.failed", "response.cancelled"):
@@ -11515,6 +11551,7 @@ class Ask:
     left_out: Sequence[str] = ()  # tools that nobody here can run
     input: list[Json] | None = None  # Responses: all items, those of earlier turns included
     kept_body: tuple[object, bytes] = (None, b"")  # the body made last, and for whom
+    make_flow: Callable[[Passage], Flow] | None = None  # where it goes on with another answer
 
     @functools.cached_property
     def opening(self) -> Opening:
@@ -11557,6 +11594,8 @@ class Passage:
         return self.dialect.canonical(reply, self.origin, self.ask.chat)
 
     def flow(self) -> Flow:
+        if self.ask.make_flow:
+            return self.ask.make_flow(self)
         return Flow(self) if self.native else Translation(self)
 
     def whole(self, body: bytes) -> Whole:
@@ -11598,37 +11637,54 @@ class Passage:
         return Whole(None, dump_json(made), tokens_of(chat), made)
 
 
+class Said(NamedTuple):
+    """What the client has of an answer that broke off, and what goes on writing for it."""
+
+    text: str
+    writer: Writer
+
+
 class Flow:
     """The events of one answer on their way to the client, as they came.
 
     Fed with blocks of whole events. Before `useful` is set nothing may reach the client;
-    once `failure` is set nothing more does but what `fail` gives.
+    once `failure` is set nothing more does but what `fail` gives. From its first tool call on
+    an answer is held back until it is finished: one that breaks off there is made anew, unseen.
     """
 
     def __init__(self, passage: Passage) -> None:
         self._passage, self._dialect = passage, passage.dialect
         self.useful = False
+        self.alive = False  # something worth having has come, be it held back
         self.finished = False  # how the answer ended was stated
         self.done = False  # nothing comes any more
         self.odd = False  # what came is better translated
         self.final: Json | None = None  # the whole answer, where a dialect repeats it
         self.tokens: Tokens | None = None
         self.failure: Outcome | None = None
-        self._first = self._before = self._last = (
-            b""  # blocks of events, for the end of one that breaks
-        )
+        self._calls: list[bytes] = []  # events held back
+        self._passed: list[bytes] = []  # blocks of events that the client got
+        self._passed_bytes = 0
 
     def take(self, block: bytes) -> bytes:
         """What the client gets for a block of whole events."""
-        self._first, self._before, self._last = self._first or block, self._last, block
-        if self.useful and self._dialect.only_content(block):
+        made = block
+        if self._calls or not (self.useful and self._dialect.only_content(block)):
+            made = self._sift(block)
+        self._passed_bytes += len(made)
+        if made and self._passed_bytes <= MAX_PASSED_BYTES:
+            self._passed.append(made)
+        return made
+
+    def _sift(self, block: bytes) -> bytes:
+        """Halving finds the few events that need a look without parsing all the others."""
+        plain = self.useful and not self._calls
+        if plain and self._dialect.only_content(block):
             return block
-        middle = len(block) // 2
-        cut = last_event_end(block[:middle]) if self.useful else 0
+        cut = last_event_end(block[: len(block) // 2]) if plain else 0
         if not cut:
             return b"".join(map(self._look, split_events(block)))
-        # Halving finds the few events that need a look without parsing all the others.
-        return self.take(block[:cut]) + self.take(block[cut:])
+        return self._sift(block[:cut]) + self._sift(block[cut:])
 
     def _look(self, event: bytes) -> bytes:
         """One event that may be more than content; what the client gets of it."""
@@ -11637,19 +11693,32 @@ class Flow:
             return b"" if self.failure else event
         sight = self._dialect.see(data)
         if sight.error:
-            self._last = self._last.partition(event)[0] or self._before
             self.failure = self._dialect.see(masked(data, self._passage.secret)).error or BROKEN
             return b""
+        if sight.calls or self._calls:
+            return self._hold(event, sight)
         self._note(sight)
-        ours = sight.only_usage and not self._passage.ask.wants_usage
-        return b"" if self.failure or ours else event
+        withheld = sight.only_usage and not self._passage.ask.wants_usage
+        return b"" if self.failure or withheld or sight.broken else event
+
+    def _hold(self, event: bytes, sight: Sight) -> bytes:
+        """Events from the first tool call on; all of them once the answer is finished."""
+        self.alive = True
+        if not self._calls:  # what the first part looks like tells
+            self.odd = self.odd or (sight.odd and not self.useful)
+        if not sight.broken:
+            self._calls.append(event)
+        if not (sight.finished or sight.done or sum(map(len, self._calls)) > MAX_EVENT_BYTES):
+            return b""
+        held, self._calls = self._calls, []
+        self._note(sight._replace(sign="useful", odd=False))
+        return b"".join(held)
 
     def _note(self, sight: Sight) -> None:
         if sight.tokens:
             old = self.tokens or Tokens()
-            self.tokens = Tokens(
-                *(new or before for new, before in zip(sight.tokens, old, strict=True))
-            )
+            pairs = zip(sight.tokens, old, strict=True)
+            self.tokens = Tokens(*(new or before for new, before in pairs))
         self.finished = self.finished or sight.finished
         self.done = self.done or sight.done
         self.final = sight.final or self.final
@@ -11657,7 +11726,7 @@ class Flow:
             self.failure = Outcome(0, "a stream without content", "empty")
         elif sight.sign:
             self.odd = self.odd or (sight.odd and not self.useful)
-            self.useful = True
+            self.useful = self.alive = True
 
     def end(self, rest: bytes) -> bytes:
         """The body ended with `rest`: the event without a blank line, if any, and a proper end."""
@@ -11690,26 +11759,60 @@ class Flow:
         writer = self._passage.writer()
         return b"".join(map(writer.feed, chunks_from_reply(chat))) + writer.finish()
 
-    def translated(self) -> Flow:
+    def translated(self) -> tuple[Flow, bytes]:
         """The same from its beginning, but translated: for an odd accent."""
-        return Translation(self._passage)
+        other = Translation(self._passage)
+        return other, other.take(b"".join([*self._passed, *self._calls]))
+
+    def said(self) -> Said | None:
+        """What can be gone on with; None where another provider could not do so honestly."""
+        if self._passed_bytes > MAX_PASSED_BYTES or self._dialect.last == RESPONSE_LAST:
+            return None
+        reader, writer = self._passage.reader(), self._passage.writer()
+        values = (read_json(event_data(e)) for e in split_events(b"".join(self._passed)))
+        chunks = [c for value in values if isinstance(value, dict) for c in reader.feed(value)]
+        for chunk in chunks:
+            writer.feed(chunk)
+        text = spoken(chunks)
+        return None if text is None else Said(text, writer)
 
     def fail(self, error: RouterError) -> bytes:
         """The event that ends a committed stream; no [DONE], no finish: nothing is faked."""
-        return self._dialect.broken(self._first, self._last, error)
+        first, last = (self._passed[0], self._passed[-1]) if self._passed else (b"", b"")
+        return self._dialect.broken(first, last, error)
 
     def beat(self) -> bytes:
         """A sign of life while the provider is silent."""
         return self._passage.ask.surface.beat
 
 
+MAX_PASSED_BYTES: Final = 512 << 10  # of a stream that another provider may go on with
+
+
+def spoken(chunks: Sequence[Json]) -> str | None:
+    """The text in the chunks of one answer; None if there is more than text and reasoning."""
+    texts = []
+    for chunk in chunks:
+        for choice in chunk.get("choices") or ():
+            delta = choice.get("delta") or {}
+            if choice.get("index") or any(delta.get(name) for name in NOT_TEXT):
+                return None
+            texts.append(delta.get("content") or "")
+    return "".join(texts)
+
+
+NOT_TEXT: Final = ("tool_calls", "function_call", "refusal", "audio")
+
+
 class Translation(Flow):
     """The same from one dialect to another, through canonical chunks."""
 
-    def __init__(self, passage: Passage) -> None:
+    def __init__(self, passage: Passage, writer: Writer | None = None) -> None:
         super().__init__(passage)
         self._reader = passage.reader()
-        self._writer = passage.writer()
+        self._writer = writer or passage.writer()
+        self._told: list[Json] = []  # chunks that the client got
+        self._held: list[Json] = []  # chunks from the first tool call on
 
     def take(self, block: bytes) -> bytes:
         return b"".join(map(self._look, split_events(block)))
@@ -11738,12 +11841,23 @@ class Translation(Flow):
                 hidden = read_json(masked(dump_json(chunk), self._passage.secret))
                 self.failure = embedded_error(hidden) or BROKEN
                 return b"".join(out)
-            self._note(Sight(chunk_sign(chunk), None, tokens_of(chunk)))
-            out.append(self._writer.feed(chunk))
+            if self._held or has_calls(chunk):
+                self.alive = True
+                self._held.append(chunk)
+            else:
+                out.append(self._write(chunk))
         return b"".join(out)
+
+    def _write(self, chunk: Json) -> bytes:
+        self._note(Sight(chunk_sign(chunk), None, tokens_of(chunk)))
+        if len(self._told) < MAX_TOLD:
+            self._told.append(chunk)
+        return self._writer.feed(chunk)
 
     def _close(self) -> bytes:
         block = self._written(self._reader.finish())
+        held, self._held = self._held, []
+        block += b"".join(map(self._write, held))
         self.done = True
         if not self.useful and not self.failure:
             self.failure = Outcome(0, "a stream without content", "empty")
@@ -11757,15 +11871,92 @@ class Translation(Flow):
         self.failure, reply = self._dialect.judge(masked(body, self._passage.secret))
         if self.failure:
             return b""
-        self.useful = self.finished = self.done = True
+        self.finished = self.done = True
         chat = self._passage.canonical(reply)
-        return self._written(chunks_from_reply(chat)) + self._writer.finish()
+        return b"".join(map(self._write, chunks_from_reply(chat))) + self._writer.finish()
+
+    def said(self) -> Said | None:
+        text = spoken(self._told) if len(self._told) < MAX_TOLD else None
+        return None if text is None else Said(text, self._writer)
 
     def fail(self, error: RouterError) -> bytes:
         return self._writer.fail(error)
 
     def beat(self) -> bytes:
         return self._writer.beat()
+
+
+MAX_TOLD: Final = 50_000  # chunks
+
+
+class Continuation(Translation):
+    """An answer that goes on where another broke off; what it repeats is left out.
+
+    Without `prefilled` the provider was not told what had been said: only an answer that
+    repeats all of it is one and the same.
+    """
+
+    def __init__(self, passage: Passage, said: Said, prefilled: bool) -> None:
+        super().__init__(passage, said.writer)
+        self._trimmer = Trimmer(said.text, not prefilled)
+
+    def _write(self, chunk: Json) -> bytes:
+        choices = [self._new(choice) for choice in chunk.get("choices") or ()]
+        if self._trimmer.strange:
+            self.failure = Outcome(0, "it tells something else", "strange")
+            return b""
+        ended = any(choice.get("finish_reason") for choice in choices)
+        self.useful = self.useful or ended  # be it that all had been said
+        self.alive = True
+        return super()._write({**chunk, "choices": choices})
+
+    def _new(self, choice: Json) -> Json:
+        """A choice without what the client has already: the text, its role, its reasoning."""
+        delta = {k: v for k, v in (choice.get("delta") or {}).items() if k in CONTINUED}
+        ended = choice.get("finish_reason") or delta.get("tool_calls")
+        text = self._trimmer.feed(delta.pop("content", None) or "", bool(ended))
+        return {**choice, "delta": {**delta, "content": text} if text else delta}
+
+
+CONTINUED: Final = ("content", "tool_calls", "annotations")
+
+
+class Trimmer:
+    """Leaves out of a text what has been said before."""
+
+    MIN_OVERLAP: ClassVar[int] = 16  # characters; a shorter repetition may be meant
+
+    def __init__(self, said: str, must_repeat: bool) -> None:
+        self._said, self._must_repeat = said, must_repeat
+        self._at = 0  # so much of it has been repeated
+        self._settled = not said
+        self.strange = False  # it is another text
+
+    def feed(self, text: str, ended: bool) -> str:
+        """What of `text` is new; while it may be a repetition nothing is."""
+        if self._settled or not (text or ended):
+            return text
+        said, at = self._said, self._at
+        left = len(said) - at
+        repeats = said.startswith(text[:left], at)
+        if repeats and len(text) < left and not ended:
+            self._at += len(text)
+            return ""
+        self._settled = True
+        if repeats and len(text) >= left:
+            return text[left:]
+        self.strange = self._must_repeat
+        text = said[:at] + text
+        return text[overlap(said, text, self.MIN_OVERLAP) :] if not self.strange else ""
+
+
+def overlap(said: str, text: str, least: int) -> int:
+    """How many characters at the start of `text` repeat the end of `said`."""
+    blanks = len(said) - len(said.rstrip())
+    for size in range(min(len(said), len(text), 400), 0, -1):
+        if (size >= least or size <= blanks) and said.endswith(text[:size]):
+            return size
+    return 0
 
 
 BROKEN: Final = Outcome(0, "an answer that cannot be used", "garbled")
@@ -12589,6 +12780,13 @@ class Target:
         """What its provider asks of a chat body for this model."""
         return fit_for(self.service.name, self.model)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it continues a last message of the assistant instead of answering it."""
+        if self.dialects[0] == "messages":
+            return self.claude.prefill
+        return bool(self.fit.quirk.prefill) and self.dialects[0] == "chat"
+
     @functools.cached_property
     def claude(self) -> ClaudeTraits:
         return claude_traits(self.model, self.facts.max_output)
@@ -12956,6 +13154,7 @@ SORTS: Final = {
     "reset": Verdict("reset", "route", 15.0, counts=True, then="key"),
     "empty": Verdict("empty_answer", "route", 30.0, counts=True),
     "garbled": BAD_ANSWER,
+    "strange": Verdict("not_the_same_answer"),
 }
 MAX_REST_S: Final = 86_400.0
 
@@ -13090,13 +13289,15 @@ class Guard:
     """
 
     __slots__ = (
-        "_beat", "_lock", "_sock", "cut", "deadline", "gone", "hang_up", "quiet_since", "waiting"
+        "_beat", "_lock", "_sock", "cut", "deadline", "gone", "hang_up", "last", "quiet_since",
+        "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
         self.deadline = math.inf  # monotonic seconds
+        self.last = math.inf  # of the whole request
         self.gone = False
         self.cut = False
         self.waiting = True  # for the provider; False while the client takes what came
@@ -13113,11 +13314,12 @@ class Guard:
         if self.cut:
             raise TimeoutError
 
-    def begin(self, deadline: float) -> None:
-        """A new attempt, to be cut at `deadline`."""
+    def begin(self, deadline: float, last: float) -> None:
+        """A new attempt, to be cut at `deadline`; the whole request ends at `last`."""
         with self._lock:
             self.cut = False
-        self.deadline, self.waiting = deadline, True
+        self.deadline, self.last, self.waiting = deadline, last, True
+        self.quiet_since = math.inf  # no sign of life until something has come
 
     def wait(self, now: float, deadline: float) -> None:
         """From now on a stream's provider is waited for."""
@@ -13650,6 +13852,8 @@ class Relay:
         self.idle_s = 0.0
         self.held = b""  # what commits the stream
         self.read_out = False  # the client got all of it
+        self._told = False  # of the failure
+        self.rescue: Callable[[Relay], Relay | None] | None = None  # somebody who goes on
         self.on_close: Callable[[Relay], None] | None = None
         self.keep: Callable[[Json], None] | None = None  # gets the whole answer at the end
 
@@ -13665,38 +13869,44 @@ class Relay:
         return self
 
     def __next__(self) -> bytes:
-        if self.held:
-            block, self.held = self.held, b""
-            return block
-        while self._response is not None:
-            block = self._more(self._response)
-            if block:
-                return block
+        try:
+            while not self._told:
+                if block := self._next():
+                    return block
+                if self._response is None and not self.flow.failure:
+                    break
+        except ClientGone:
+            self._response = None
+            self.close()
+            raise StopIteration from None
         self.read_out = True
         if self.keep and self.flow.final:
             self.keep(self.flow.final)
         self.close()
         raise StopIteration
 
-    def _more(self, response: Response) -> bytes:
+    def _next(self) -> bytes:
         """The next bytes for the client, b"" when only part of an event has come."""
+        if self.held:
+            block, self.held = self.held, b""
+            return block
+        if self.flow.failure:
+            return self._mend()
+        return self._more(self._response) if self._response is not None else b""
+
+    def _more(self, response: Response) -> bytes:
         flow = self.flow
         if flow.done:
             self._drain(response)
             return b""
         try:
             data = self._read(response)
-            block = flow.take(self._cutter.feed(data)) if data else b""
-        except ClientGone:
-            self._response = None
-            self.close()
-            raise StopIteration from None
+            if data:
+                return flow.take(self._cutter.feed(data))
         except (TransportError, ValueError) as error:
             return self._break_off(response, error)
-        if not data:
-            self._response = None
-            block = flow.end(self._cutter.rest)
-        return block + self.told() if flow.failure else block
+        self._response = None
+        return flow.end(self._cutter.rest)
 
     def _read(self, response: Response) -> bytes:
         """What came; only the provider's silence counts against it, not a slow client's."""
@@ -13709,22 +13919,29 @@ class Relay:
 
     def _break_off(self, response: Response, error: TransportError | ValueError) -> bytes:
         """The connection failed; an answer that was whole by then is whole."""
-        flow, self._response = self.flow, None
+        self._response = None
         response.close()
-        if flow.finished:
-            return flow.end(b"")
+        if self.flow.finished:
+            return self.flow.end(b"")
         sort = error.sort if isinstance(error, TransportError) else "garbled"
-        flow.failure = Outcome(0, str(error), sort)
-        return self.told()
+        self.flow.failure = Outcome(0, str(error), sort)
+        return b""
 
-    def told(self) -> bytes:
-        """The client learns that the provider failed; nothing of it is read any more."""
-        response, self._response = self._response, None
-        if response is not None:
-            response.close()
-        problem = self.flow.failure or BROKEN
-        text = f"the provider failed in the middle of its answer: {problem.text or problem.sort}"
-        return self.flow.fail(Exhausted(text, code="stream_interrupted"))
+    def _mend(self) -> bytes:
+        """Somebody goes on with what broke off; else the client learns that it did."""
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+        rescue, self.rescue = self.rescue, None
+        other = rescue(self) if rescue else None
+        if other is None:
+            self._told = True
+            problem = self.flow.failure or BROKEN
+            text = f"the provider failed in the middle of its answer: {problem.text}"
+            return self.flow.fail(Exhausted(text, code="stream_interrupted"))
+        self._response, self.flow, self._cutter = other._response, other.flow, other._cutter
+        self.patience, self.idle_s, self.on_close = other.patience, other.idle_s, other.on_close
+        return other.held
 
     def _drain(self, response: Response) -> None:
         """After the end: read what is left of the coding so that the connection can be kept."""
@@ -13769,7 +13986,7 @@ class Upstream:
         """One attempt; `deadline` is the monotonic time when the whole request ends."""
         started = self._now()
         patience = self._config.ttft_timeout * (1 if ask.stream else 3)
-        ask.guard.begin(min(started + patience, deadline))
+        ask.guard.begin(min(started + patience, deadline), deadline)
         try:
             attempt = self._try(target, lease, ask)
         except (TransportError, AccountError) as error:
@@ -13782,6 +13999,15 @@ class Upstream:
             attempt.stream.patience = self._patience(ask.guard, deadline)
             attempt.stream.idle_s = self._config.stream_idle_timeout
         return attempt
+
+    def _keep_waiting(self, guard: Guard) -> Callable[[], None]:
+        """What has come is held back: from here silence counts, not the time it takes."""
+        last = guard.last
+
+        def extend() -> None:
+            guard.deadline = min(self._now() + self._config.stream_idle_timeout, last)
+
+        return extend
 
     def _patience(self, guard: Guard, deadline: float) -> Callable[[float | None], None]:
         """Moves the guard's deadline: some seconds while a stream waits, else the total one."""
@@ -13815,8 +14041,10 @@ class Upstream:
             read_wait = codex_wait if target.service.provider.accounts else stated_wait
             return self._refused(response, secret.encode(), read_wait)
         passage = Passage(dialects[0], ask, target.provider, secret.encode())
-        make = first_useful if ask.stream else whole_answer
-        attempt = make(response, passage)
+        if ask.stream:
+            attempt = first_useful(response, passage, self._keep_waiting(ask.guard))
+        else:
+            attempt = whole_answer(response, passage)
         attempt.left_out = () if passage.native else ask.left_out
         return attempt
 
@@ -13997,10 +14225,12 @@ def whole_answer(response: Response, passage: Passage) -> Attempt:
     return made
 
 
-def first_useful(response: Response, passage: Passage) -> Attempt:
-    """Hold a stream back until its first useful event has come: only then is it committed."""
-    flow = passage.flow()
-    cutter, size, begun = EventCutter(), 0, False
+def first_useful(response: Response, passage: Passage, extend: Callable[[], None]) -> Attempt:
+    """Hold a stream back until its first useful event has come: only then is it committed.
+
+    `extend` moves the deadline while what came has to be held back longer.
+    """
+    flow, cutter, size, begun = passage.flow(), EventCutter(), 0, False
     held: list[bytes] = []
     while not flow.failure and size <= MAX_HELD_BYTES:
         data = response.read1()
@@ -14013,13 +14243,15 @@ def first_useful(response: Response, passage: Passage) -> Attempt:
             flow.failure = Outcome(0, str(error), "garbled")
         size += len(held[-1])
         if flow.odd:
-            flow = flow.translated()
-            held = [flow.take(b"".join(held))]
+            flow, anew = flow.translated()
+            held = [anew]
         if flow.useful:
             return committed(response if data else None, flow, cutter, b"".join(held))
         if not data:
             text = "the stream ended before its first useful event" if begun else "an empty stream"
-            flow.failure = Outcome(0, text, "empty")
+            flow.failure = flow.failure if flow.alive else Outcome(0, text, "empty")
+        if flow.alive:
+            extend()
     response.close()
     too_long = Outcome(0, "nothing useful in the first megabyte", "garbled")
     return failed(flow.failure or too_long, in_ok=True)
@@ -14027,7 +14259,7 @@ def first_useful(response: Response, passage: Passage) -> Attempt:
 
 def committed(response: Response | None, flow: Flow, cutter: EventCutter, held: bytes) -> Attempt:
     relay = Relay(response, flow, cutter)
-    relay.held = held + (relay.told() if flow.failure else b"")
+    relay.held = held
     return Attempt(None, Outcome(200, ""), content_type="text/event-stream", stream=relay)
 
 
@@ -14224,13 +14456,18 @@ class Router:
         deadline = ask.started + self.config.request_deadline
         walk, attempt = Walk(), None
         self.watchdog.watch(ask.guard)
+        routes = self.routes(candidates, walk, deadline, ask.guard)
         try:
-            for target, lease in self.routes(candidates, walk, deadline, ask.guard):
+            for target, lease in routes:
                 attempt = self.attempt(target, lease, ask, deadline)
                 first = walk.first_failure(target.label, attempt)
                 walk.tried.append((target.label, attempt))
                 if attempt.verdict is None:
-                    return self.deliver(target, lease, ask, attempt, walk.candidates)
+                    answer = self.deliver(target, lease, ask, attempt, walk.candidates)
+                    if attempt.stream and self.config.rescue:
+                        rescue = Rescue(self, ask, walk, routes, (target, lease), deadline)
+                        attempt.stream.rescue = rescue.go_on
+                    return answer
                 walk.rule(target, attempt.verdict)
                 self.learn(target, lease, attempt, ask.guard, first)
                 if attempt.verdict.then == "stop":
@@ -14341,8 +14578,16 @@ class Router:
 
     def stream_ended(self, target: Target, lease: Lease, ask: Ask, relay: Relay) -> None:
         """After the last byte, or after the client left."""
+        self.leave(ask)
+        self.settle(target, lease, ask, relay)
+
+    def leave(self, ask: Ask) -> None:
+        """Nobody waits for this request any more."""
         self.watchdog.unwatch(ask.guard)
         ask.guard.show_life(None)
+
+    def settle(self, target: Target, lease: Lease, ask: Ask, relay: Relay) -> None:
+        """What one provider's part of a stream cost, and what its end means."""
         self.charge(target, relay.tokens)
         if relay.failure:
             self.learn(target, lease, failed(relay.failure, in_ok=True), ask.guard)
@@ -14425,6 +14670,78 @@ class Router:
 
 # What an offer's name adds to the model's: not a size such as `:8b`, which is another model.
 EMBEDDING_OFFER: Final = re.compile(r":(?:free|latest|nitro|floor)$")
+
+
+class Rescue:
+    """One stream that broke off, and who may go on with it; tried once."""
+
+    MOST: ClassVar[int] = 3  # candidates asked
+
+    def __init__(
+        self,
+        router: Router,
+        ask: Ask,
+        walk: Walk,
+        routes: Iterator[tuple[Target, Lease]],
+        route: tuple[Target, Lease],
+        deadline: float,
+    ) -> None:
+        self._router, self._ask, self._walk = router, ask, walk
+        self._routes, self._route, self._deadline = routes, route, deadline
+
+    def go_on(self, relay: Relay) -> Relay | None:
+        """The stream of somebody who goes on honestly, or None. ClientGone may be raised."""
+        ask, failure = self._ask, relay.flow.failure
+        if failure is None or judge(failure, in_ok=True).then == "stop":
+            return None
+        said = relay.flow.said()
+        if said is None:
+            return None
+        target, lease = self._route
+        self._router.settle(target, lease, ask, relay)
+        relay.on_close = lambda _: self._router.leave(ask)
+        self._walk.out.add(target.label)
+        others = itertools.chain(self._routes, [self._route])
+        for second, key in itertools.islice(others, self.MOST):
+            attempt = self._ask_to_go_on(second, key, said)
+            if attempt and attempt.stream:
+                log.warning(
+                    "%s: %s broke off after %d characters, %s goes on",
+                    ask.request_id, target.label, len(said.text), second.label,
+                )  # fmt: skip
+                self._router.deliver(second, key, ask, attempt, 1)
+                return attempt.stream
+        return None
+
+    def _ask_to_go_on(self, target: Target, lease: Lease, said: Said) -> Attempt | None:
+        """First with what was said as its own words, then the plain question once more."""
+        for prefilled in (True, False):
+            if prefilled and not (said.text and target.goes_on):
+                continue
+            ask = continuing(self._ask, said, prefilled)
+            attempt = self._router.attempt(target, lease, ask, self._deadline)
+            if attempt.verdict is None:
+                return attempt
+            self._walk.rule(target, attempt.verdict)
+            self._router.learn(target, lease, attempt, ask.guard)
+            if attempt.verdict.rests or attempt.verdict.counts:
+                return None
+        return None
+
+
+def continuing(ask: Ask, said: Said, prefilled: bool) -> Ask:
+    """The request for somebody who goes on: it is read as chat, and told in one stream."""
+    chat = {**ask.chat, "stream": True}
+    if prefilled:
+        chat["messages"] = [*chat["messages"], {"role": "assistant", "content": said.text}]
+    surface = replace(ask.surface, dialect="")  # never as it comes
+    return replace(
+        ask,
+        surface=surface,
+        chat=chat,
+        kept_body=(None, b""),
+        make_flow=lambda passage: Continuation(passage, said, prefilled),
+    )
 
 
 def embedding_family(model: str) -> str:
