@@ -1490,6 +1490,13 @@ class Config:
         "seconds until the first useful event of a stream; a whole answer gets three times as long",
         low=0.01,
     )
+    ttft_switch: float = setting(
+        12.0,
+        "TTFT_SWITCH",
+        "Timeouts",
+        "seconds until a silent stream is given up while others can be asked; 0 = TTFT_TIMEOUT;"
+        " one more per 4,000 tokens, never for local servers",
+    )
     stream_idle_timeout: float = setting(
         120.0, "STREAM_IDLE_TIMEOUT", "Timeouts", "seconds of silence inside a stream", low=0.01
     )
@@ -1569,7 +1576,10 @@ class Config:
         0.5, "BREAKER_ERROR_RATE", "Breaker", "share of failures that opens it", high=1
     )
     breaker_cooldown: float = setting(
-        60.0, "BREAKER_COOLDOWN", "Breaker", "seconds it stays open before one probe"
+        60.0,
+        "BREAKER_COOLDOWN",
+        "Breaker",
+        "seconds it stays open before one probe, at most; 15 at first, twice as long each time",
     )
     codex_token_url: str = setting(
         CODEX_TOKEN_URL,
@@ -11277,7 +11287,7 @@ def see_responses(data: bytes) -> Sight:
     whole = whole if isinstance(whole, dict) else {}
     if kind in ("error", "response.failed", "response.cancelled"):
         problem = stream_error(whole.get("error") or event.get("error") or event)
-        return Sight(error=embedded_error(problem) or BROKEN)
+        return Sight(error=embedded_error({"error": problem}) or BROKEN)
     if kind in ("response.completed", "response.incomplete"):
         said = bool(whole.get("output")) or kind == "response.incomplete"
         tokens = tokens_of({"usage": responses_usage(whole.get("usage"))})
@@ -11318,10 +11328,9 @@ def judge_translated(
     reply = read_json(body)
     if not body.strip():
         return Outcome(0, "an empty body", "empty"), {}
-    if error := embedded_error(reply):
-        return error, {}
     if not isinstance(reply, dict) or reply.get(member) != kind:
-        return Outcome(0, f"not a {kind}: {error_text(body)[:200]}", "garbled"), {}
+        error = embedded_error(reply)
+        return error or Outcome(0, f"not a {kind}: {error_text(body)[:200]}", "garbled"), {}
     chat = translate(reply)
     if error := embedded_error(chat):
         return error, {}
@@ -11547,6 +11556,7 @@ class Ask:
     started: float = 0.0
     request_id: str = ""
     tokens: int = 0  # how large it is, about
+    named: frozenset[str] = frozenset()  # labels of the targets that the client named
     forward: bytes = b""  # header lines for a provider of the same dialect
     left_out: Sequence[str] = ()  # tools that nobody here can run
     input: list[Json] | None = None  # Responses: all items, those of earlier turns included
@@ -11618,13 +11628,14 @@ class Passage:
     def _gathered(self, body: bytes) -> Whole:
         """A stream where a whole answer was asked for: subscriptions only stream."""
         reader = self.reader()
-        values = (read_json(event_data(e)) for e in split_events(masked(body, self.secret)))
+        datas = [event_data(event) for event in split_events(masked(body, self.secret))]
+        values = (read_json(data) for data in datas)
         chunks = [c for value in values if isinstance(value, dict) for c in reader.feed(value)]
         chunks += reader.finish()
         for chunk in chunks:
             if error := embedded_error(chunk):
                 return Whole(error)
-        if not reader.finished:
+        if not (reader.finished or (self.dialect.name == "chat" and b"[DONE]" in datas)):
             return Whole(Outcome(0, "the stream ended without a finish", "reset"))
         return self._made(gathered_reply(chunks))
 
@@ -11663,12 +11674,16 @@ class Flow:
         self.tokens: Tokens | None = None
         self.failure: Outcome | None = None
         self._calls: list[bytes] = []  # events held back
+        self._calls_bytes = 0
+        self.stirred = False  # more than a sign of life has come since this was last reset
         self._passed: list[bytes] = []  # blocks of events that the client got
         self._passed_bytes = 0
 
     def take(self, block: bytes) -> bytes:
         """What the client gets for a block of whole events."""
         made = block
+        if block.count(b"data:") > block.count(b'"ping"'):
+            self.stirred = True
         if self._calls or not (self.useful and self._dialect.only_content(block)):
             made = self._sift(block)
         self._passed_bytes += len(made)
@@ -11695,7 +11710,7 @@ class Flow:
         if sight.error:
             self.failure = self._dialect.see(masked(data, self._passage.secret)).error or BROKEN
             return b""
-        if sight.calls or self._calls:
+        if sight.calls or self._calls or (sight.broken and CALL_MARKS.search(data)):
             return self._hold(event, sight)
         self._note(sight)
         withheld = sight.only_usage and not self._passage.ask.wants_usage
@@ -11704,15 +11719,39 @@ class Flow:
     def _hold(self, event: bytes, sight: Sight) -> bytes:
         """Events from the first tool call on; all of them once the answer is finished."""
         self.alive = True
+        if sight.broken:  # what is missing would change the call
+            self.failure = Outcome(0, "a broken event in a tool call", "garbled")
+            return b""
         if not self._calls:  # what the first part looks like tells
             self.odd = self.odd or (sight.odd and not self.useful)
-        if not sight.broken:
-            self._calls.append(event)
-        if not (sight.finished or sight.done or sum(map(len, self._calls)) > MAX_EVENT_BYTES):
+        self._calls.append(event)
+        self._calls_bytes += len(event)
+        if self._calls_bytes > MAX_EVENT_BYTES:
+            self.failure = Outcome(0, "a tool call without an end", "garbled")
+        if self.failure or not (sight.finished or sight.done):
             return b""
+        return self._release(sight)
+
+    def _release(self, sight: Sight) -> bytes:
+        """The events of whole tool calls; calls that are no JSON are put right or refused."""
+        if not self.odd and sound_calls(self._read(self._calls)) is not SOUND:
+            if self.useful:
+                self.failure = Outcome(0, "a tool call that is no JSON", "garbled")
+                return b""
+            self.odd = True
         held, self._calls = self._calls, []
         self._note(sight._replace(sign="useful", odd=False))
-        return b"".join(held)
+        block = b"".join(held)
+        if self.odd:
+            self._calls = held  # to be translated
+        return block
+
+    def _read(self, events: Iterable[bytes]) -> list[Json]:
+        """Events as canonical chunks."""
+        reader = self._passage.reader()
+        values = (read_json(event_data(event)) for event in events)
+        chunks = [c for value in values if isinstance(value, dict) for c in reader.feed(value)]
+        return chunks + reader.finish()
 
     def _note(self, sight: Sight) -> None:
         if sight.tokens:
@@ -11768,7 +11807,8 @@ class Flow:
         """What can be gone on with; None where another provider could not do so honestly."""
         if self._passed_bytes > MAX_PASSED_BYTES or self._dialect.last == RESPONSE_LAST:
             return None
-        reader, writer = self._passage.reader(), self._passage.writer()
+        writer = self._passage.writer()
+        reader = self._passage.reader()
         values = (read_json(event_data(e)) for e in split_events(b"".join(self._passed)))
         chunks = [c for value in values if isinstance(value, dict) for c in reader.feed(value)]
         for chunk in chunks:
@@ -11802,6 +11842,46 @@ def spoken(chunks: Sequence[Json]) -> str | None:
 
 
 NOT_TEXT: Final = ("tool_calls", "function_call", "refusal", "audio")
+# In an event that cannot be parsed: it was a part of a tool call.
+CALL_MARKS: Final = re.compile(rb'"(?:tool_calls|partial_json|arguments)"')
+SOUND: Final[list[Json]] = []  # stands for chunks that need no change
+
+
+def sound_calls(chunks: Sequence[Json]) -> list[Json] | None:
+    """The chunks with tool calls whose arguments are JSON: SOUND when they are, None if hopeless.
+
+    Arguments cut off by a length limit stay as they are: the finish tells.
+    """
+    texts: dict[tuple[Any, Any], str] = {}
+    for choice in (c for chunk in chunks for c in chunk.get("choices") or ()):
+        if choice.get("finish_reason") == "length":
+            return SOUND
+        for call in (choice.get("delta") or {}).get("tool_calls") or ():
+            if "function" in call:
+                place = (choice.get("index"), call.get("index"))
+                texts[place] = texts.get(place, "") + (call["function"].get("arguments") or "")
+    mended = {place: repaired_arguments(text) for place, text in texts.items()}
+    if all(mended[place] == text or not text.strip() for place, text in texts.items()):
+        return SOUND
+    if any(text is None for text in mended.values()):
+        return None
+    return [with_arguments(chunk, mended) for chunk in chunks]
+
+
+def with_arguments(chunk: Json, mended: dict[tuple[Any, Any], str | None]) -> Json:
+    """The chunk with each call's mended arguments in its first delta, and in no later one."""
+    choices = []
+    for choice in chunk.get("choices") or ():
+        calls = (choice.get("delta") or {}).get("tool_calls")
+        if calls:
+            told = []
+            for call in calls:
+                place = (choice.get("index"), call.get("index"))
+                text, mended[place] = mended.get(place) or "", ""
+                told.append({**call, "function": {**call.get("function", {}), "arguments": text}})
+            choice = {**choice, "delta": {**choice["delta"], "tool_calls": told}}
+        choices.append(choice)
+    return {**chunk, "choices": choices}
 
 
 class Translation(Flow):
@@ -11815,10 +11895,19 @@ class Translation(Flow):
         self._held: list[Json] = []  # chunks from the first tool call on
 
     def take(self, block: bytes) -> bytes:
+        if block.count(b"data:") > block.count(b'"ping"'):
+            self.stirred = True
         return b"".join(map(self._look, split_events(block)))
 
     def _look(self, event: bytes) -> bytes:
-        data = event_data(event)
+        try:
+            return self._translate(event_data(event))
+        except Exception:  # a fault of ours must not look like a crash to the client
+            log.exception("an event of %s could not be translated", self._passage.origin)
+            self.failure = BROKEN
+            return b""
+
+    def _translate(self, data: bytes) -> bytes:
         if self.failure or self.done or not data:
             return b""
         if data == b"[DONE]":
@@ -11827,10 +11916,13 @@ class Translation(Flow):
             return self._close() if self.finished else b""
         value = read_json(data)
         if not isinstance(value, dict):
+            if self._held or CALL_MARKS.search(data):  # what is missing would change the call
+                self.failure = Outcome(0, "a broken event in a tool call", "garbled")
             return b""
         out = self._written(self._reader.feed(value))
         self.finished = self.finished or self._reader.finished
-        if value.get("type") in self._dialect.last and self.finished:
+        kind = value.get("type")
+        if isinstance(kind, str) and kind in self._dialect.last and self.finished:
             return out + self._close()
         return out
 
@@ -11857,7 +11949,11 @@ class Translation(Flow):
     def _close(self) -> bytes:
         block = self._written(self._reader.finish())
         held, self._held = self._held, []
-        block += b"".join(map(self._write, held))
+        mended = sound_calls(held)
+        if mended is None:
+            self.failure = Outcome(0, "a tool call that is no JSON", "garbled")
+            return block
+        block += b"".join(map(self._write, held if mended is SOUND else mended))
         self.done = True
         if not self.useful and not self.failure:
             self.failure = Outcome(0, "a stream without content", "empty")
@@ -12051,6 +12147,14 @@ class KeyPool:
                 self._handed[provider, key] = self._handed.get((provider, key), 0) + 1
                 return Lease(provider, key, model)
         return None
+
+    def another(self, provider: str, model: str, tried: Iterable[str]) -> bool:
+        """Whether a key that is not among `tried` is ready."""
+        with self._lock:
+            return any(
+                key not in tried and not self._resting(provider, key, model, frozenset())
+                for key in self._keys.get(provider, ())
+            )
 
     def rest(self, provider: str, key: str, model: str, seconds: float, why: str) -> None:
         """Let a key (or ANY) rest for a model (or ANY). A longer rest is never shortened."""
@@ -12410,11 +12514,12 @@ def finite_number(value: object) -> float | None:
 class Circuit:
     """The latest outcomes of one provider and whether it is open."""
 
-    __slots__ = ("open_until", "outcomes", "owner", "probe_until")
+    __slots__ = ("open_until", "outcomes", "owner", "pauses", "probe_until")
 
     def __init__(self, window: int) -> None:
         self.outcomes: deque[bool] = deque(maxlen=window)
         self.open_until = 0.0  # 0 = closed; in the past = half open
+        self.pauses = 0  # how often it opened in a row
         self.probe_until = 0.0  # a probe is under way until then
         self.owner: object = None  # whose probe it is
 
@@ -12422,9 +12527,12 @@ class Circuit:
 class Breakers:
     """Which provider is resting: a sliding window of outcomes, then exactly one probe.
 
-    Closed -> open when `min_samples` outcomes hold a share of failures >= `error_rate`;
-    open for `cooldown` seconds; then one request may probe: success closes, failure re-opens.
+    Closed -> open when `min_samples` outcomes hold a share of failures >= `error_rate`; open
+    for FIRST_PAUSE_S, then one request may probe: success closes, failure re-opens for twice as
+    long, at most `cooldown` seconds.
     """
+
+    FIRST_PAUSE_S: ClassVar[float] = 15.0
 
     def __init__(
         self,
@@ -12454,7 +12562,7 @@ class Breakers:
                 return
             circuit.outcomes.append(ok)
             if not ok and self._tripped(circuit):
-                circuit.open_until = self._now() + self._cooldown
+                self._open(circuit)
 
     def enter(self, provider: str, owner: object = None) -> bool:
         """Whether a request may go there; when half open the first caller gets the probe."""
@@ -12522,10 +12630,15 @@ class Breakers:
         """The outcome of the probe."""
         circuit.probe_until = 0.0
         if ok:
-            circuit.open_until = 0.0
+            circuit.open_until, circuit.pauses = 0.0, 0
             circuit.outcomes.clear()
         else:
-            circuit.open_until = self._now() + self._cooldown
+            self._open(circuit)
+
+    def _open(self, circuit: Circuit) -> None:
+        pause = min(self._cooldown, self.FIRST_PAUSE_S * 2.0 ** min(circuit.pauses, 20))
+        circuit.open_until = self._now() + pause
+        circuit.pauses += 1
 
 
 # =============================================================================
@@ -13843,13 +13956,36 @@ class Attempt:
     left_out: Sequence[str] = ()  # tools that were not sent on
 
 
+class Patience:
+    """How long the next piece of a stream is waited for; pings of the provider do not count."""
+
+    def __init__(
+        self, guard: Guard, idle_s: float, deadline: float, now: Callable[[], float]
+    ) -> None:
+        self._guard, self._idle_s, self._deadline, self._now = guard, idle_s, deadline, now
+        self._since = now()
+
+    def wait(self, stirred: bool) -> None:
+        now = self._now()
+        if stirred:
+            self._since = now
+        self._guard.wait(now, min(self._since + self._idle_s, self._deadline))
+
+    def resume(self) -> None:
+        self._guard.resume(self._deadline)
+
+    def linger(self) -> None:
+        """After the end: only a moment for what is left of the coding."""
+        now = self._now()
+        self._guard.wait(now, min(now + LINGER_S, self._deadline))
+
+
 class Relay:
     """A committed stream: an iterator of byte blocks that always gets closed."""
 
     def __init__(self, response: Response | None, flow: Flow, cutter: EventCutter) -> None:
         self._response, self.flow, self._cutter = response, flow, cutter
-        self.patience: Callable[[float | None], None] | None = None  # limits the next wait
-        self.idle_s = 0.0
+        self.patience: Patience | None = None  # limits the next wait
         self.held = b""  # what commits the stream
         self.read_out = False  # the client got all of it
         self._told = False  # of the failure
@@ -13912,9 +14048,10 @@ class Relay:
         """What came; only the provider's silence counts against it, not a slow client's."""
         if self.patience is None:
             return response.read1()
-        self.patience(self.idle_s)
+        self.patience.wait(self.flow.stirred)
+        self.flow.stirred = False
         data = response.read1()
-        self.patience(None)
+        self.patience.resume()
         return data
 
     def _break_off(self, response: Response, error: TransportError | ValueError) -> bytes:
@@ -13940,14 +14077,14 @@ class Relay:
             text = f"the provider failed in the middle of its answer: {problem.text}"
             return self.flow.fail(Exhausted(text, code="stream_interrupted"))
         self._response, self.flow, self._cutter = other._response, other.flow, other._cutter
-        self.patience, self.idle_s, self.on_close = other.patience, other.idle_s, other.on_close
+        self.patience, self.on_close = other.patience, other.on_close
         return other.held
 
     def _drain(self, response: Response) -> None:
         """After the end: read what is left of the coding so that the connection can be kept."""
         self._response = None
         if self.patience:
-            self.patience(LINGER_S)
+            self.patience.linger()
         try:
             response.read(limit=READ_BYTES)
         except TransportError:
@@ -13982,10 +14119,18 @@ class Upstream:
         self._heads: dict[tuple[str, str, str], bytes] = {}
         self._lacking: set[tuple[str, str]] = set()  # (service, dialect) that it does not speak
 
-    def send(self, target: Target, lease: Lease, ask: Ask, deadline: float) -> Attempt:
-        """One attempt; `deadline` is the monotonic time when the whole request ends."""
+    def send(
+        self, target: Target, lease: Lease, ask: Ask, deadline: float, last: bool = True
+    ) -> Attempt:
+        """One attempt; `deadline` is the monotonic time when the whole request ends.
+
+        `last`: nobody else can be asked, so a slow provider gets all the time there is.
+        """
         started = self._now()
         patience = self._config.ttft_timeout * (1 if ask.stream else 3)
+        if ask.stream and not last and target.service.provider.tier != "local":
+            switch = self._config.ttft_switch
+            patience = min(patience, switch + ask.tokens / 4000 if switch else patience)
         ask.guard.begin(min(started + patience, deadline), deadline)
         try:
             attempt = self._try(target, lease, ask)
@@ -13996,8 +14141,8 @@ class Upstream:
         ask.guard.deadline = deadline
         attempt.seconds = self._now() - started
         if attempt.stream:
-            attempt.stream.patience = self._patience(ask.guard, deadline)
-            attempt.stream.idle_s = self._config.stream_idle_timeout
+            idle_s = self._config.stream_idle_timeout
+            attempt.stream.patience = Patience(ask.guard, idle_s, deadline, self._now)
         return attempt
 
     def _keep_waiting(self, guard: Guard) -> Callable[[], None]:
@@ -14008,18 +14153,6 @@ class Upstream:
             guard.deadline = min(self._now() + self._config.stream_idle_timeout, last)
 
         return extend
-
-    def _patience(self, guard: Guard, deadline: float) -> Callable[[float | None], None]:
-        """Moves the guard's deadline: some seconds while a stream waits, else the total one."""
-
-        def wait(seconds: float | None) -> None:
-            if seconds is None:
-                guard.resume(deadline)
-            else:
-                now = self._now()
-                guard.wait(now, min(now + seconds, deadline))
-
-        return wait
 
     def _try(self, target: Target, lease: Lease, ask: Ask) -> Attempt:
         dialects = self._spoken(target, ask)
@@ -14276,6 +14409,29 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
+QUICK_PAUSE_S: Final = 0.1
+MAX_PAUSE_S: Final = 5.0  # a longer wait, or a failure that took longer, is no quick retry
+TRANSIENT: Final = (SICK, SORTS["reset"])
+
+
+class Queue:
+    """Candidates in their order; tells whether there is another one without taking it."""
+
+    def __init__(self, candidates: Iterable[Candidate]) -> None:
+        self._rest = iter(candidates)
+        self._next: Candidate | None = None
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return self
+
+    def __next__(self) -> Candidate:
+        found, self._next = self._next, None
+        return found or next(self._rest)
+
+    @property
+    def empty(self) -> bool:
+        self._next = self._next or next(self._rest, None)
+        return self._next is None
 
 
 @dataclass(frozen=True)
@@ -14311,6 +14467,7 @@ class Walk:
     out: set[str] = field(default_factory=set)  # provider names and labels ruled out
     waits: list[float] = field(default_factory=list)  # seconds until a skipped one is ready
     skipped: list[str] = field(default_factory=list)
+    repeated: bool = False  # a route was tried twice
 
     def rule(self, target: Target, verdict: Verdict) -> None:
         if verdict.then == "provider":
@@ -14371,8 +14528,9 @@ class Router:
         *,
         transport: Transport | None = None,
         now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.config, self.now = config, now
+        self.config, self.now, self.sleep = config, now, sleep
         self.directory = Directory(config)
         self.keys = KeyPool({s.name: s.keys for s in config.services}, config.rotation_mode, now)
         self.breakers = Breakers(
@@ -14424,6 +14582,7 @@ class Router:
         if choice.lead and not choice.spill:
             groups = ()
         limits = Limits(tokens, self.breakers.bucket, self.breakers.is_open)
+        ask.named = frozenset(target.label for target in lead)
         return self.answer(ask, plan(lead, groups, limits, turn, choice.why), tokens)
 
     def embed(self, ask: Ask, caller: Caller) -> Answer:
@@ -14456,10 +14615,13 @@ class Router:
         deadline = ask.started + self.config.request_deadline
         walk, attempt = Walk(), None
         self.watchdog.watch(ask.guard)
-        routes = self.routes(candidates, walk, deadline, ask.guard)
+        queue = Queue(candidates)
+        routes = self.routes(queue, walk, deadline, ask.guard)
         try:
             for target, lease in routes:
-                attempt = self.attempt(target, lease, ask, deadline)
+                attempt = self.attempt(target, lease, ask, deadline, queue.empty)
+                if self.once_more(attempt, target, ask, walk, deadline, queue):
+                    attempt = self.attempt(target, lease, ask, deadline, queue.empty)
                 first = walk.first_failure(target.label, attempt)
                 walk.tried.append((target.label, attempt))
                 if attempt.verdict is None:
@@ -14482,10 +14644,44 @@ class Router:
         error.attempts = walk.candidates
         raise error
 
-    def attempt(self, target: Target, lease: Lease, ask: Ask, deadline: float) -> Attempt:
+    def once_more(
+        self,
+        attempt: Attempt,
+        target: Target,
+        ask: Ask,
+        walk: Walk,
+        deadline: float,
+        queue: Queue,
+    ) -> bool:
+        """Whether the same route is worth a second try at once; waits as long as that takes.
+
+        Once in a request: after a failure that is often over a moment later, where nobody else is
+        left or the client named the model; then also for a limit that ends within seconds.
+        """
+        named, verdict = target.label in ask.named, attempt.verdict
+        if verdict is None or walk.repeated or not (named or queue.empty):
+            return False
+        pause = QUICK_PAUSE_S if verdict in TRANSIENT else math.inf
+        if verdict is RATE_LIMITED and named:
+            pause = attempt.outcome.retry_after or math.inf
+        if pause > MAX_PAUSE_S or attempt.seconds > MAX_PAUSE_S or self.now() + pause > deadline:
+            return False
+        if self.keys.another(target.provider, target.model, walk.keys[target.label]):
+            return False  # its other keys come next
+        walk.repeated = True
+        self.usage.attempt(target.provider, False, attempt.seconds)
+        log.info("%s: %s, asked again in %.1f s", target.label, verdict.name, pause)
+        until = self.now() + pause
+        while (left := until - self.now()) > 0 and not ask.guard.gone:
+            self.sleep(min(left, 0.25))
+        return True
+
+    def attempt(
+        self, target: Target, lease: Lease, ask: Ask, deadline: float, last: bool = True
+    ) -> Attempt:
         """One attempt; a probe token is given back whatever happens."""
         try:
-            return self.upstream.send(target, lease, ask, deadline)
+            return self.upstream.send(target, lease, ask, deadline, last)
         except BaseException:
             self.breakers.leave(target.provider, ask.guard)
             raise

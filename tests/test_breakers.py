@@ -33,7 +33,7 @@ def clock():
 
 @pytest.fixture
 def breakers(clock):
-    return Breakers(now=clock)
+    return Breakers(cooldown=15, now=clock)
 
 
 def note(breakers, outcomes, provider="p"):
@@ -46,7 +46,7 @@ def note(breakers, outcomes, provider="p"):
 def due(breakers, clock):
     """A breaker that was open and may be probed now."""
     note(breakers, "FFFF")
-    clock.pass_by(60)
+    clock.pass_by(15)
     return breakers
 
 
@@ -101,7 +101,7 @@ def test_a_window_smaller_than_the_samples_it_needs_still_opens(clock):
 
 def test_it_stays_open_for_the_cooldown(breakers, clock):
     note(breakers, "FFFF")
-    clock.pass_by(59.9)
+    clock.pass_by(14.9)
     assert breakers.is_open("p") and not breakers.enter("p")
     clock.pass_by(0.1)
     assert not breakers.is_open("p") and breakers.enter("p")
@@ -109,9 +109,9 @@ def test_it_stays_open_for_the_cooldown(breakers, clock):
 
 def test_late_failures_do_not_prolong_the_cooldown(breakers, clock):
     note(breakers, "FFFF")
-    clock.pass_by(50)
-    note(breakers, "FFF")
     clock.pass_by(10)
+    note(breakers, "FFF")
+    clock.pass_by(5)
     assert breakers.enter("p")
 
 
@@ -119,7 +119,7 @@ def test_a_late_success_does_not_end_the_cooldown(breakers, clock):
     """An answer that was under way when it opened is no probe."""
     note(breakers, "FFFFS")
     assert breakers.is_open("p")
-    clock.pass_by(60)
+    clock.pass_by(15)
     assert breakers.enter("p")
 
 
@@ -157,10 +157,24 @@ def test_a_probe_that_fails_opens_it_for_another_cooldown(due, clock):
     assert due.enter("p")
     note(due, "F")
     assert due.is_open("p")
-    clock.pass_by(59)
+    clock.pass_by(14)
     assert not due.enter("p")
     clock.pass_by(1)
     assert [due.enter("p"), due.enter("p")] == [True, False]
+
+
+def test_each_failed_probe_doubles_the_pause_up_to_the_cooldown(clock):
+    breakers = Breakers(cooldown=60, now=clock)
+    note(breakers, "FFFF")
+    for pause in (15, 30, 60, 60):
+        assert breakers.snapshot("p")["opens_in_s"] == pause
+        clock.pass_by(pause)
+        assert breakers.enter("p")
+        note(breakers, "F")
+    clock.pass_by(60)
+    assert breakers.enter("p")
+    note(breakers, "S" + "FFFF")
+    assert breakers.snapshot("p")["opens_in_s"] == 15, "well again: it starts anew"
 
 
 def test_a_probe_that_says_nothing_is_given_back(due):
@@ -222,7 +236,7 @@ def test_status(breakers, clock):
     assert breakers.snapshot("p") == {"open": False, "opens_in_s": 0, "recent_health_fails": 0}
     note(breakers, "SFFF")
     clock.pass_by(0.5)
-    assert breakers.snapshot("p") == {"open": True, "opens_in_s": 60, "recent_health_fails": 3}
+    assert breakers.snapshot("p") == {"open": True, "opens_in_s": 15, "recent_health_fails": 3}
     clock.pass_by(100)
     assert breakers.snapshot("p")["opens_in_s"] == 0
 

@@ -105,7 +105,7 @@ def test_an_event_ends_with_a_blank_line_of_any_kind(end: bytes) -> None:
 
 def test_a_byte_order_mark_does_not_hide_the_first_event() -> None:
     body = b"\xef\xbb\xbf" + sse(delta(content="hi")) + sse(delta("stop")) + DONE
-    attempt = router.first_useful(Pieces([body]), chat_passage(), lambda: None)
+    attempt = router.first_useful(Pieces([body]), chat_passage(), str)
     assert attempt.verdict is None, attempt.outcome
     assert payloads(b"".join(attempt.stream))[0]["choices"][0]["delta"] == {"content": "hi"}
 
@@ -261,16 +261,16 @@ def test_a_relay_closes_its_answer_and_tells_once() -> None:
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["lf", "crlf", "cr"])
 def test_the_first_useful_event_is_found_in_any_pieces(end: bytes) -> None:
     body = styled(b": hold on\n\n" + sse(delta(role="assistant")) + SHORT, end)
-    whole = b"".join(router.first_useful(Pieces([body]), chat_passage(), lambda: None).stream)
+    whole = b"".join(router.first_useful(Pieces([body]), chat_passage(), str).stream)
     for at in range(1, len(body)):
-        attempt = router.first_useful(Pieces([body[:at], body[at:]]), chat_passage(), lambda: None)
+        attempt = router.first_useful(Pieces([body[:at], body[at:]]), chat_passage(), str)
         assert attempt.verdict is None, (at, attempt.outcome)
         assert b"".join(attempt.stream) == whole, at
 
 
 def test_an_only_event_without_its_blank_line_is_an_answer() -> None:
     body = sse(delta("stop", content="hi")).rstrip(b"\n")
-    attempt = router.first_useful(Pieces([body]), chat_passage(), lambda: None)
+    attempt = router.first_useful(Pieces([body]), chat_passage(), str)
     assert attempt.verdict is None, attempt.outcome
     assert payloads(b"".join(attempt.stream))[0]["choices"][0]["delta"] == {"content": "hi"}
 
@@ -280,7 +280,7 @@ def test_a_first_event_may_be_large() -> None:
     body = sse(delta(images=[{"image_url": {"url": "x"}}], content="i" * (2 << 20)))
     body += sse(delta("stop")) + DONE
     pieces = [body[at : at + 65536] for at in range(0, len(body), 65536)]
-    attempt = router.first_useful(Pieces(pieces), chat_passage(), lambda: None)
+    attempt = router.first_useful(Pieces(pieces), chat_passage(), str)
     assert attempt.verdict is None, attempt.outcome
 
 
@@ -299,14 +299,14 @@ def test_a_first_event_may_be_large() -> None:
     ],
 )
 def test_a_stream_with_nothing_in_it_is_a_failure(body: bytes, sort: str) -> None:
-    attempt = router.first_useful(Pieces([body]), chat_passage(), lambda: None)
+    attempt = router.first_useful(Pieces([body]), chat_passage(), str)
     assert attempt.verdict is not None and attempt.outcome.sort == sort
 
 
 def test_a_whole_answer_where_a_stream_was_asked_becomes_one() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     body = json.dumps(completion(None, tool_calls=[call])).encode()
-    attempt = router.first_useful(Pieces([body[:5], body[5:]]), chat_passage(wants_usage=True), lambda: None)
+    attempt = router.first_useful(Pieces([body[:5], body[5:]]), chat_passage(wants_usage=True), str)
     first, *_, last = payloads(b"".join(attempt.stream))
     assert first["choices"][0]["delta"]["tool_calls"] == [{"index": 0, **call}]
     assert last["choices"] == [] and last["usage"] == usage()
@@ -347,7 +347,7 @@ def test_any_whole_answer_is_judged(value: Any) -> None:
 
 @given(REPLY | JSON)
 def test_any_whole_answer_to_a_streamed_request_is_judged(value: Any) -> None:
-    attempt = router.first_useful(Pieces([json.dumps(value).encode()]), chat_passage(), lambda: None)
+    attempt = router.first_useful(Pieces([json.dumps(value).encode()]), chat_passage(), str)
     if attempt.stream:
         payloads(b"".join(attempt.stream))
 
