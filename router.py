@@ -1500,6 +1500,12 @@ class Config:
     stream_idle_timeout: float = setting(
         120.0, "STREAM_IDLE_TIMEOUT", "Timeouts", "seconds of silence inside a stream", low=0.01
     )
+    drain_timeout: float = setting(
+        30.0,
+        "DRAIN_TIMEOUT",
+        "Timeouts",
+        "seconds that requests under way get to end when the router is stopped",
+    )
     request_deadline: float = setting(
         600.0,
         "REQUEST_DEADLINE",
@@ -14507,9 +14513,12 @@ class Gate:
     def __init__(self, most: int) -> None:
         self._most, self._lock = most, threading.Lock()
         self.inside = 0
+        self.closed = False  # the router is on its way out
 
     def enter(self) -> None:
         with self._lock:
+            if self.closed:
+                raise Busy("this router is shutting down; try again", retry_after=2)
             if self.inside >= self._most:
                 raise Busy("this router holds as many requests as it may; try again", retry_after=1)
             self.inside += 1
@@ -16023,6 +16032,48 @@ def make_server(app: flask.Flask, config: Config) -> Any:
     return server
 
 
+class Drain:
+    """Stops the server once its requests have ended; a second signal stops it at once."""
+
+    def __init__(self, router: Router, server: Any, patience_s: float) -> None:
+        self._router, self._server, self._patience_s = router, server, patience_s
+        self._main = threading.current_thread()
+
+    def on_signal(self, number: int, _frame: object) -> None:
+        """In the main thread, which runs the server's loop."""
+        gate = self._router.gate
+        if gate.closed or not gate.inside:
+            sys.exit(0)
+        gate.closed = True
+        log.info("stopping: %d requests may end within %g s", gate.inside, self._patience_s)
+        self._refuse_connections()
+        threading.Thread(target=self._wait, args=(number,), name="drain", daemon=True).start()
+
+    def _refuse_connections(self) -> None:
+        sockets = getattr(self._server, "_map", None) or getattr(self._server, "map", {})
+        for part in list(sockets.values()):
+            if part.accepting:
+                waitress.wasyncore.dispatcher.close(part)
+
+    def _wait(self, number: int) -> None:
+        end = time.monotonic() + self._patience_s
+        while self._router.gate.inside and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.1)  # for the last bytes
+        signal.pthread_kill(cast(int, self._main.ident), number)
+
+
+def allow_many_files() -> None:
+    """As many open files as the system lets us have: each stream takes two sockets."""
+    with suppress(ImportError, OSError, ValueError):  # not on Windows
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 # =============================================================================
 # 32. Documents
 # =============================================================================
@@ -16219,7 +16270,10 @@ def cmd_serve(_: argparse.Namespace) -> int:
         return FAILED
     tell_start(config, app.extensions["router"], getattr(server, "effective_port", config.port))
     threading.stack_size(4 << 20)  # Python 3.13 dies on deep JSON in a smaller one (musl, Windows)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(DONE_OK))
+    allow_many_files()
+    drain = Drain(app.extensions["router"], server, config.drain_timeout)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, drain.on_signal)
     try:
         server.run()
     finally:
