@@ -29,18 +29,20 @@ Contents (each section uses only the ones above it):
   MEMORY      19. Keys             which key may be used, per (key, model)
               20. Accounts         subscriptions whose tokens are renewed
               21. Breakers         which provider is resting
-              22. Usage            what was asked, answered, failed and spent
-  JUDGEMENT   23. Difficulty       how hard is this request?
-              24. Plan             which candidates, in what order, and why
-              25. Verdicts         what an outcome means, and what rests for how long
-  ACTION      26. Transport        connections to providers, cut when nobody waits any more
-              27. Upstream         one attempt: send, wait for something useful, judge
-              28. Router           plan, try, learn, answer
-  SURFACE     29. Status           what /v1/status, /v1/models and /metrics say
-              30. Endpoints        Flask: routes, auth, errors
-              31. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              32. Documents        .env.example and the printed pages of docs/
-              33. Command line     serve, check, key, status, docs ...
+              22. State            what of it survives a restart
+              23. Usage            what was asked, answered, failed and spent
+  JUDGEMENT   24. Difficulty       how hard is this request?
+              25. Plan             which candidates, in what order, and why
+              26. Verdicts         what an outcome means, and what rests for how long
+  ACTION      27. Transport        connections to providers, cut when nobody waits any more
+              28. Upstream         one attempt: send, wait for something useful, judge
+              29. Checks           keys that a provider called dead, asked again in the background
+              30. Router           plan, try, learn, answer
+  SURFACE     31. Status           what /v1/status, /v1/models and /metrics say
+              32. Endpoints        Flask: routes, auth, errors
+              33. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              34. Documents        .env.example and the printed pages of docs/
+              35. Command line     serve, check, key, status, docs ...
 
 Rooms that later releases open: Limits, Cache and Registry after Usage, Catalog after Router,
 Dashboard after Status.
@@ -244,6 +246,7 @@ class Provider:
     state_date: str = ""
     note: str = ""
     accounts: bool = False  # its keys are accounts whose tokens are renewed (section Accounts)
+    key_check: str = "/models"  # a GET that needs a valid key; "" = none does, a tiny chat does
     signup: str = ""
     extra_env: tuple[tuple[str, str], ...] = ()  # (placeholder in url, variable that fills it)
     key_prefix: tuple[str, ...] = ()  # how its keys start; empty = no fixed shape
@@ -310,6 +313,7 @@ PROVIDERS = (
         note="2026-11: the free pool rotates every month; openrouter/free picks any of it.",
         signup="https://openrouter.ai/keys",
         key_prefix=("sk-or-v1-",),
+        key_check="/key",  # anybody may read its list
     ),
     Provider(
         "sambanova",
@@ -330,6 +334,7 @@ PROVIDERS = (
         state_date="2026-08-19",
         note="2026-08: new accounts need a payment method.",
         signup="https://cloud.sambanova.ai/apis",
+        key_check="",  # its list is not known to need a key
     ),
     Provider(
         "github_models",
@@ -457,6 +462,7 @@ PROVIDERS = (
         note="2026-08: unofficial aggregator, weak evidence; prefer its own model list.",
         signup="https://naga.ac/dashboard/api-keys",
         key_prefix=("ng-",),
+        key_check="",  # its list is not known to need a key
     ),
     Provider(
         "nvidia",
@@ -479,6 +485,7 @@ PROVIDERS = (
         note="2026-11: models leave often (404 or 410); cold starts take 30-60 s.",
         signup="https://build.nvidia.com/settings/api-keys",
         key_prefix=("nvapi-",),
+        key_check="",  # its list is not known to need a key
     ),
     Provider(
         "huggingface",
@@ -498,6 +505,7 @@ PROVIDERS = (
         note="2026-11: an id's suffix picks the host (:cheapest, :fastest or a host's name).",
         signup="https://huggingface.co/settings/tokens",
         key_prefix=("hf_",),
+        key_check="",  # its list is not known to need a key
     ),
     Provider(
         "kimi",
@@ -527,6 +535,7 @@ PROVIDERS = (
         note="2026-09: free models closed to other clients; some keys need /inference/openai/v1.",
         signup="https://opencode.ai/auth",
         key_prefix=("sk-",),
+        key_check="",  # its list is not known to need a key
     ),
     Provider(
         "opencode_go",
@@ -543,6 +552,7 @@ PROVIDERS = (
         note="2026-11: new model list; some keys need /inference/go/openai/v1.",
         signup="https://opencode.ai/go",
         key_prefix=("sk-",),
+        key_check="",  # its list is not known to need a key
     ),
     Provider(
         "openai",
@@ -597,6 +607,7 @@ PROVIDERS = (
         state_date="2026-08-31",
         note="2026-08: gpt-5.5 and older left; proxying a plan may break OpenAI's terms.",
         signup="https://chatgpt.com",
+        key_check="/models?client_version=0.0.0",  # 2026-08: hermes-agent#93295
     ),
     Provider(
         "local",
@@ -611,6 +622,7 @@ PROVIDERS = (
         keyless=True,
         state_date="2026-11-20",
         note="2026-11: what the server lists counts more than these names.",
+        key_check="",  # llama.cpp and others list without a key
     ),
     Provider(
         "xai",
@@ -685,6 +697,7 @@ PROVIDERS = (
         state_date="2026-09-30",
         note="2026-09: a new key's spend limit is 0; 20 failures in 30 s lock it for 30 s.",
         signup="https://venice.ai/settings/api",
+        key_check="",  # 2026-09: 200 with any key
     ),
     Provider(
         "cloudflare",
@@ -707,6 +720,7 @@ PROVIDERS = (
         note="2026-11: the newest large ids need a paid plan.",
         signup="https://dash.cloudflare.com/profile/api-tokens",
         extra_env=(("account_id", "CLOUDFLARE_ACCOUNT_ID"),),
+        key_check="",  # has no such list
     ),
     Provider(
         "kilo",
@@ -727,6 +741,7 @@ PROVIDERS = (
         state_date="2026-10-05",
         note="2026-10: prompts to free models are logged; the pool rotates.",
         signup="https://app.kilo.ai/profile",
+        key_check="",  # its list is not known to need a key
     ),
     Provider(
         "llm7",
@@ -741,6 +756,7 @@ PROVIDERS = (
         state_date="2026-10-05",
         note="2026-08: last seen working without a key; community service, no private data.",
         signup="https://token.llm7.io",
+        key_check="",  # its list is not known to need a key
     ),
     Provider(
         "ollama_cloud",
@@ -755,6 +771,7 @@ PROVIDERS = (
         state_date="2026-10-08",
         note="2026-10: many listed models answer 403 without a subscription.",
         signup="https://ollama.com/settings/keys",
+        key_check="",  # its list is not known to need a key
     ),
     Provider(
         "ovhcloud",
@@ -772,6 +789,7 @@ PROVIDERS = (
         state_date="2026-10-08",
         note="2026-10: hosted in the EU, a last resort that needs no key.",
         signup="https://www.ovhcloud.com/en/public-cloud/ai-endpoints/catalog/",
+        key_check="",  # its list is not known to need a key
     ),
     Provider(
         "requesty",
@@ -790,6 +808,7 @@ PROVIDERS = (
         note="2026-10: the $0 models are hosted by NVIDIA and may train on prompts.",
         signup="https://app.requesty.ai/api-keys",
         key_prefix=("rqsty-",),
+        key_check="",  # its list is not known to need a key
     ),
     Provider(
         "vercel_ai_gateway",
@@ -804,6 +823,7 @@ PROVIDERS = (
         note="2026-08: when the monthly credit was last confirmed.",
         signup="https://vercel.com/dashboard/ai-gateway",
         key_prefix=("vck_",),
+        key_check="",  # its list is not known to need a key
     ),
 )
 
@@ -1380,7 +1400,7 @@ def setting(default: Any, env: str, group: str, help: str, **extra: Any) -> Any:
     """One row of the settings table; the field's annotation says how the text is read.
 
     `also` names older variables that are read when `env` is unset, `low`/`high` bound a
-    number, `choices` lists the words allowed.
+    number, `choices` lists the words allowed, `blank` lets an empty text stand.
     """
     shown = not extra.get("secret", False)
     row = {"env": env, "group": group, "help": help, **extra}
@@ -1457,6 +1477,14 @@ class Config:
     )
     auth_file: str = setting(
         "auth.json", "ROUTER_AUTH_FILE", "Files", "JSON file with provider keys (HR_HOME)"
+    )
+    state_file: str = setting(
+        "router_state.json",
+        "ROUTER_STATE_FILE",
+        "Files",
+        "rests, dead keys and breakers, kept over a restart (HR_HOME); set to nothing = not kept",
+        also=("STATE_FILE",),
+        blank=True,
     )
     models_file: str = setting(
         "models.json", "MODELS_FILE", "Files", "JSON file that adds or overrides model rows"
@@ -1587,6 +1615,12 @@ class Config:
         "Breaker",
         "seconds it stays open before one probe, at most; 15 at first, twice as long each time",
     )
+    key_recheck: bool = setting(
+        True,
+        "KEY_RECHECK",
+        "Routing",
+        "a key that a provider called invalid is asked again in the background; 0 = never",
+    )
     codex_token_url: str = setting(
         CODEX_TOKEN_URL,
         "CODEX_TOKEN_URL",
@@ -1687,6 +1721,8 @@ class SettingsReader:
                 dict.fromkeys(itertools.chain(*(split_list(self.env.get(n)) for n in names)))
             )
         text = self.text(*names)
+        if text is None and meta.get("blank") and any(name in self.env for name in names):
+            return ""
         if text is None:
             return (
                 self.flag(meta["env"], row.default)
@@ -12086,6 +12122,7 @@ GUESSES: Final = frozenset(
         "unexpected_status",
     }
 )
+DEAD: Final = frozenset({"dead_key"})  # why a key rests that its provider called invalid
 ANY: Final = "*"  # every model of a key, or every key of a model
 
 
@@ -12181,6 +12218,31 @@ class KeyPool:
                     rest = self._rests.get((lease.provider, key, model))
                     if rest and rest.why in GUESSES:
                         del self._rests[lease.provider, key, model]
+
+    def held(self) -> Mapping[str, tuple[str, ...]]:
+        """The keys of each provider."""
+        return self._keys
+
+    def rests(self) -> dict[tuple[str, str, str], Rest]:
+        """What rests now: (provider, key, model) -> until when, and why."""
+        with self._lock:
+            now = self._now()
+            return {place: rest for place, rest in self._rests.items() if rest.until > now}
+
+    def dead(self) -> list[tuple[str, str]]:
+        """(provider, key) of every key that is in quarantine."""
+        return [
+            (provider, key)
+            for (provider, key, model), rest in self.rests().items()
+            if rest.why in DEAD and model == ANY and key != ANY
+        ]
+
+    def revive(self, provider: str, key: str) -> None:
+        """A dead key is valid again; its other rests stay."""
+        with self._lock:
+            rest = self._rests.get((provider, key, ANY))
+            if rest and rest.why in DEAD:
+                del self._rests[provider, key, ANY]
 
     def soonest(self, provider: str, model: str) -> float | None:
         """Seconds until some key of the provider is ready for the model; None without keys."""
@@ -12628,6 +12690,28 @@ class Breakers:
             "recent_health_fails": list(circuit.outcomes).count(False),
         }
 
+    def circuits(self) -> dict[str, tuple[str, float]]:
+        """Of each circuit worth remembering: its outcomes ("1" = well), and until when it is open.
+
+        The time is on this object's clock; 0 = closed, in the past = half open.
+        """
+        with self._lock:
+            return {
+                provider: ("".join(str(int(ok)) for ok in circuit.outcomes), circuit.open_until)
+                for provider, circuit in self._circuits.items()
+                if circuit.open_until or False in circuit.outcomes
+            }
+
+    def restore(self, provider: str, outcomes: str, wait_s: float | None) -> None:
+        """A circuit as it was; `wait_s` until it may be probed, None = closed."""
+        circuit = Circuit(self._window)
+        circuit.outcomes.extend(letter == "1" for letter in outcomes)
+        if wait_s is not None:
+            # 0 would mean closed.
+            circuit.open_until = self._now() + min(max(wait_s, 0.0), self._cooldown) or -1e-9
+        with self._lock:
+            self._circuits[provider] = circuit
+
     def _tripped(self, circuit: Circuit) -> bool:
         seen = len(circuit.outcomes)
         return seen >= self._min and circuit.outcomes.count(False) / seen >= self._rate
@@ -12648,7 +12732,247 @@ class Breakers:
 
 
 # =============================================================================
-# 22. Usage
+# 22. State
+# =============================================================================
+
+STATE_MARK: Final = "hermes_router_state"  # a member that holds the version of the file's form
+STATE_FORM: Final = 1
+# No rest of a kind goes on for longer after a restart, whatever a file or a clock says.
+LONGEST_GUESS_S: Final = 86_400.0
+LONGEST_QUARANTINE_S: Final = 8 * 3600.0
+LONGEST_REST_S: Final = 31 * 86_400.0  # a month's quota
+WINDOW_KEPT_S: Final = 3600.0  # outcomes that are older tell nothing any more
+
+
+def longest_rest(why: str) -> float:
+    if why in GUESSES:
+        return LONGEST_GUESS_S
+    return LONGEST_QUARANTINE_S if why in DEAD else LONGEST_REST_S
+
+
+class StateFile:
+    """Keeps rests, dead keys and circuits in a file, so that a restart does not forget them.
+
+    One thread writes, at most every EVERY_S seconds and only what changed. No key stands in the
+    file, not even a part of one: only an HMAC of it, with a salt of this file. Whatever happens
+    to the file, requests go on; of a disk that fails people read one warning. `path` None = off;
+    `now` is the clock of the pool and the breakers, `wall` gives unix seconds.
+    """
+
+    EVERY_S: ClassVar[float] = 2.0
+    RETRY_S: ClassVar[float] = 60.0  # after a write that failed
+    MAX_RESTS: ClassVar[int] = 2000
+    MAX_BYTES: ClassVar[int] = 4 << 20
+    MAX_NAME: ClassVar[int] = 256  # characters of a model's name
+
+    def __init__(
+        self,
+        path: Path | None,
+        keys: KeyPool,
+        breakers: Breakers,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._path, self._keys, self._breakers = path, keys, breakers
+        self._now, self._wall = now, wall
+        self._salt = secrets.token_bytes(16)
+        self._kept: object = self._seen()
+        self._failing = False
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Take up what the file holds, and keep it up to date from now on."""
+        self.load()
+        if self._path is not None and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="state", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Write for the last time."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join(10)
+            if not self._thread.is_alive():  # else the disk hangs, and it is not waited for
+                self.save()
+            self._thread = None
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.RETRY_S if self._failing else self.EVERY_S):
+            self.save()
+
+    # -- writing ---------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write what changed since the last time; a failure is told once, then tried again."""
+        seen = self._seen()
+        if self._path is None or seen == self._kept:
+            return
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_private(self._path, json.dumps(self._document(*seen), indent=1) + "\n")
+        except Exception as error:  # nothing that happens here may disturb anybody
+            if not self._failing:
+                log.warning("%s cannot be written: %s", self._path.name, error)
+            self._failing = True
+            return
+        if self._failing:
+            log.info("%s can be written again", self._path.name)
+        self._kept, self._failing = seen, False
+
+    def _seen(self) -> tuple[dict[tuple[str, str, str], Rest], dict[str, tuple[str, float]]]:
+        return self._keys.rests(), self._breakers.circuits()
+
+    def _document(
+        self,
+        rests: Mapping[tuple[str, str, str], Rest],
+        circuits: Mapping[str, tuple[str, float]],
+    ) -> Json:
+        wall = self._wall()
+        ahead = wall - self._now()  # of the pool's clock
+        latest = sorted(rests.items(), key=lambda item: -item[1].until)
+        short = [row for row in latest if len(row[0][2]) <= self.MAX_NAME]
+        return {
+            STATE_MARK: STATE_FORM,
+            "saved_at": round(wall, 1),
+            "salt": self._salt.hex(),
+            "rests": [
+                {
+                    "provider": provider,
+                    "key": key if key == ANY else self._fingerprint(provider, key),
+                    "model": model,
+                    "until": round(rest.until + ahead, 1),
+                    "why": rest.why,
+                }
+                for (provider, key, model), rest in short[: self.MAX_RESTS]
+            ],
+            "breakers": {
+                provider: {
+                    "outcomes": outcomes,
+                    "open_until": round(until + ahead, 1) if until else None,
+                }
+                for provider, (outcomes, until) in circuits.items()
+            },
+        }
+
+    def _fingerprint(self, provider: str, key: str) -> str:
+        text = f"{provider}\0{key}".encode()
+        return hmac.new(self._salt, text, hashlib.sha256).hexdigest()[:32]
+
+    # -- reading ---------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """What the file holds goes on; a file that cannot be used is set aside."""
+        if self._path is None:
+            return
+        try:
+            self._path = self._path.resolve()  # a link stays one
+            self._sweep(self._path)
+            document = self._read(self._path)
+            rests, circuits = self._restore(document)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: deep, or a ring
+            self._set_aside(self._path, error)
+            return
+        self._kept = self._seen()
+        if rests or circuits:
+            log.info("%s: %d rests, %d breakers go on", self._path.name, rests, circuits)
+
+    def _sweep(self, path: Path) -> None:
+        """Remove what a router that was killed while writing left beside the file."""
+        left = re.compile(re.escape(f".{path.name}.") + r"\w{8}")
+        with suppress(OSError):
+            for file in list(path.parent.iterdir()):
+                if left.fullmatch(file.name) and file.stat().st_mtime < self._wall() - 3600:
+                    file.unlink()
+
+    def _read(self, path: Path) -> Json:
+        """The document; ValueError when it is none of ours."""
+        size = path.stat().st_size
+        if not path.is_file() or size > self.MAX_BYTES:
+            raise ValueError("not a file" if not path.is_file() else f"it has {size} bytes")
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or document.get(STATE_MARK) != STATE_FORM:
+            raise ValueError("it is not this version's")
+        salt = bytes.fromhex(str(document.get("salt")))
+        if len(salt) < 16 or finite_number(document.get("saved_at")) is None:
+            raise ValueError("it lacks a salt or a time")
+        self._salt = salt
+        return document
+
+    def _set_aside(self, path: Path, error: Exception) -> None:
+        """A file that cannot be used stays for whoever wants to look: the latest one."""
+        bad = path.with_name(path.name + ".bad")
+        try:
+            if not path.is_file():
+                raise OSError("not a file")
+            os.replace(path, bad)
+            os.chmod(bad, stat.S_IRUSR | stat.S_IWUSR)
+        except OSError as problem:
+            self._path = None  # so that it is not written over
+            log.warning(
+                "%s cannot be used (%s) nor set aside (%s): nothing is kept over a restart",
+                path.name,
+                error,
+                problem,
+            )
+        else:
+            log.warning("%s cannot be used (%s), see %s", path.name, error, bad.name)
+
+    def _restore(self, document: Json) -> tuple[int, int]:
+        """How many rests and circuits go on; rows that make no sense are passed over."""
+        saved_at = float(document["saved_at"])
+        # A clock that was set back must not lengthen anything: no time has passed then.
+        passed = max(0.0, self._wall() - saved_at)
+        rows, circuits = document.get("rests"), document.get("breakers")
+        keys = {
+            (provider, self._fingerprint(provider, key)): key
+            for provider, held in self._keys.held().items()
+            for key in held
+        }
+        rests = [
+            self._restore_rest(row, keys, saved_at, passed)
+            for row in (rows if isinstance(rows, list) else [])[: self.MAX_RESTS]
+            if isinstance(row, dict)
+        ]
+        opened = [
+            self._restore_circuit(provider, circuit, saved_at, passed)
+            for provider, circuit in (circuits.items() if isinstance(circuits, dict) else ())
+            if provider in self._keys.held() and isinstance(circuit, dict)
+        ]
+        return sum(rests), sum(opened)
+
+    def _restore_rest(
+        self, row: Json, keys: Mapping[tuple[str, str], str], saved_at: float, passed: float
+    ) -> bool:
+        names = [row.get(name) for name in ("provider", "key", "model", "why")]
+        provider, mark, model, why = (name if isinstance(name, str) else "" for name in names)
+        key = ANY if mark == ANY else keys.get((provider, mark))
+        until = finite_number(row.get("until"))
+        if key is None or until is None or provider not in self._keys.held() or len(why) > 64:
+            return False
+        left = min(until - saved_at, longest_rest(why)) - passed
+        if left <= 0 or not 0 < len(model) <= self.MAX_NAME:
+            return False
+        self._keys.rest(provider, key, model, left, why)
+        return True
+
+    def _restore_circuit(
+        self, provider: str, circuit: Json, saved_at: float, passed: float
+    ) -> bool:
+        outcomes, until = circuit.get("outcomes"), finite_number(circuit.get("open_until"))
+        if not isinstance(outcomes, str) or not re.fullmatch("[01]{0,1000}", outcomes):
+            return False
+        if passed > WINDOW_KEPT_S:
+            outcomes = ""
+        wait = None if until is None else until - saved_at - passed
+        self._breakers.restore(provider, outcomes, wait)
+        return wait is not None
+
+
+# =============================================================================
+# 23. Usage
 # =============================================================================
 
 
@@ -12715,7 +13039,7 @@ class Usage:
 
 
 # =============================================================================
-# 23. Difficulty
+# 24. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -12844,7 +13168,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 24. Plan
+# 25. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -13152,7 +13476,7 @@ class Directory:
 
 
 # =============================================================================
-# 25. Verdicts
+# 26. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -13376,7 +13700,7 @@ def reset_wait(headers: Mapping[str, str], wall: float) -> float | None:
 
 
 # =============================================================================
-# 26. Transport
+# 27. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -13834,12 +14158,22 @@ class Transport:
 
         A kept connection that turns out closed is replaced once: nothing was answered on it.
         """
+        length = b"Content-Length: %d\r\n" % len(body)
+        return self._ask(origin, b"POST", path, headers + length, body, guard)
+
+    def get(self, origin: Origin, path: str, headers: bytes, guard: Guard) -> Response:
+        """One GET, in all else like `post`."""
+        return self._ask(origin, b"GET", path, headers, b"", guard)
+
+    def _ask(
+        self, origin: Origin, method: bytes, path: str, headers: bytes, body: bytes, guard: Guard
+    ) -> Response:
         link = self._kept(origin)
         reused = link is not None
         while True:
             link = link or self._open(origin, guard)
             try:
-                return self._exchange(link, self._head(origin, path, headers, body), body, guard)
+                return self._exchange(link, self._head(origin, method, path, headers), body, guard)
             except ClientGone:
                 link.close()
                 raise
@@ -13874,7 +14208,7 @@ class Transport:
             raise error
         return Response(link, read_head(link.sock), guard)
 
-    def _head(self, origin: Origin, path: str, headers: bytes, body: bytes) -> bytes:
+    def _head(self, origin: Origin, method: bytes, path: str, headers: bytes) -> bytes:
         pool = self._pools.get(origin.url)
         # A plain-HTTP proxy wants the whole URL in the request line.
         prefix = ""
@@ -13882,11 +14216,11 @@ class Transport:
             prefix = f"http://{origin.host}"
             lines = (f"{name}: {value}\r\n" for name, value in pool.proxy_headers.items())
             headers += "".join(lines).encode("latin-1")
-        return b"POST %b HTTP/1.1\r\nHost: %b\r\n%bContent-Length: %d\r\n\r\n" % (
+        return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (
+            method,
             f"{prefix}{origin.path}{path}".encode(),
             origin.host.encode(),
             headers,
-            len(body),
         )
 
     def _kept(self, origin: Origin) -> Link | None:
@@ -13939,7 +14273,7 @@ class Transport:
 
 
 # =============================================================================
-# 27. Upstream
+# 28. Upstream
 # =============================================================================
 
 MAX_HELD_BYTES: Final = 1 << 20  # of a stream before its first useful event
@@ -14222,6 +14556,25 @@ class Upstream:
             ask.guard,
         )
 
+    def look_up(self, service: Service, key: str, path: str, guard: Guard) -> Outcome:
+        """What a GET with a key says: its status, and of a failure the reason."""
+        secret = self._accounts.access_token(key) if service.provider.accounts else key
+        dialect = service.provider.dialects[0]
+        if service.provider.accounts:
+            headers = header_lines(self._account_headers(service, key, secret))
+        else:
+            headers = self._headers(service, secret, dialect)
+        if dialect == "messages":
+            headers += CLAUDE_VERSION
+        origin = self._transport.origin(service.url)
+        response = self._transport.get(origin, path, headers, guard)
+        if response.status == 200:  # a list of models may be large
+            response.close()
+            return Outcome(200, "")
+        if response.status == 401 and service.provider.accounts:
+            self._accounts.reject(key, secret)  # the next time with a new one
+        return self._refused(response, secret.encode(), stated_wait).outcome
+
     def _refused(self, response: Response, secret: bytes, read_wait: ReadWait) -> Attempt:
         """A status other than 200, with the provider's reason."""
         try:
@@ -14411,7 +14764,206 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 28. Router
+# 29. Checks
+# =============================================================================
+
+Standing = Literal["valid", "dead", "unclear"]
+
+# Keys may be made for answers only: what they may not list they may still be asked.
+SCOPE_WORDS: Final = re.compile(r"\bscopes?\b|permission", re.IGNORECASE)
+
+
+def standing(outcome: Outcome) -> Standing:
+    """What one answer tells about a key. Only what comes after the key was looked at counts.
+
+    A 429 may come before that: Venice answers so after many invalid keys (2026-09).
+    """
+    if outcome.status == 200 or outcome.sort == "empty":
+        return "valid"
+    verdict = judge(outcome).name
+    if verdict in DEAD:
+        return "dead"
+    return "valid" if verdict == NO_CREDIT.name else "unclear"
+
+
+def jitter() -> float:
+    """A factor from 0.9 to 1.1, so that many routers do not ask at the same moment."""
+    return 0.9 + secrets.randbelow(2001) / 10_000
+
+
+class KeyProbe:
+    """Asks a provider whether a key is valid: by its cheapest GET, else by a chat of one token.
+
+    Nothing of it counts as a request: no usage, no breaker, no rest. One at a time.
+    """
+
+    LIMIT_S: ClassVar[float] = 15.0
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        directory: Directory,
+        watchdog: Watchdog,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._upstream, self._directory, self._watchdog = upstream, directory, watchdog
+        self._now, self._guard = now, Guard()
+
+    def ask(self, provider: str, key: str, by_chat: bool = False) -> Standing:
+        service = self._directory.services.get(provider)
+        if service is None:
+            return "unclear"
+        deadline = self._now() + self.LIMIT_S
+        self._guard.begin(deadline, deadline)
+        self._watchdog.watch(self._guard)
+        try:
+            path = "" if by_chat else service.provider.key_check
+            outcome = self._upstream.look_up(service, key, path, self._guard) if path else None
+            if outcome is None or self._not_told(outcome):
+                outcome = self._chat(service, key)
+            return standing(outcome) if outcome else "unclear"
+        except (TransportError, AccountError, ClientGone):
+            return "unclear"
+        finally:
+            self._watchdog.unwatch(self._guard)
+
+    def close(self) -> None:
+        """Cut off the probe under way; no other one succeeds."""
+        self._guard.client_gone()
+
+    @staticmethod
+    def _not_told(outcome: Outcome) -> bool:
+        """There is no such list, or this key may not see it."""
+        return outcome.status in (403, 404, 405, 501) or (
+            outcome.status == 401 and SCOPE_WORDS.search(outcome.text) is not None
+        )
+
+    def _chat(self, service: Service, key: str) -> Outcome | None:
+        """One token from the provider's cheapest model; None without a model."""
+        targets = [t for t in self._directory.targets if t.provider == service.name]
+        if not targets:
+            return None
+        # Not as a reasoning model: those get thousands of tokens more to think with.
+        target = replace(min(targets, key=lambda t: t.cost), reasoning=False)
+        messages = [{"role": "user", "content": "hi"}]
+        body: Json = {"model": target.model, "messages": messages, "max_tokens": 1}
+        ask = Ask(CHAT, dump_json(body), body, body, self._guard, started=self._now())
+        lease = Lease(service.name, key, target.model)
+        return self._upstream.send(target, lease, ask, self._now() + self.LIMIT_S).outcome
+
+
+@dataclass
+class Case:
+    """A dead key: when it is asked again, and how."""
+
+    wait_s: float = 0.0  # before the next question; doubles
+    due: float = math.inf  # inf = the key is not dead now
+    dead_at: float = -math.inf  # when it was last seen so
+    by_chat: bool = False  # the GET called it valid once and was wrong
+
+
+class KeyChecks:
+    """Dead keys are asked again, ever more rarely, and are free as soon as they are valid.
+
+    One thread, one question at a time, and none while no key is dead. `ask` is given
+    (provider, key, by_chat); `now` is the pool's clock.
+    """
+
+    FIRST_S: ClassVar[float] = 900.0
+    LONGEST_S: ClassVar[float] = 6 * 3600.0
+    SPARE_S: ClassVar[float] = 300.0  # a quarantine outlasts the next question by so much
+
+    def __init__(
+        self,
+        keys: KeyPool,
+        ask: Callable[[str, str, bool], Standing],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._keys, self._ask, self._now = keys, ask, now
+        self._cases: dict[tuple[str, str], Case] = {}
+        self._bell, self._lock = threading.Event(), threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._on = self._closed = False
+
+    def start(self) -> None:
+        self._on = True
+        if self._keys.dead():
+            self.wake()
+
+    def wake(self) -> None:
+        """A key has just been found dead."""
+        if not self._on:
+            return
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="key-checks", daemon=True)
+                self._thread.start()
+        self._bell.set()
+
+    def close(self) -> None:
+        self._on, self._closed = False, True
+        self._bell.set()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._bell.clear()
+            try:
+                wait = self.run_due()
+            except Exception:  # one question that fails must not end all others
+                log.exception("a dead key could not be checked")
+                wait = self.FIRST_S
+            self._bell.wait(wait)
+
+    def run_due(self) -> float | None:
+        """Ask what is due now; seconds until the next question, None while no key is dead."""
+        self._take_stock()
+        now = self._now()
+        due = [place for place, case in self._cases.items() if case.due <= now]
+        for place in due:
+            if not self._closed:
+                self._check(*place)
+        self._take_stock()
+        next_due = min((case.due for case in self._cases.values()), default=math.inf)
+        return max(0.0, next_due - self._now()) if next_due < math.inf else None
+
+    def _take_stock(self) -> None:
+        """Which keys are dead now. One that died again soon goes on where it had stopped."""
+        now, dead = self._now(), set(self._keys.dead())
+        for place, case in list(self._cases.items()):
+            if place not in dead:
+                case.due = math.inf
+                if now - case.dead_at > self.LONGEST_S:
+                    del self._cases[place]
+        for place in dead:
+            case = self._cases.setdefault(place, Case())
+            case.dead_at = now
+            if case.due == math.inf:
+                self._put_off(case, 2)
+
+    def _put_off(self, case: Case, factor: int) -> None:
+        case.wait_s = min(max(case.wait_s * factor, self.FIRST_S), self.LONGEST_S)
+        case.due = self._now() + case.wait_s * jitter()
+
+    def _check(self, provider: str, key: str) -> None:
+        case = self._cases[provider, key]
+        found = self._ask(provider, key, case.by_chat)
+        log.info("key check: %s key=%s is %s", provider, key_tail(key), found)
+        if found == "valid":
+            self._keys.revive(provider, key)
+            # If requests say otherwise, the list is open to anybody.
+            case.due, case.by_chat = math.inf, True
+        elif found == "dead":
+            self._put_off(case, 2)
+            seconds = case.due - self._now() + self.SPARE_S
+            self._keys.rest(provider, key, ANY, seconds, DEAD_KEY.name)
+        else:  # told nothing: the quarantine ends by itself, and a request finds out
+            self._put_off(case, 1)
+
+
+# =============================================================================
+# 30. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -14562,10 +15114,24 @@ class Router:
             config.codex_token_url,
         )
         self.upstream = Upstream(config, self.transport, now, self.accounts)
+        self.probe = KeyProbe(self.upstream, self.directory, self.watchdog, now)
+        self.checks = KeyChecks(self.keys, self.probe.ask, now)
+        name = config.state_file
+        path = config.home / Path(name).expanduser() if name else None
+        self.state = StateFile(path, self.keys, self.breakers, now)
         self.responses = ResponseStore(now=now)
 
+    def start(self) -> None:
+        """What goes on beside requests: health is kept in a file, dead keys are asked again."""
+        self.state.start()
+        if self.config.key_recheck:
+            self.checks.start()
+
     def close(self) -> None:
-        """Let go of the connections to providers."""
+        """Stop what `start` began, and let go of the connections to providers."""
+        self.probe.close()
+        self.checks.close()
+        self.state.close()
         self.transport.close()
 
     # -- one request -----------------------------------------------------------------------
@@ -14749,6 +15315,8 @@ class Router:
         if verdict.rests:
             seconds = outcome.retry_after or verdict.rest_s
             self.keys.rest(target.provider, key, model, seconds, verdict.name)
+        if verdict.name in DEAD:
+            self.checks.wake()
         if verdict.counts and first:
             self.breakers.note(target.provider, False, owner)
         self.breakers.leave(target.provider, owner)
@@ -14995,7 +15563,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 29. Status
+# 31. Status
 # =============================================================================
 
 
@@ -15213,7 +15781,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 30. Endpoints
+# 32. Endpoints
 # =============================================================================
 
 PUBLIC: Final = frozenset({"/health", "/", "/favicon.ico"})
@@ -15671,7 +16239,7 @@ def crash(router: Router, error: Exception) -> flask.Response:
 
 
 # =============================================================================
-# 31. Server
+# 33. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -16075,7 +16643,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 32. Documents
+# 34. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -16239,7 +16807,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 33. Command line
+# 35. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -16268,17 +16836,19 @@ def cmd_serve(_: argparse.Namespace) -> int:
     except (OSError, OverflowError, ValueError) as error:
         say(f"cannot listen on {config.host}:{config.port}: {error}")
         return FAILED
-    tell_start(config, app.extensions["router"], getattr(server, "effective_port", config.port))
+    router: Router = app.extensions["router"]
     threading.stack_size(4 << 20)  # Python 3.13 dies on deep JSON in a smaller one (musl, Windows)
     allow_many_files()
-    drain = Drain(app.extensions["router"], server, config.drain_timeout)
+    drain = Drain(router, server, config.drain_timeout)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, drain.on_signal)
     try:
+        router.start()
+        tell_start(config, router, getattr(server, "effective_port", config.port))
         server.run()
     finally:
         server.close()
-        app.extensions["router"].close()
+        router.close()
     return DONE_OK
 
 
