@@ -9513,6 +9513,10 @@ class EventLog:
         events, self._events = self._events, []
         return b"".join(events)
 
+    def go_on_from(self, number: int) -> None:
+        """The next event gets this number: another stream came that far."""
+        self._number = number
+
 
 def delta_head(kind: str, **members: object) -> str:
     inner = JSON_TEXT.encode(members)[1:-1]
@@ -9809,6 +9813,10 @@ class ResponsesWriter:
         self._usage: Json | None = None
         self._finish = ""
         self._chars = 0
+
+    def go_on_from(self, number: int) -> None:
+        """The next event gets this number: the client has the ones before from elsewhere."""
+        self._log.go_on_from(number)
 
     def feed(self, chunk: Json) -> bytes:
         """The events for one canonical chunk."""
@@ -11402,13 +11410,33 @@ class Writer(Protocol):
 SEQUENCE: Final = re.compile(rb'"sequence_number"\s*:\s*(\d+)')
 
 
+BEGINNINGS: Final = {"response.created": "response", "response.output_item.added": "item"}
+
+
+def last_number(events: bytes) -> int:
+    return max(map(int, SEQUENCE.findall(events)), default=-1)
+
+
+def ids_in(events: bytes) -> list[bytes]:
+    """The ids of a Response and of its items, in the order they began."""
+    found = []
+    for event in split_events(events):
+        value = read_json(event_data(event))
+        kind = value.get("type") if isinstance(value, dict) else None
+        begun = BEGINNINGS.get(kind) if isinstance(kind, str) else None
+        holder = value.get(begun) if begun else None
+        if isinstance(holder, dict) and isinstance(holder.get("id"), str):
+            found.append(holder["id"].encode())
+    return found
+
+
 def broken_response(first: bytes, last: bytes, error: RouterError) -> bytes:
     """`response.failed` for a Response that began as `first` and came as far as `last`."""
     events = (read_json(event_data(event)) for event in split_events(first))
     begun: Json = next(
         (e["response"] for e in events if isinstance(e, dict) and "response" in e), {}
     )
-    number = max((int(n) for n in SEQUENCE.findall(last)), default=0) + 1
+    number = last_number(last) + 1
     failure = {**begun, "status": "failed", "error": failure_of(error)}
     event = {"type": "response.failed", "sequence_number": number, "response": failure}
     return b"event: response.failed\n" + encode_event(event)
@@ -11690,6 +11718,35 @@ class Passage:
         return Whole(None, dump_json(made), tokens_of(chat), made)
 
 
+class Renamed:
+    """A writer that goes on with a Response under the ids that the client knows."""
+
+    def __init__(self, writer: ResponsesWriter, names: Mapping[bytes, bytes]) -> None:
+        self._writer, self._names = writer, names
+
+    def feed(self, chunk: Json) -> bytes:
+        return self._told(self._writer.feed(chunk))
+
+    def finish(self) -> bytes:
+        return self._told(self._writer.finish())
+
+    def fail(self, error: RouterError) -> bytes:
+        return self._told(self._writer.fail(error))
+
+    def beat(self) -> bytes:
+        return self._told(self._writer.beat())
+
+    @property
+    def response(self) -> Json | None:
+        told = read_json(self._told(dump_json(self._writer.response)))
+        return told if isinstance(told, dict) else None
+
+    def _told(self, data: bytes) -> bytes:
+        for own, known in self._names.items():
+            data = data.replace(own, known)
+        return data
+
+
 class Said(NamedTuple):
     """What the client has of an answer that broke off, and what goes on writing for it."""
 
@@ -11847,14 +11904,16 @@ class Flow:
 
     def said(self) -> Said | None:
         """What can be gone on with; None where another provider could not do so honestly."""
-        if self._passed_bytes > MAX_PASSED_BYTES or self._dialect.last == RESPONSE_LAST:
+        if self._passed_bytes > MAX_PASSED_BYTES:
             return None
-        writer = self._passage.writer()
-        reader = self._passage.reader()
-        values = (read_json(event_data(e)) for e in split_events(b"".join(self._passed)))
+        writer, reader = self._passage.writer(), self._passage.reader()
+        passed = b"".join(self._passed)
+        values = (read_json(event_data(event)) for event in split_events(passed))
         chunks = [c for value in values if isinstance(value, dict) for c in reader.feed(value)]
-        for chunk in chunks:
-            writer.feed(chunk)
+        told = b"".join(map(writer.feed, chunks))
+        if isinstance(writer, ResponsesWriter):
+            writer.go_on_from(last_number(passed) + 1)
+            writer = Renamed(writer, dict(zip(ids_in(told), ids_in(passed), strict=False)))
         text = spoken(chunks)
         return None if text is None else Said(text, writer)
 

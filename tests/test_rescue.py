@@ -208,3 +208,39 @@ def test_the_trimmer_in_any_pieces(trimmed, size):
     assert trimmed("abc", cut("def"), False) == "def"
     assert trimmed("", cut("def"), True) == "def"
     assert trimmed("The end. ", cut(" And more"), False) == "And more"
+
+
+def native_response(words: list[str], whole: bool) -> Stream:
+    """A stream as OpenAI itself writes it."""
+    message = {"id": "msg_native", "type": "message", "role": "assistant", "content": []}
+    head = {"id": "resp_native", "object": "response", "status": "in_progress", "output": []}
+    place = {"item_id": "msg_native", "output_index": 0, "content_index": 0}
+    part = {"type": "output_text", "text": "", "annotations": []}
+    events = [
+        {"type": "response.created", "response": head},
+        {"type": "response.output_item.added", "output_index": 0, "item": message},
+        {"type": "response.content_part.added", **place, "part": part},
+        *({"type": "response.output_text.delta", **place, "delta": word} for word in words),
+    ]
+    if whole:
+        done = {**message, "content": [{**part, "text": "".join(words)}]}
+        final = {**head, "status": "completed", "output": [done]}
+        events.append({"type": "response.completed", "response": final})
+    numbered = [{**event, "sequence_number": n} for n, event in enumerate(events)]
+    return Stream(chunks=numbered, done=False)
+
+
+def test_a_native_response_is_gone_on_with_under_its_own_ids(upstream, serve):
+    one = upstream(native_response(WORDS[:40], whole=False))
+    two = upstream(telling(WORDS))
+    rows = {**provider("openai", one, "gpt-5.1-codex"), **provider("groq", two, "m2")}
+    live = serve(**rows)
+    body = {"model": "openai/gpt-5.1-codex", "stream": True, "input": "hello"}
+    got = live.session.post(live.url + "/v1/responses", json=body, timeout=20)
+    assert told("/v1/responses", got.content) == TEXT
+    events = [json.loads(data) for _, data in events_of(got.content)]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert {e["item_id"] for e in events if "item_id" in e} == {"msg_native"}
+    assert events[-1]["type"] == "response.completed"
+    final = events[-1]["response"]
+    assert final["id"] == "resp_native" and final["output"][0]["content"][0]["text"] == TEXT
