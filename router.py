@@ -11046,7 +11046,8 @@ def only_content_responses(block: bytes) -> bool:
 def only_null(block: bytes, name: bytes) -> bool:
     """Whether a member is null wherever it stands."""
     count = block.count
-    return count(b'"%b"' % name) == count(b'"%b":null' % name) + count(b'"%b": null' % name)
+    missing = count(b'"%b"' % name) - count(b'"%b":null' % name)
+    return not missing or missing == count(b'"%b": null' % name)
 
 
 def own_reasoning(body: Json, origin: str) -> Json | None:
@@ -11242,17 +11243,18 @@ def only_content(block: bytes) -> bool:
     parsing fifty times. When in doubt the answer is no, and each event is looked at.
     """
     count = block.count
-    events = count(b'data: {"')
     return (
-        events == count(b"}\n\n")
-        and count(b'"finish_reason"')
-        == count(b'"finish_reason":null') + count(b'"finish_reason": null')
+        count(b'data: {"') == count(b"}\n\n")
+        and (
+            count(b'"finish_reason"') == count(b'"finish_reason":null')
+            or only_null(block, b"finish_reason")
+        )
         and b'"error"' not in block
-        and count(b'"usage"') == count(b'"usage":null') + count(b'"usage": null')
+        and (b'"usage"' not in block or only_null(block, b"usage"))
+        and (b'"tool_calls"' not in block or only_null(block, b"tool_calls"))
         and b"[DONE]" not in block
         and b"event:" not in block
         and b'"x_groq"' not in block
-        and count(b'"tool_calls"') == count(b'"tool_calls":null') + count(b'"tool_calls": null')
         and count(b"{") == count(b"}")
         and not count(b'"') & 1
     )
