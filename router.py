@@ -77,6 +77,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -219,6 +220,9 @@ class FreeLimits:
     text: str = ""
 
 
+Clock = Literal["utc", "pacific", "beijing"]
+
+
 @dataclass(frozen=True)
 class Provider:
     """One upstream. Everything peculiar to it is a field here, never an `if` elsewhere."""
@@ -245,6 +249,7 @@ class Provider:
     state: str = "alive"  # alive, changed or retired, as seen on `state_date`
     state_date: str = ""
     note: str = ""
+    clock: Clock = "utc"  # whose midnight ends a day's quota, and whose time unmarked dates tell
     accounts: bool = False  # its keys are accounts whose tokens are renewed (section Accounts)
     key_check: str = "/models"  # a GET that needs a valid key; "" = none does, a tiny chat does
     signup: str = ""
@@ -277,6 +282,7 @@ PROVIDERS = (
             "Flash 5 RPM and 20 RPD, Gemma 4 30 RPM and 14,400 RPD (users' reports)",
         ),
         trains_on_prompts="yes",
+        clock="pacific",
         aliases=("google", "google_ai_studio"),
         state_date="2026-11-10",
         note="2026-11: 2.5 Flash and Pro end 2026-12-01; free prompts train outside EEA, CH, UK.",
@@ -440,6 +446,7 @@ PROVIDERS = (
         ("glm-4.7-flash", "glm-4.6v-flash", "glm-4.5-flash"),
         "free",
         free=FreeLimits(concurrency=1, text="the -flash ids of 4.5 to 4.7, one request at a time"),
+        clock="beijing",  # model-hotel#955
         aliases=("glm", "z.ai", "z_ai", "zhipu", "bigmodel"),
         state_date="2026-11-10",
         note="2026-11: glm-4.5-flash is announced to go; 4.7-flash may think 40 s first.",
@@ -1589,6 +1596,12 @@ class Config:
         "RESCUE",
         "Routing",
         "another provider goes on with a text stream that broke off; 0 = an error ends it",
+    )
+    content_filter_failover: bool = setting(
+        False,
+        "CONTENT_FILTER_FAILOVER",
+        "Routing",
+        "1 = what a provider's content filter refuses is tried at the next one",
     )
     echo_fallback: bool = setting(
         True, "ECHO_FALLBACK", "Routing", "without any provider the built-in echo answers; 0 = 503"
@@ -2747,8 +2760,22 @@ CONTENT_KEYS: Final = (
 # A finish that explains why nothing came: no failure of the provider.
 TELLING_FINISHES: Final = frozenset({"length", "content_filter", "max_tokens"})
 SECRET: Final = re.compile(
-    r"(?i)\b(?:sk|gsk|csk|xai|nvapi|hf|ghp|github_pat|key|pk|rk|r8|AIza)[-_]?[A-Za-z0-9_\-]{12,}"
-    r"|(?<=bearer )\S+|(?<=key=)[^&\s\"']+"
+    # What precedes a value that is a secret; it stays, the value goes.
+    r"(?i)((?:api[-_ ]?key|token|secret|password|authorization)(?: provided)?[\"']?\s?[:=]\s?[\"']?"
+    r"(?:bearer )?|\bbearer )(?=\S*\d)[^\s\"'&,;]{8,}"
+    r"|(?<=key=)[^&\s\"']+"
+    r"|(?<=bearer )\S{20,}"
+    # Keys by their first letters, also half hidden by stars.
+    r"|\b(?:sk|gsk|csk|xai|nvapi|hf|gh[opsu]|github_pat|glpat|key|pk|rk|r8|fw|tgp|pplx|tvly)[-_]"
+    r"(?=[\w\-.*]*[\d*])[\w\-.*]{10,}"
+    r"|\bAIza[\w\-*]{10,}|\bA[KS]IA[0-9A-Z]{12,}|\bya29\.[\w\-.]{10,}"
+    r"|\beyJ[\w\-]{8,}\.[\w\-]{4,}(?:\.[\w\-]*)?"
+    # Bare ones (mistral, cohere, together, zai): letters and digits without any order.
+    r"|\b(?=[a-z]*\d)(?=\d*[a-z])[a-z0-9]{32,}(?:\.[a-z0-9]{8,})?\b"
+)
+# Never relayed nor logged: control characters, line ends, what turns text around, lone surrogates.
+UNPRINTABLE: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ufffe\uffff\ud800-\udfff]"
 )
 
 
@@ -2769,11 +2796,12 @@ class Outcome(NamedTuple):
     status: int
     text: str
     sort: str = ""  # "", "network", "timeout", "empty", "garbled": set when status is 0
-    retry_after: float | None = None
-    code: str = ""  # the provider's machine-readable word for it
+    retry_after: float | None = None  # seconds, as stated
+    code: str = ""  # the provider's machine-readable words for it
+    resets_at: float | None = None  # unix seconds, where a date is stated inside a 200
 
 
-def read_json(body: bytes) -> Any:
+def read_json(body: bytes | str) -> Any:
     """The JSON value in `body`, or None. A gateway's padding in front is tolerated."""
     try:
         return json.loads(body)
@@ -2782,53 +2810,194 @@ def read_json(body: bytes) -> Any:
 
 
 def scrub(text: str, limit: int = 600) -> str:
-    """One line of at most `limit` characters without anything that looks like a key."""
-    return SECRET.sub("[redacted]", " ".join(text[: 4 * limit].split()))[:limit]
+    """One line of at most `limit` characters: nothing that looks like a key, no control codes."""
+    text = text.lstrip()
+    words = UNPRINTABLE.sub(" ", text[: 4 * limit]).split()
+    if words and len(text) > 4 * limit:
+        last = words.pop()  # it may end in half a key, which nothing would recognise
+        words = words or [last[:-200]]
+    return SECRET.sub(r"\g<1>[redacted]", " ".join(words))[:limit]
+
+
+# --- what an error says ---
+
+# Where servers put the reason, the usual place first. Beside the recorded shapes (dialects.md 5):
+# Azure and AWS write Message, MiniMax base_resp.status_msg, Apigee fault.faultstring.
+MESSAGE_NAMES: Final = (
+    "error", "message", "detail", "errors", "msg", "Message", "error_description", "error_message",
+    "error_msg", "status_msg", "base_resp", "fault", "faultstring", "response", "title",
+)  # fmt: skip
+# Where servers put machine-readable words, and where such places lie. Google's quotaId is in
+# error.details[].violations[] (gemini-cli#8437), Azure's filter in error.innererror.code.
+CODE_NAMES: Final = (
+    "code", "type", "status", "reason", "quotaId", "error_code", "error_type", "status_code",
+    "limit_source", "__type",
+)  # fmt: skip
+CODE_HOLDERS: Final = (
+    "error", "errors", "details", "violations", "innererror", "metadata", "base_resp", "fault",
+    "response", "raw", "message",
+)  # fmt: skip
+MAX_CODE_WORDS: Final = 40
+# The status that a word stands for, where an error inside a 200 gives no number. Not among them:
+# words that servers use for anything (server_error, api_error, invalid_request_error).
+STATUS_WORDS: Final[Mapping[str, int]] = {
+    "invalid_prompt": 400,
+    "invalid_argument": 400,
+    "failed_precondition": 400,
+    "context_length_exceeded": 400,
+    "content_filter": 400,
+    "authentication_error": 401,
+    "invalid_api_key": 401,
+    "unauthenticated": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "permission_denied": 403,
+    "not_found_error": 404,
+    "model_not_found": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "rate_limited": 429,
+    "too_many_requests": 429,
+    "too_many_requests_error": 429,
+    "resource_exhausted": 429,
+    "insufficient_quota": 429,
+    "usage_limit_reached": 429,
+    "server_is_overloaded": 503,
+    "engine_overloaded_error": 503,
+    "slow_down": 503,
+    "unavailable": 503,
+    "deadline_exceeded": 504,
+    "overloaded_error": 529,
+}
+
+
+def error_value(body: bytes) -> Any:
+    """The JSON value of an error body: alone, in a string, in an event, or on the first line."""
+    value = read_json(body)
+    if value is None:
+        lines = body[:READ_AHEAD].splitlines()
+        stripped = (line.removeprefix(b"data:").strip() for line in lines)
+        found = (read_json(line) for line in stripped if line[:1] in (b"{", b"["))
+        value = next((event for event in found if event), None)
+    return read_json(value) or value if isinstance(value, str) else value
+
+
+READ_AHEAD: Final = 65_536  # bytes of an error body that are looked through for an event
 
 
 def error_text(body: bytes) -> str:
-    """The reason inside an error body of any known shape.
+    """The reason inside an error body of any known shape, on one line, without secrets.
 
     Shapes (seen in recorded traffic): {error: {message}}, [{error: ...}], {error: "text"},
     {message}, {detail: "text" or list}, {errors: [{message}]}, {title, status}, JSON inside
-    error.metadata.raw, HTML, plain text.
+    error.metadata.raw or in a string, the events of a stream, HTML, plain text. The content type
+    is not asked: deepseek calls JSON octet-stream.
     """
-    value = read_json(body)
+    value = error_value(body)
+    text = body[:4000].decode("utf-8", "replace").strip(" \t\r\n\ufeff")
     if value is not None:
-        return scrub(dig_message(value) or body.decode("utf-8", "replace"))
-    text = body[:4000].decode("utf-8", "replace").strip()
-    if text[:1] == "<":
-        title = re.search(r"(?is)<title>(.*?)</title>", text)
-        return scrub("an HTML page" + (f": {title[1]}" if title else ""))
-    return scrub(text)
+        return scrub(dig_message(value) or text)
+    return scrub(page_text(text) if text[:1] == "<" else text)
 
 
-def error_code(body: bytes) -> str:
-    """`code`, `type` and `status` words of an error body, for the rules only."""
-    value = read_json(body)
-    value = value[0] if isinstance(value, list) and value else value
-    error = value.get("error") if isinstance(value, dict) else None
-    places = [place for place in (error, value) if isinstance(place, dict)]
-    found = (place.get(name) for place in places for name in ("code", "type", "status"))
-    return " ".join(word for word in found if isinstance(word, str))[:300]
+def page_text(page: str) -> str:
+    """What an HTML or XML page is about."""
+    small = page.lower()
+    for name in ("title", "message", "h1"):
+        start = small.find(">", small.find(f"<{name}")) + 1 if f"<{name}" in small else 0
+        end = small.find("<", start)
+        if start and page[start:end].strip():
+            return f"an HTML page: {page[start:end]}"
+    return "an HTML page"
 
 
 def dig_message(value: Any, depth: int = 6) -> str:
     """The most specific message text inside an error value."""
     if isinstance(value, str):
-        return value
+        inner = packed_json(value) if depth else None
+        return (dig_message(inner, depth - 1) if inner is not None else "") or value
     if not depth:
         return ""
     if isinstance(value, list):
         return next((text for item in value[:5] if (text := dig_message(item, depth - 1))), "")
     if not isinstance(value, dict):
         return ""
-    raw = (value.get("metadata") or {}).get("raw") if isinstance(value.get("metadata"), dict) else 0
-    if isinstance(raw, str) and raw.strip():
-        inner = read_json(raw.encode())
-        return f"{value.get('message', '')}: {dig_message(inner, depth - 1) or raw}"
-    names = ("error", "message", "detail", "errors", "msg", "error_description", "title")
-    return next((text for n in names if (text := dig_message(value.get(n), depth - 1))), "")
+    found = (dig_message(value.get(name), depth - 1) for name in MESSAGE_NAMES)
+    text = next(filter(None, found), "")
+    if isinstance(place := value.get("loc"), list) and text:  # FastAPI: where it is wrong
+        text = f"{'.'.join(str(part)[:80] for part in place[:8])}: {text}"
+    more = closer_message(value, depth - 1)
+    return f"{text}: {more}" if text and more and more not in text else text or more
+
+
+def packed_json(text: str) -> Any:
+    """The value of JSON in a string; None for other text. Gateways pack errors up like that."""
+    return read_json(text) if text[:64].lstrip()[:1] in ("{", "[") else None
+
+
+def closer_message(value: Json, depth: int) -> str:
+    """What stands beside a general message and says more, or ''."""
+    metadata = value.get("metadata")
+    if isinstance(metadata, dict) and metadata.get("raw"):  # OpenRouter: the provider's own words
+        return dig_message(metadata["raw"], depth)
+    if isinstance(value.get("error"), str):  # OAuth; Spring, whose `error` is the status phrase
+        names = ("message", "error_description", "detail")
+        texts = (value[name] for name in names if isinstance(value.get(name), str))
+        if text := next(texts, ""):
+            return text
+    for name in ("details", "errors"):  # Venice: details._errors; Rails: errors by field
+        if isinstance(value.get(name), dict) and (text := first_text(value[name], depth)):
+            return text
+    return ""
+
+
+def first_text(value: Any, depth: int) -> str:
+    """The first text inside `value`, with the names that lead to it."""
+    if isinstance(value, str):
+        return value
+    if not depth or not value or not isinstance(value, (dict, list)):
+        return ""
+    if isinstance(value, list):
+        return next((text for item in value[:5] if (text := first_text(item, depth - 1))), "")
+    for name, inner in value.items():
+        if text := first_text(inner, depth - 1):
+            return text if name.startswith("_") else f"{name[:80]}: {text}"
+    return ""
+
+
+def error_code(body: bytes) -> str:
+    """The machine-readable words of an error body, for the rules only."""
+    return error_words(error_value(body))
+
+
+def error_words(value: Any) -> str:
+    """Codes, types and quota names inside an error value. A number that is no HTTP status is
+    written #1302, so that rules can tell it from one in a sentence."""
+    return " ".join(itertools.islice(code_words(value, 10), MAX_CODE_WORDS))[:600]
+
+
+def code_words(value: Any, depth: int) -> Iterator[str]:
+    value = packed_json(value) if isinstance(value, str) else value
+    if not depth:
+        return
+    if isinstance(value, list):
+        for item in value[:8]:
+            yield from code_words(item, depth - 1)
+    if isinstance(value, dict):
+        yield from filter(None, (code_word(value.get(name)) for name in CODE_NAMES))
+        for name in CODE_HOLDERS:
+            if value.get(name):
+                yield from code_words(value[name], depth - 1)
+
+
+def code_word(value: Any) -> str:
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        return ""
+    word = str(value)[:80] if isinstance(value, str) or -(10**9) < value < 10**9 else ""
+    if not (word.isascii() and word.isdigit()):
+        return word
+    return "" if 400 <= int(word) <= 599 or int(word) == 0 else f"#{word}"
 
 
 def embedded_error(value: Any) -> Outcome | None:
@@ -2838,22 +3007,283 @@ def embedded_error(value: Any) -> Outcome | None:
         return None
     error = value.get("error")
     if not error and value.get("type") != "error" and value.get("object") != "error":
-        return (
-            None if value.get("success", True) or value.get("choices") else Outcome(502, "failed")
-        )
-    return Outcome(embedded_status(value), scrub(dig_message(value) or json.dumps(error)[:600]))
+        return silent_error(value)
+    wait = value_wait(value)
+    return Outcome(
+        embedded_status(value),
+        scrub(dig_message(value) or json.dumps(error)[:600]),
+        retry_after=None if wait.after is None else wait.seconds(0.0),
+        code=error_words(value),
+        resets_at=wait.at,
+    )
+
+
+def silent_error(value: Json) -> Outcome | None:
+    """An error that no member `error` tells: a blocked prompt (Gemini), success false
+    (Cloudflare), base_resp (MiniMax)."""
+    if value.get("choices"):
+        return None
+    block = value.get("promptFeedback")
+    if isinstance(block, dict) and block.get("blockReason"):
+        why = f"{block['blockReason']} {block.get('blockReasonMessage') or ''}"
+        return Outcome(400, scrub(f"the prompt was blocked: {why}"), code="content_filter")
+    told = value.get("base_resp")
+    if value.get("success", True) and not (isinstance(told, dict) and told.get("status_code")):
+        return None
+    text = scrub(dig_message(value) or "failed")
+    return Outcome(embedded_status(value), text, code=error_words(value))
 
 
 def embedded_status(value: Json) -> int:
     """The HTTP status an error object stands for; 502 when it does not say."""
-    error = value.get("error")
-    places = [error, value] if isinstance(error, dict) else [value]
+    places = [value]
+    while isinstance(inner := places[0].get("error"), dict) and len(places) < 4:
+        places.insert(0, inner)
     for place in places:
-        for name in ("code", "status_code", "status", "http_status"):
-            number = str(place.get(name, ""))
+        for name in ("code", "status_code", "status", "http_status", "statusCode"):
+            number = str(place.get(name, ""))[:4]
             if number.isascii() and number.isdigit() and 400 <= int(number) <= 599:
                 return int(number)
-    return 502
+    words = (place.get(name) for place in places for name in ("code", "type", "status"))
+    named = (STATUS_WORDS.get(word.lower()) for word in words if isinstance(word, str))
+    return next(filter(None, named), 502)
+
+
+# --- how long it lasts ---
+
+MAX_REST_S: Final = 86_400.0
+MAX_DATED_S: Final = 32 * 86_400.0  # of a date; a later one is as absurd as a longer wait
+UNITS: Final[Mapping[str, float]] = {
+    "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0,
+}  # fmt: skip
+PIECE: Final = re.compile(
+    r"\s?(?:,|and)?\s?(\d{1,12}(?:\.\d{1,20})?)\s?"
+    r"(?:(ms)|millisecond(?:s)?()|([smhdw])|(s)ec(?:ond)?s?|(m)in(?:ute)?s?|(h)(?:ou)?rs?|(d)ays?"
+    r"|(w)eeks?)(?![a-z])",
+    re.IGNORECASE,
+)
+ISO_DATE: Final = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)(?:T|\s(?:at\s)?)(\d\d):(\d\d)(?::(\d\d)(?:\.\d{1,9})?)?"
+    r"\s?(?:(Z|UTC|GMT)|([+-])(\d\d):?(\d\d))?",
+    re.IGNORECASE,
+)
+HTTP_DATE: Final = re.compile(r"[A-Z][a-z]{2}, \d\d? [A-Z][a-z]{2} \d{4} [\d:]{8} (?:GMT|UTC)")
+# Prose that a wait follows: "try again in 7m12s" (groq), "retry in 25.46s" (gemini), "retrying in
+# 8h 13m" (opencode), "will reset at 2026-09-04 19:01:25" (zai), "regain access on" (anthropic).
+TRIGGER: Final = re.compile(
+    r"\b(?:try(?: your request)? again|retry(?:ing)?|resets?|replenish(?:es|ed)?|regain access|wait"
+    r"|available(?: again)?)[\s:]{1,3}"
+    r"(?:(?:in|after|at|on|for|until|about|approximately|another|again)[\s:]{1,2}){0,3}",
+    re.IGNORECASE,
+)
+# Members of a JSON body, written without `_` and `-` in small letters.
+WAIT_NAMES: Final = frozenset({
+    "retrydelay", "retryafter", "retryafterseconds", "resetsinseconds", "resetinseconds",
+    "resetafterseconds", "quotaresetdelay",
+})  # fmt: skip
+MOMENT_NAMES: Final = frozenset({
+    "resetsat", "resetat", "resettime", "quotaresettimestamp", "nextflushtime", "xratelimitreset",
+})  # fmt: skip
+LOOSE_WAIT: Final = re.compile(
+    r'"(?:retryDelay|retry_after|resets_in_seconds)"\s{0,4}:\s{0,4}"?(\d{1,12}(?:\.\d{1,20})?)s?'
+)
+MAX_WAIT_NODES: Final = 2000
+
+
+class Wait(NamedTuple):
+    """How long a limit lasts as it was stated: seconds from now, or a moment (unix seconds)."""
+
+    after: float | None = None
+    at: float | None = None
+
+    def seconds(self, wall: float) -> float | None:
+        """Whole seconds from `wall`, at least 1, or None; a day at most unless a date says so."""
+        if self.at is not None:
+            left = self.at - wall
+            left = left if left <= MAX_DATED_S else MAX_REST_S
+        elif self.after is not None:
+            left = min(self.after, MAX_REST_S)
+        else:
+            return None
+        return max(1.0, float(int(left)))
+
+
+UNSTATED: Final = Wait()
+
+
+def read_wait(text: str, zone_s: float = 0.0) -> Wait:
+    """A Retry-After, a reset header, a duration or a date.
+
+    Takes 30, 1.5, 6s, 2m59.5s, 350ms, "20 seconds", unix times in s or ms, the three HTTP dates
+    and ISO 8601. A date without a zone is `zone_s` seconds ahead of UTC.
+    """
+    text = text.strip(" \t\"'")[:200]
+    try:
+        number = float(text)
+    except ValueError:
+        after = parse_duration(text)
+        return Wait(after) if after is not None else Wait(at=parse_date(text, zone_s))
+    if not math.isfinite(number):
+        return UNSTATED
+    if number > 1e9:
+        return Wait(at=number / 1000 if number > 1e11 else number)
+    return Wait(number)
+
+
+def parse_wait(text: str, wall: float) -> float | None:
+    """Seconds from `wall` as read_wait reads them, not limited; None when nothing usable."""
+    wait = read_wait(text)
+    return wait.after if wait.at is None else wait.at - wall
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of "2m59.5s" or "8h 13m"; None if anything else stands in the text."""
+    total, end = leading_duration(text)
+    return total if end and end == len(text) else None
+
+
+def leading_duration(text: str) -> tuple[float, int]:
+    """(seconds, where they end) of the duration that `text` begins with; (0, 0) without one."""
+    total, end = 0.0, 0
+    while match := PIECE.match(text, end):
+        unit = next(found for found in match.groups()[1:] if found is not None).lower() or "ms"
+        total += float(match[1]) * UNITS[unit]
+        end = match.end()
+    return round(total, 9), end
+
+
+def parse_date(text: str, zone_s: float = 0.0) -> float | None:
+    """Unix seconds of an ISO 8601 or HTTP date (RFC 1123, RFC 850, asctime), or None."""
+    try:
+        if match := ISO_DATE.match(text):
+            return iso_seconds(match, zone_s)
+        date = parsedate_to_datetime(text)
+        return date.timestamp() if date.tzinfo else date.replace(tzinfo=timezone.utc).timestamp()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+
+
+def iso_seconds(match: re.Match[str], zone_s: float) -> float:
+    year, month, day, hour, minute, second = (int(part or 0) for part in match.groups()[:6])
+    moment = datetime(year, month, day, hour, minute, min(second, 59), tzinfo=timezone.utc)
+    utc, sign, hours, minutes = match.groups()[6:]
+    if sign:
+        zone_s = (int(hours) * 3600 + int(minutes) * 60) * (1 if sign == "+" else -1)
+    return moment.timestamp() - (0.0 if utc else zone_s)
+
+
+def stated_wait(
+    headers: Mapping[str, str], body: bytes, wall: float, zone_s: float = 0.0
+) -> float | None:
+    """The wait a refusal states, in whole seconds from 1; None when it states none.
+
+    Headers (names in small letters) come before the body: retry-after-ms, retry-after, then the
+    resets of what is used up.
+    """
+    millis = read_wait(headers.get("retry-after-ms", "")).after
+    if millis:
+        return Wait(millis / 1000).seconds(wall)
+    for wait in header_waits(headers, zone_s):
+        if (seconds := wait.seconds(wall)) is not None:
+            return seconds
+    if (seconds := reset_wait(headers, wall)) is not None:
+        return seconds
+    return body_wait(body, zone_s).seconds(wall)
+
+
+def header_waits(headers: Mapping[str, str], zone_s: float) -> Iterator[Wait]:
+    value = headers.get("retry-after", "")
+    yield read_wait(value, zone_s)
+    yield read_wait(value.partition(",")[0], zone_s)  # sent twice, and joined on the way
+
+
+def reset_wait(headers: Mapping[str, str], wall: float) -> float | None:
+    """Rate-limit headers of every spelling: of what is used up, the last to come back.
+
+    x-ratelimit-reset[-requests|-tokens...] (openai, groq, openrouter; groq's are durations),
+    anthropic-ratelimit-*-reset (RFC 3339), ratelimit-reset, and `ratelimit: "api";r=0;t=295` of
+    the IETF draft (huggingface).
+    """
+    waits = [ietf_wait(headers.get("ratelimit", ""))]
+    for name, value in headers.items():
+        if "reset" not in name or "ratelimit" not in name.replace("-", ""):
+            continue
+        left = headers.get(name.replace("reset", "remaining"), "0").strip()
+        if left in ("0", "0.0") or left.startswith("-"):
+            waits.append(read_wait(value).seconds(wall))
+    return max((wait for wait in waits if wait is not None), default=None)
+
+
+def ietf_wait(value: str) -> float | None:
+    """`"api";r=0;t=295` (each quota an item), or `limit=9, remaining=0, reset=5` (older drafts)."""
+    value = value[:1000]
+    items = [dict(re.findall(r"\b([rt])=(\d{1,9})", item)) for item in value.split(",")]
+    older = dict(re.findall(r"\b(remaining|reset)=(\d{1,9})", value))
+    items.append({"r": older.get("remaining", ""), "t": older.get("reset", "")})
+    waits = (Wait(float(i["t"])).seconds(0.0) for i in items if i.get("t") and spent(i.get("r")))
+    return max(filter(None, waits), default=None)
+
+
+def spent(left: str | None) -> bool:
+    return bool(left) and int(left or "1") == 0
+
+
+def body_wait(body: bytes, zone_s: float = 0.0) -> Wait:
+    """`retryDelay: "17s"` (Gemini), resets_at (Codex), `try again in 7m12s` (Groq)."""
+    value = error_value(body)
+    if value is not None:
+        return value_wait(value, zone_s)
+    text = body[:8192].decode("utf-8", "replace")
+    if match := LOOSE_WAIT.search(text):
+        return Wait(float(match[1]))
+    return prose_wait(text, zone_s)
+
+
+def value_wait(value: Any, zone_s: float = 0.0) -> Wait:
+    """A wait in the members of an error value, else in its message; a moment beats a number."""
+    after: float | None = None
+    for name, found in itertools.islice(members(value, 8), MAX_WAIT_NODES):
+        word = name.replace("_", "").replace("-", "").lower()
+        if word == "retryafterms":
+            wait = read_wait(f"{found}ms")
+        elif word in WAIT_NAMES or word in MOMENT_NAMES:
+            wait = read_wait(str(found), zone_s)
+        else:
+            continue
+        if wait.at is not None:
+            return wait
+        after = wait.after if after is None else after
+    return prose_wait(dig_message(value), zone_s) if after is None else Wait(after)
+
+
+def members(value: Any, depth: int) -> Iterator[tuple[str, str | int | float]]:
+    """(name, text or number) of every member inside a JSON value, also of JSON in strings."""
+    value = packed_json(value) if isinstance(value, str) else value
+    if not depth or not isinstance(value, (dict, list)):
+        return
+    pairs = value.items() if isinstance(value, dict) else (("", item) for item in value[:50])
+    for name, inner in pairs:
+        if isinstance(inner, (str, int, float)) and not isinstance(inner, bool):
+            yield name, inner if not isinstance(inner, str) else inner[:200]
+        if isinstance(inner, (str, dict, list)):
+            yield from members(inner, depth - 1)
+
+
+def prose_wait(text: str, zone_s: float = 0.0) -> Wait:
+    """A wait in a sentence."""
+    text = text[:8192]
+    for match in itertools.islice(TRIGGER.finditer(text), 50):
+        after, end = leading_duration(text[match.end() : match.end() + 60])
+        if end:
+            return Wait(after)
+        if date := ISO_DATE.match(text, match.end()) or HTTP_DATE.match(text, match.end()):
+            return Wait(at=parse_date(date[0], zone_s))
+    if "\u91cd\u7f6e" in text and (date := ISO_DATE.search(text)):  # zai: reset, in Chinese
+        return Wait(at=parse_date(date[0], zone_s))
+    return UNSTATED
+
+
+# --- what is in an answer ---
 
 
 def has_content(message: Any) -> bool:
@@ -12181,6 +12611,7 @@ GUESSES: Final = frozenset(
         "empty_answer",
         "bad_answer",
         "unexpected_status",
+        "overloaded",
     }
 )
 DEAD: Final = frozenset({"dead_key"})  # why a key rests that its provider called invalid
@@ -13547,19 +13978,25 @@ Next = Literal["key", "model", "provider", "stop"]
 class Verdict:
     """What one outcome means: who rests for how long, does the breaker hear of it, what next.
 
-    `rests`: "route" = this (key, model), "key" = the key for every model, "model" = the model
-    for every key, "" = nobody. `counts`: True = a failure of the provider's health.
+    `rests`: "route" = this (key, model), "key" = the key (and so the account behind it) for every
+    model, "model" = the model for every key, "provider" = all of it, "" = nobody. It rests as
+    long as the provider stated if `heeds`, else `until` the provider's next day or the next
+    month, else `rest_s` seconds. `counts`: True = a failure of the provider's health. `advice`
+    says what a person can do about it.
     """
 
     name: str
-    rests: Literal["", "route", "key", "model"] = ""
+    rests: Literal["", "route", "key", "model", "provider"] = ""
     rest_s: float = 0.0
     counts: bool = False
     then: Next = "model"
+    until: Literal["", "day", "month"] = ""
+    heeds: bool = True
+    advice: str = ""
 
 
 class Rule(NamedTuple):
-    """First match wins: a status (or range), then words in the provider's reason."""
+    """First match wins: a status (or range), then words in the provider's reason and codes."""
 
     statuses: range | frozenset[int]
     words: re.Pattern[str] | None
@@ -13570,40 +14007,153 @@ def codes(*statuses: int) -> frozenset[int]:
     return frozenset(statuses)
 
 
-RATE_WORDS: Final = re.compile(
-    r"resource.?exhausted"
-    r"|request limit reached"
-    r"|rate.?limit"
-    r"|too many requests"
-    r"|quota"
-    r"|overloaded",
+# --- words ---
+# All are looked for in at most 1,200 characters: a scrubbed reason and its code words, where
+# #1302 is a number given as a code. Each alternative tells whose it is, and where it was seen.
+
+# Too long for the model, or for what a minute may hold: waiting never helps.
+OVERFLOW_WORDS: Final = re.compile(
+    r"context_length_exceeded|context.?window.?exceeded"  # openai, cerebras; litellm
+    r"|maximum context length|context length exceeded"  # openai, vllm, deepseek
+    r"|exceeds?.{0,60}context (?:length|window|size)"  # openai Responses, llama.cpp
+    r"|greater than the context length|context the overflows"  # LM Studio (2026-10)
+    r"|exceed_context_size|available context size"  # llama.cpp (2026-10)
+    r"|prompt is too long|input is too long|prompt too long"  # anthropic, bedrock
+    r"|input length and .max_tokens. exceed"  # anthropic
+    r"|input token count.{0,40}exceeds|exceeds the maximum number of tokens"  # gemini
+    r"|prompt token count of \d+ exceeds|model_max_prompt_tokens_exceeded"  # github copilot
+    r"|exceeds max(?:imum)? (?:length|input)|#1261\b"  # zai (freellmapi#873)
+    r"|too many (?:input )?tokens in|prompt contains \d+ tokens.{0,80}too large"  # cohere, mistral
+    r"|too large for model",
+    re.IGNORECASE,
+)
+# One request larger than the tokens of a minute: groq as a 413, openai as a 429 (continue#10602).
+TOO_BIG_WORDS: Final = re.compile(r"request (?:is )?too large", re.IGNORECASE)
+# "Limit 7000, Used 0, Requested ~12903" (groq, Fabric#364): it would not fit an empty minute.
+SIZES: Final = re.compile(r"\blimit (\d{1,12}), used \d+, requested ~?(\d{1,12})", re.IGNORECASE)
+NO_TIER_WORDS: Final = re.compile(
+    r"\blimit: 0(?![\d.])"  # gemini: not in the free tier at all (continue#10062, #12643)
+    r"|FreeTierOnly|free tier of the model"  # alibaba (2026)
+    r"|not yet include access|#1311\b",  # zai coding plans (api-code page, 2026-09)
     re.IGNORECASE,
 )
 # Only what says that money is gone: ordinary rate limits advertise billing pages and credits.
-CREDIT_WORDS: Final = re.compile(r"insufficient.?(?:quota|balance|funds)", re.IGNORECASE)
+CREDIT_WORDS: Final = re.compile(
+    r"insufficient[ _]?(?:quota|balance|funds)|#1113\b"  # openai, deepseek, zai's 429
+    r"|used all available credits|monthly spending limit"  # xai, as 429 and 403 (koan#2412)
+    r"|payment.{0,10}past due|billing_not_active|billing.?hard.?limit"  # ollama cloud, openai
+    r"|credit balance is too low"  # anthropic's 400
+    r"|exceeded_current_quota|account.{0,80}\bsuspended due to"  # moonshot
+    r"|#1309\b",  # zai: the subscription ended
+    re.IGNORECASE,
+)
+MONTH_CREDIT_WORDS: Final = re.compile(  # huggingface (agents-course#386)
+    r"monthly included credits|monthly credits", re.IGNORECASE
+)
+AFFORD_WORDS: Final = re.compile(  # openrouter (oh-my-pi#9569): a smaller max_tokens would do
+    r"can only afford [1-9]", re.IGNORECASE
+)
+CONCURRENCY_WORDS: Final = re.compile(
+    r"concurren|parallel requests|in.?flight requests"  # moonshot, ollama cloud, scaleway, zai
+    r"|#1302\b",  # zai: one request at a time on the free models (ccs#402)
+    re.IGNORECASE,
+)
+OVERLOAD_WORDS: Final = re.compile(
+    r"overloaded|#1305\b|#1312\b"  # anthropic, gemini, moonshot; zai (hermes-agent#47685)
+    r"|high (?:traffic|demand|load)|queue_exceeded"  # cerebras
+    r"|worker local"  # nvidia: a worker's queue is full (new-api#6619)
+    r"|slow_down|too busy|at capacity|temporarily unavailable"  # openai, deepseek
+    r"|system load",
+    re.IGNORECASE,
+)
+# One model is short of capacity for everybody: other keys meet the same.
+MODEL_BUSY_WORDS: Final = re.compile(
+    r"capacity exceeded for this model"  # mistral (continue#6185)
+    r"|temporarily rate-limited upstream",  # openrouter's free models
+    re.IGNORECASE,
+)
+FULL_WORDS: Final = re.compile(r"resource.?exhausted|request limit reached", re.IGNORECASE)
+MINUTE_WORDS: Final = re.compile(
+    r"per[ _-]?(?:minute|second|hour)|per[ _-](?:min|sec)\b|/ ?(?:min|minute|sec|second|hour)\b"
+    r"|\b(?:RPM|TPM|RPS)\b",
+    re.IGNORECASE,
+)
+# Gemini's retryDelay beside a day's quota is meaningless (void#557: 5 s for 25 requests a day).
+GOOGLE_DAY_WORDS: Final = re.compile(r"PerDayPer|PerDay-|requests_per_model_per_day")
+DAY_WORDS: Final = re.compile(
+    r"per[ _-]?day|/ ?day\b|\b(?:RPD|TPD)\b"  # groq (continue#10920), openrouter, cerebras
+    r"|daily|#1304\b",  # cloudflare (OmniRoute#6980), openrouter's limit_source, zai
+    re.IGNORECASE,
+)
+ACCOUNT_DAY_WORDS: Final = re.compile(  # cloudflare counts all models together
+    r"daily free allocation", re.IGNORECASE
+)
+PLAN_WORDS: Final = re.compile(
+    r"usage_limit_reached|FreeUsageLimit"  # codex (codex2api#9), opencode (opencode#32971)
+    r"|per[ _-]?(?:week|month)|/ ?(?:week|month)|weekly|monthly|5.hour",  # cohere's trial: / month
+    re.IGNORECASE,
+)
+ACCOUNT_PLAN_WORDS: Final = re.compile(
+    r"usage limit reached|weekly/monthly limit|#13(?:08|10|13)\b"  # zai (hermes-agent#103038)
+    r"|(?:session|weekly|daily|hourly) usage limit"  # ollama cloud (continue#11444)
+    r"|specified API usage limits"  # anthropic's 400: "you will regain access on 2026-..."
+    r"|workspace_\w*limit",  # codex (subrouter#346)
+    re.IGNORECASE,
+)
+RATE_WORDS: Final = re.compile(
+    r"rate.?limit|too many requests|quota|limit reached|limit exceeded", re.IGNORECASE
+)
+FORBIDDEN_RATE_WORDS: Final = re.compile(
+    r"rate.?limit|too many requests|quota.{0,20}exceeded|exceeded.{0,20}quota", re.IGNORECASE
+)
+DEAD_KEY_WORDS: Final = re.compile(
+    r"api.?key (?:is )?(?:not valid|invalid|expired|disabled|revoked|deactivated)"  # gemini's 400
+    r"|(?:invalid|incorrect) (?:x-)?api.?key|api_key_invalid|api_key_expired"  # xai's 400, openai
+    r"|reported as leaked|consumer_suspended|has been suspended"  # google's 403
+    r"|account_deactivated|account has been deactivated"  # openai
+    r"|organization has been (?:disabled|restricted)",  # anthropic, groq
+    re.IGNORECASE,
+)
+REGION_WORDS: Final = re.compile(
+    r"location is not supported|not available in your (?:country|region|location)"  # gemini's 400
+    r"|unsupported_country|country, region,? or territory"  # openai's 403
+    r"|check your network settings",  # groq's 403 for hosters and VPNs
+    re.IGNORECASE,
+)
+POLICY_WORDS: Final = re.compile(
+    r"access_terminated|only available for coding agents",  # kimi (kimi-code#413)
+    re.IGNORECASE,
+)
+WALL_WORDS: Final = re.compile(  # a firewall's page, not the provider (2026)
+    r"attention required|just a moment\.\.\.|cloudflare|error code: 10(?:06|09|10|12|15|20)",
+    re.IGNORECASE,
+)
+FILTER_WORDS: Final = re.compile(
+    r"content_filter|content management policy|ResponsibleAIPolicy"  # azure (openclaude#273)
+    r"|content_policy_violation|moderation_blocked|safety system"  # openai
+    r"|content filtering policy"  # anthropic
+    r"|requires moderation|input was flagged|prompt was flagged"  # openrouter's 403, openai
+    r"|data_?inspection_?failed|content exists risk|considered high risk|#1301\b"  # qwen, deepseek,
+    # moonshot, zai
+    r"|violates usage guidelines|PROHIBITED_CONTENT|prompt was blocked",  # xai, gemini
+    re.IGNORECASE,
+)
+# The model wrote a call or JSON that its provider refuses: another model may do better.
+MISSPOKEN_WORDS: Final = re.compile(r"tool_use_failed|json_validate_failed", re.IGNORECASE)
+# A 404 about what the request needs, not about the model (openrouter).
+NO_ENDPOINT_WORDS: Final = re.compile(
+    r"no endpoints found that (?:support|can handle)", re.IGNORECASE
+)
 MODEL_WORDS: Final = re.compile(
-    r"model.?error|no payment|credits?\b"
+    r"model.?error|no payment|credits?\b"  # opencode's 401 (2026-09)
     r"|not supported"
     r"|promotion has ended"
     r"|subscri"
     r"|model.{0,80}(?:not found|does not exist|not exist|decommissioned|deprecated|not available)"
     r"|(?:unknown|invalid|no such) model"
     r"|model_not_found"
-    r"|not allowed to access model",
-    re.IGNORECASE,
-)
-OVERFLOW_WORDS: Final = re.compile(
-    r"context_length_exceeded"
-    r"|maximum context length"
-    r"|context length exceeded"
-    r"|exceeds.{0,40}context (?:length|window|size)"
-    r"|prompt is too long"
-    r"|input is too long"
-    r"|input token count.{0,40}exceeds"
-    r"|exceeds the maximum number of tokens"
-    r"|exceeds max length"
-    r"|exceed_context_size"
-    r"|prompt token count of \d+ exceeds",
+    r"|must be verified"  # openai: organisations, for some models
+    r"|not allowed to access model",  # freellmapi#618
     re.IGNORECASE,
 )
 # In a 400 only plain words about the model itself: "X is not supported with this model" is
@@ -13611,45 +14161,105 @@ OVERFLOW_WORDS: Final = re.compile(
 NO_SUCH_MODEL: Final = re.compile(
     r"model.{0,80}(?:not found|does not exist|not exist|decommissioned|not available)"
     r"|model \S+ is not supported|(?:unknown|invalid|no such) model|model_not_found"
-    r"|not allowed to access model|requested model is not supported",
-    re.IGNORECASE,
-)
-DEAD_KEY_WORDS: Final = re.compile(
-    r"api key not valid"
-    r"|invalid api key"
-    r"|incorrect api key"
-    r"|api_key_invalid",
+    r"|not allowed to access model|requested model is not supported"
+    r"|model identifier is invalid",  # bedrock (recorded)
     re.IGNORECASE,
 )
 
+# --- verdicts ---
+
 OVERFLOW: Final = Verdict("context_overflow")
+TOO_LARGE: Final = Verdict("too_large", then="provider")
 RATE_LIMITED: Final = Verdict("rate_limited", "route", 60.0, then="key")
+CONCURRENCY: Final = Verdict("concurrency", "route", 3.0, then="key")
+DAY_QUOTA: Final = Verdict("day_quota", "route", 86_400.0, then="key", until="day")
+PLAN_QUOTA: Final = Verdict("plan_quota", "route", 3600.0, then="key")
+NO_TIER: Final = Verdict(
+    "no_tier", "route", 86_400.0, then="key", heeds=False,
+    advice="this key's plan does not hold the model at all",
+)  # fmt: skip
+OVERLOADED: Final = Verdict("overloaded", "route", 10.0, counts=True, then="key")
+BUSY: Final = Verdict("overloaded", "route", 5.0, then="key")  # told as a limit: never ill health
+MODEL_BUSY: Final = Verdict("overloaded", "model", 15.0)
 SICK: Final = Verdict("provider_error", "route", 15.0, counts=True, then="key")
 BAD_ANSWER: Final = Verdict("bad_answer", "route", 30.0, counts=True)
 CLIENT_FAULT: Final = Verdict("client_fault", then="stop")
-MODEL_REFUSED: Final = Verdict("model_refused", "model", 3600.0)
+CONTENT_FILTER: Final = Verdict("content_filter", then="stop")
+FILTERED_HERE: Final = Verdict("content_filter")  # where another provider may be asked
+MISSPOKEN: Final = Verdict("bad_tool_call")
+MODEL_REFUSED: Final = Verdict("model_refused", "model", 3600.0, heeds=False)
+MODEL_GONE: Final = Verdict("model_gone", "model", 3600.0, heeds=False)
 UNFIT: Final = Verdict("unfit")  # this provider cannot be asked this; nothing was sent
-DEAD_KEY: Final = Verdict("dead_key", "key", 3600.0, then="key")
+DEAD_KEY: Final = Verdict("dead_key", "key", 3600.0, then="key", heeds=False)
 NO_CREDIT: Final = Verdict("no_credit", "key", 3600.0, then="key")
+REGION: Final = Verdict(
+    "region", "provider", 6 * 3600.0, then="provider", heeds=False,
+    advice="the provider does not serve this place or network",
+)  # fmt: skip
+POLICY: Final = Verdict(
+    "policy", "provider", 86_400.0, then="provider", heeds=False,
+    advice="the provider serves this plan to other programs only",
+)  # fmt: skip
+
+# An error inside a 200 that names no status is looked up under this one.
+IN_OK: Final = 299
+LIMITED: Final = frozenset((429, IN_OK))
+CROWDED: Final = frozenset((429, 500, 502, 503, 504, 529, IN_OK))
 
 RULES: Final = (
-    Rule(codes(429), CREDIT_WORDS, NO_CREDIT),  # not where a wait is stated, see judge
+    # What no waiting helps.
+    Rule(codes(400, 413, 422, 500, IN_OK), OVERFLOW_WORDS, OVERFLOW),
+    Rule(codes(413, *LIMITED), TOO_BIG_WORDS, OVERFLOW),
+    Rule(codes(400, 403, 422, IN_OK), FILTER_WORDS, CONTENT_FILTER),
+    # Limits, from the special to the usual; no_credit is none where a wait is stated, see judge.
+    Rule(codes(403, *LIMITED), NO_TIER_WORDS, NO_TIER),
+    Rule(codes(402, *LIMITED), MONTH_CREDIT_WORDS,
+         Verdict("no_credit", "key", 86_400.0, then="key", until="month")),
+    Rule(codes(402), AFFORD_WORDS, Verdict("unaffordable")),
+    Rule(codes(400, 401, 403, *LIMITED), CREDIT_WORDS, NO_CREDIT),
+    Rule(LIMITED, CONCURRENCY_WORDS, CONCURRENCY),
+    Rule(CROWDED, MODEL_BUSY_WORDS, MODEL_BUSY),
+    Rule(LIMITED, OVERLOAD_WORDS, BUSY),
+    Rule(codes(IN_OK), FULL_WORDS, BUSY),  # nvidia (new-api#6619); in a 429 it is google's quota
+    Rule(codes(400, *LIMITED), ACCOUNT_PLAN_WORDS,
+         Verdict("plan_quota", "key", 3600.0, then="key")),
+    Rule(LIMITED, MINUTE_WORDS, RATE_LIMITED),  # before the day: both may be named
+    Rule(LIMITED, ACCOUNT_DAY_WORDS,
+         Verdict("day_quota", "key", 86_400.0, then="key", until="day")),
+    Rule(LIMITED, GOOGLE_DAY_WORDS,
+         Verdict("day_quota", "route", 86_400.0, then="key", until="day", heeds=False)),
+    Rule(LIMITED, DAY_WORDS, DAY_QUOTA),
+    Rule(LIMITED, PLAN_WORDS, PLAN_QUOTA),
     Rule(codes(429), None, RATE_LIMITED),
-    Rule(codes(400, 413, 422, 500), OVERFLOW_WORDS, OVERFLOW),
-    Rule(codes(400, 401), DEAD_KEY_WORDS, DEAD_KEY),
-    Rule(codes(400), re.compile("credit balance is too low", re.IGNORECASE), NO_CREDIT),
+    Rule(codes(IN_OK), RATE_WORDS, RATE_LIMITED),
+    # The key, the place, the plan.
+    Rule(codes(400, 401, 403, IN_OK), DEAD_KEY_WORDS, DEAD_KEY),
+    Rule(codes(400, 403, 451), REGION_WORDS, REGION),
+    Rule(codes(400), re.compile("not in an active state", re.IGNORECASE), CLIENT_FAULT),  # a file
+    Rule(codes(400), re.compile("failed_precondition", re.IGNORECASE), REGION),  # gemini
+    Rule(codes(401, 403), POLICY_WORDS, POLICY),
+    Rule(codes(403), FORBIDDEN_RATE_WORDS, RATE_LIMITED),
+    Rule(codes(403), WALL_WORDS, Verdict("blocked", "provider", 600.0, then="provider")),
+    # The provider's health, told as a 400 (9router#2527).
     Rule(codes(400), re.compile("degraded function", re.IGNORECASE), SICK),
-    Rule(codes(400), NO_SUCH_MODEL, MODEL_REFUSED),
+    Rule(codes(400, IN_OK), MISSPOKEN_WORDS, MISSPOKEN),
+    # The model.
+    Rule(codes(400, IN_OK), NO_SUCH_MODEL, MODEL_REFUSED),
     Rule(codes(401, 403), MODEL_WORDS, MODEL_REFUSED),
     Rule(codes(401), None, DEAD_KEY),
     Rule(codes(402), None, NO_CREDIT),
     Rule(codes(403), None, Verdict("forbidden", "route", 600.0, then="key")),
-    Rule(codes(404, 410), None, Verdict("model_gone", "model", 3600.0)),
-    Rule(codes(413), None, Verdict("too_large", then="provider")),
+    Rule(codes(404), NO_ENDPOINT_WORDS, UNFIT),
+    Rule(codes(404, 410), None, MODEL_GONE),
+    Rule(codes(413), None, TOO_LARGE),
+    # The rest of the statuses.
     Rule(codes(400, 422), None, CLIENT_FAULT),
+    Rule(codes(529), None, OVERLOADED),
+    Rule(CROWDED, OVERLOAD_WORDS, OVERLOADED),
     Rule(codes(408, 409, 425, *range(500, 600)), None, SICK),
+    Rule(codes(IN_OK), None, BAD_ANSWER),
     Rule(range(300, 500), None, Verdict("unexpected_status", "route", 60.0, True, "provider")),
-)
+)  # fmt: skip
 # Outcomes without a usable status. A silent or unreachable provider is not asked again with
 # its other keys: they lead to the same silence.
 SORTS: Final = {
@@ -13660,104 +14270,93 @@ SORTS: Final = {
     "garbled": BAD_ANSWER,
     "strange": Verdict("not_the_same_answer"),
 }
-MAX_REST_S: Final = 86_400.0
+# Limits that end by themselves; when nothing else failed a request, the client is told a 429.
+LIMITS: Final = frozenset({"rate_limited", "concurrency", "day_quota", "plan_quota"})
+# What a client's request may be to blame for; the most telling first.
+CLIENT_SIDE: Final = (
+    "content_filter", "client_fault", "context_overflow", "too_large", "unfit", "model_refused",
+)  # fmt: skip
+CLIENT_CODES: Final[Mapping[str, str]] = {"content_filter": "content_filter"}
+# What stands in quotes may be the client's: whoever asks for the tool "invalid api key" must not
+# put a key to rest.
+QUOTED: Final = re.compile(r"(?<!\w)'[^']*'(?!\w)|\"[^\"]*\"|`[^`]*`")
 
 
 def judge(outcome: Outcome, in_ok: bool = False) -> Verdict:
-    """The verdict on a failed outcome; `in_ok` = it came inside a 200.
-
-    An error inside a 200 that names no status is a rate limit when it says so.
-    """
+    """The verdict on a failed outcome; `in_ok` = it came inside a 200."""
     if outcome.sort:
         return SORTS[outcome.sort]
-    if in_ok and outcome.status == 502:
-        return RATE_LIMITED if RATE_WORDS.search(outcome.text) else BAD_ANSWER
-    text = f"{outcome.text} {outcome.code}"
+    status = IN_OK if in_ok and outcome.status == 502 else outcome.status
+    said = f"{outcome.text[:600]} {outcome.code}"
+    own = f"{QUOTED.sub('``', outcome.text[:600])} {outcome.code}" if status in (400, 422) else said
+    if status in LIMITED and never_fits(said):
+        return OVERFLOW
     for rule in RULES:
-        if outcome.status in rule.statuses and (not rule.words or rule.words.search(text)):
+        text = own if rule.verdict.rests else said
+        if status in rule.statuses and (not rule.words or rule.words.search(text)):
             # "Insufficient quota" that comes back in a minute is a rate limit.
-            return (
-                RATE_LIMITED if rule.verdict is NO_CREDIT and outcome.retry_after else rule.verdict
-            )
+            soon = rule.verdict is NO_CREDIT and status == 429 and outcome.retry_after
+            return RATE_LIMITED if soon else rule.verdict
     return BAD_ANSWER
 
 
-DURATION: Final = re.compile(
-    r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?$"
-)
-PROSE: Final = re.compile(
-    r"(?:try again|retry|retrying|reset\w*) (?:in|after) "
-    r"((?:\d+h)?\s?(?:\d+m(?!s))?\s?(?:[\d.]+m?s)?)",
-    re.I,
-)
-RESETS_IN: Final = re.compile(r'"(?:resets_in_seconds|retry_after)"\s*:\s*"?(\d+(?:\.\d+)?)')
-RETRY_DELAY: Final = re.compile(r'"(?:retryDelay)"\s*:\s*"([\d.]+s)"')
+def client_side(verdict: Verdict, outcome: Outcome) -> bool:
+    """Whether the request itself may be to blame; a refused model only if told as a 400."""
+    told = verdict.name != MODEL_REFUSED.name or outcome.status in (400, 422)
+    return told and verdict.name in CLIENT_SIDE
 
 
-def parse_wait(text: str, wall: float) -> float | None:
-    """Seconds from a Retry-After, reset header or duration; None when it says nothing usable.
-
-    Takes 30, 1.5, 6s, 2m59.5s, 350ms, an HTTP date, and unix times in s or ms.
-    """
-    text = text.strip()
-    try:
-        number = float(text)
-    except ValueError:
-        wait = parse_duration(text)
-        return parse_date(text, wall) if wait is None else wait
-    if not math.isfinite(number):
-        return None
-    if number > 1e11:
-        number = number / 1000 - wall
-    elif number > 1e9:
-        number -= wall
-    return number
+def never_fits(text: str) -> bool:
+    """Whether one request asks for more tokens than a whole minute or day allows."""
+    sizes = SIZES.search(text)
+    return sizes is not None and int(sizes[2]) > int(sizes[1])
 
 
-def parse_duration(text: str) -> float | None:
-    match = DURATION.match(text.replace(" ", ""))
-    if not match or not any(match.groups()):
-        return None
-    hours, minutes, seconds, millis = (float(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + seconds + millis / 1000
+# --- for how long ---
 
 
-def parse_date(text: str, wall: float) -> float | None:
-    try:
-        return parsedate_to_datetime(text).timestamp() - wall
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
+def rest_seconds(verdict: Verdict, outcome: Outcome, clock: Clock, wall: float) -> float:
+    """Seconds that the verdict's key, model or provider rests from `wall` (unix seconds)."""
+    if verdict.heeds:
+        if outcome.retry_after is not None:
+            return max(outcome.retry_after, 1.0)
+        if (stated := Wait(at=outcome.resets_at).seconds(wall)) is not None:
+            return stated
+    if verdict.until == "day":
+        return until_midnight(clock, wall)
+    if verdict.until == "month":
+        return until_next_month(wall)
+    return verdict.rest_s
 
 
-def stated_wait(headers: Mapping[str, str], body: bytes, wall: float) -> float | None:
-    """The wait a 429 or 503 states, whole seconds from 1 to 24 h; None when it states none."""
-    millis = parse_wait(headers.get("retry-after-ms", ""), 0.0)
-    found = millis / 1000 if millis else parse_wait(headers.get("retry-after", ""), wall)
-    if found is None:
-        found = body_wait(body)
-    if found is None:
-        found = reset_wait(headers, wall)
-    return None if found is None else max(1.0, min(float(int(found)), MAX_REST_S))
+def until_midnight(clock: Clock, wall: float) -> float:
+    """Seconds until the provider's next day begins."""
+    ahead = zone_seconds(clock, wall)
+    left = 86_400 - (wall + ahead) % 86_400
+    return max(1.0, left + ahead - zone_seconds(clock, wall + left))
 
 
-def body_wait(body: bytes) -> float | None:
-    """`retryDelay: "17s"` (Gemini), resets_in_seconds (Codex), `try again in 7m12s` (Groq)."""
-    text = body[:8192].decode("utf-8", "replace")
-    if seconds := RESETS_IN.search(text):
-        return float(seconds[1])
-    match = RETRY_DELAY.search(text) or PROSE.search(text)
-    return parse_duration(match[1]) if match else None
+def until_next_month(wall: float) -> float:
+    """Seconds until the first of the next month, UTC."""
+    now = datetime.fromtimestamp(wall, timezone.utc)
+    year, month = now.year + now.month // 12, now.month % 12 + 1
+    return max(1.0, datetime(year, month, 1, tzinfo=timezone.utc).timestamp() - wall)
 
 
-def reset_wait(headers: Mapping[str, str], wall: float) -> float | None:
-    """x-ratelimit-reset headers: of what is used up, the last to come back."""
-    waits = []
-    for suffix in ("", "-requests", "-tokens"):
-        reset = headers.get("x-ratelimit-reset" + suffix, "")
-        used_up = headers.get("x-ratelimit-remaining" + suffix, "0").strip() in ("0", "0.0")
-        if reset and used_up and (wait := parse_wait(reset, wall)) is not None:
-            waits.append(wait)
-    return max(waits, default=None)
+def zone_seconds(clock: Clock, wall: float) -> float:
+    """How far a provider's clock is ahead of UTC. The USA's summer time as of 2007's law."""
+    if clock != "pacific":
+        return 28_800.0 if clock == "beijing" else 0.0
+    year = datetime.fromtimestamp(wall, timezone.utc).year
+    begins = datetime(year, 3, 8, 10, tzinfo=timezone.utc)  # the second Sunday, at 2:00
+    ends = datetime(year, 11, 1, 9, tzinfo=timezone.utc)  # the first Sunday, at 2:00
+    summer = next_sunday(begins) <= wall < next_sunday(ends)
+    return -25_200.0 if summer else -28_800.0
+
+
+def next_sunday(date: datetime) -> float:
+    """Unix seconds of `date` or of the Sunday after it."""
+    return date.timestamp() + (6 - date.weekday()) * 86_400
 
 
 # =============================================================================
@@ -14353,6 +14952,7 @@ class Attempt:
     tokens: Tokens | None = None
     stream: Relay | None = None
     seconds: float = 0.0
+    rest_s: float = 0.0  # how long what the verdict blames rests
     final: Json | None = None  # the client's answer, parsed
     left_out: Sequence[str] = ()  # tools that were not sent on
 
@@ -14501,8 +15101,12 @@ class Relay:
             hook(self)
 
 
-# (headers, body, unix seconds) -> how long a refusal lasts, in seconds; None = not stated
-ReadWait = Callable[[Mapping[str, str], bytes, float], float | None]
+def refusal_wait(provider: Provider, response: Response, body: bytes, wall: float) -> float | None:
+    """How long a refusal lasts as it states itself, in seconds from `wall`; None if it does not."""
+    if not provider.accounts:
+        return stated_wait(response.headers, body, wall, zone_seconds(provider.clock, wall))
+    limited = response.status in (429, 503, 529)
+    return codex_wait(response.headers, body, wall) if limited else None
 
 
 class Upstream:
@@ -14572,8 +15176,7 @@ class Upstream:
                 self._lacking.add((target.provider, dialects[0].name))
             dialects = dialects[1:]
         if response.status != 200:
-            read_wait = codex_wait if target.service.provider.accounts else stated_wait
-            return self._refused(response, secret.encode(), read_wait)
+            return self._refused(response, secret.encode(), target.service.provider)
         passage = Passage(dialects[0], ask, target.provider, secret.encode())
         if ask.stream:
             attempt = first_useful(response, passage, self._keep_waiting(ask.guard))
@@ -14634,17 +15237,15 @@ class Upstream:
             return Outcome(200, "")
         if response.status == 401 and service.provider.accounts:
             self._accounts.reject(key, secret)  # the next time with a new one
-        return self._refused(response, secret.encode(), stated_wait).outcome
+        return self._refused(response, secret.encode(), service.provider).outcome
 
-    def _refused(self, response: Response, secret: bytes, read_wait: ReadWait) -> Attempt:
+    def _refused(self, response: Response, secret: bytes, provider: Provider) -> Attempt:
         """A status other than 200, with the provider's reason."""
         try:
             body = masked(response.read(limit=1 << 20), secret)
         except TransportError as error:
             body = error.text.encode()
-        wait = None
-        if response.status in (429, 503, 529):
-            wait = read_wait(response.headers, body, time.time())
+        wait = refusal_wait(provider, response, body, time.time())
         outcome = Outcome(
             response.status, error_text(body), retry_after=wait, code=error_code(body)
         )
@@ -15030,7 +15631,7 @@ class KeyChecks:
 MAX_ATTEMPTS: Final = 32
 QUICK_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 5.0  # a longer wait, or a failure that took longer, is no quick retry
-TRANSIENT: Final = (SICK, SORTS["reset"])
+TRANSIENT: Final = (SICK, OVERLOADED, SORTS["reset"])
 
 
 class Queue:
@@ -15086,6 +15687,7 @@ class Walk:
     out: set[str] = field(default_factory=set)  # provider names and labels ruled out
     waits: list[float] = field(default_factory=list)  # seconds until a skipped one is ready
     skipped: list[str] = field(default_factory=list)
+    whys: list[tuple[str, str]] = field(default_factory=list)  # (provider, why) of the skipped
     repeated: bool = False  # a route was tried twice
 
     def rule(self, target: Target, verdict: Verdict) -> None:
@@ -15110,6 +15712,15 @@ class Walk:
     @property
     def verdicts(self) -> set[str]:
         return {a.verdict.name for _, a in self.tried if a.verdict}
+
+    @property
+    def limited(self) -> bool:
+        """Whether nobody answered because of limits alone, one of which ends by itself."""
+        tried = [(a.verdict.name, a.outcome.status) for _, a in self.tried if a.verdict]
+        names = self.verdicts | {why for _, why in self.whys}
+        passing = all(name in LIMITS or status == 429 for name, status in tried)
+        kept = {*LIMITS, NO_CREDIT.name, NO_TIER.name}
+        return passing and all(why in kept for _, why in self.whys) and names != {NO_TIER.name}
 
     def told(self) -> list[str]:
         """Redacted lines about what happened, for the error and the log."""
@@ -15298,8 +15909,8 @@ class Router:
         if verdict is None or walk.repeated or not (named or queue.empty):
             return False
         pause = QUICK_PAUSE_S if verdict in TRANSIENT else math.inf
-        if verdict is RATE_LIMITED and named:
-            pause = attempt.outcome.retry_after or math.inf
+        if named and verdict in (RATE_LIMITED, CONCURRENCY):
+            pause = attempt.outcome.retry_after or verdict.rest_s
         if pause > MAX_PAUSE_S or attempt.seconds > MAX_PAUSE_S or self.now() + pause > deadline:
             return False
         if self.keys.another(target.provider, target.model, walk.keys[target.label]):
@@ -15317,10 +15928,13 @@ class Router:
     ) -> Attempt:
         """One attempt; a probe token is given back whatever happens."""
         try:
-            return self.upstream.send(target, lease, ask, deadline, last)
+            attempt = self.upstream.send(target, lease, ask, deadline, last)
         except BaseException:
             self.breakers.leave(target.provider, ask.guard)
             raise
+        if attempt.verdict is CONTENT_FILTER and self.config.content_filter_failover:
+            attempt.verdict = FILTERED_HERE
+        return attempt
 
     def routes(
         self, candidates: Iterable[Candidate], walk: Walk, deadline: float, owner: Guard
@@ -15362,6 +15976,7 @@ class Router:
             wait = self.keys.soonest(target.provider, target.model) or 0.0
             why = self.keys.why(target.provider, target.model)
             walk.waits.append(wait)
+            walk.whys.append((target.provider, why))
             walk.skipped.append(f"{target.label}: resting {math.ceil(wait)} s ({why})")
 
     def learn(
@@ -15371,11 +15986,12 @@ class Router:
         verdict, outcome = attempt.verdict, attempt.outcome
         if verdict is None:
             return
-        key = ANY if verdict.rests == "model" else lease.key
-        model = ANY if verdict.rests == "key" else target.model
+        key = ANY if verdict.rests in ("model", "provider") else lease.key
+        model = ANY if verdict.rests in ("key", "provider") else target.model
         if verdict.rests:
-            seconds = outcome.retry_after or verdict.rest_s
-            self.keys.rest(target.provider, key, model, seconds, verdict.name)
+            clock = target.service.provider.clock
+            attempt.rest_s = rest_seconds(verdict, outcome, clock, time.time())
+            self.keys.rest(target.provider, key, model, attempt.rest_s, verdict.name)
         if verdict.name in DEAD:
             self.checks.wake()
         if verdict.counts and first:
@@ -15383,13 +15999,14 @@ class Router:
         self.breakers.leave(target.provider, owner)
         self.usage.attempt(target.provider, False, attempt.seconds)
         log.warning(
-            "%s %s key=%s: %s (%s) %s",
+            "%s %s key=%s: %s (%s) %s%s",
             "attempt failed:",
             target.label,
             lease.tail,
             verdict.name,
             outcome.status or outcome.sort,
             outcome.text[:200],
+            f" [{verdict.advice}]" if verdict.advice else "",
         )
 
     def deliver(
@@ -15457,36 +16074,62 @@ class Router:
 
     def exhausted(self, walk: Walk, tokens: int, late: bool) -> RouterError:
         """The one error that says honestly why nobody answered."""
-        told, verdicts = walk.told(), walk.verdicts
-        last = walk.tried[-1][1] if walk.tried else None
-        statuses = {attempt.outcome.status for _, attempt in walk.tried}
-        if verdicts == {OVERFLOW.name}:
-            text = walk.tried[0][1].outcome.text
-            return BadRequest(text, param="messages", code="context_length_exceeded", tried=told)
-        if last and (last.verdict is CLIENT_FAULT or statuses <= {400, 422}):
-            return BadRequest(last.outcome.text or "the provider rejected the request", tried=told)
+        told = walk.told()
+        if error := self.clients_own(walk, told):
+            return error
         if not walk.tried and not walk.waits:
             return self.nobody(tokens)
         wait = self.soonest(walk)
-        if statuses <= {429} and self.limits_stated(walk) and not late:
+        if walk.limited and not late:
             return OverLimit(
                 "every provider that could serve this is rate limited", retry_after=wait, tried=told
             )
         why = "the request's deadline passed" if late else "All providers exhausted"
-        return Exhausted(f"{why}: {'; '.join(told)[:1500]}", retry_after=wait, tried=told)
+        code = None
+        if keys := self.rejected_keys(walk):
+            why = f"{why}: {keys}"
+            only = {DEAD_KEY.name} == walk.verdicts | {reason for _, reason in walk.whys}
+            code = "provider_keys_rejected" if only else None
+        text = f"{why}: {'; '.join(told)[:1500]}"
+        return Exhausted(text, code=code, retry_after=wait, tried=told)
 
     @staticmethod
-    def limits_stated(walk: Walk) -> bool:
-        return all(RATE_LIMITED.name in line or NO_CREDIT.name in line for line in walk.skipped)
+    def clients_own(walk: Walk, told: Sequence[str]) -> RouterError | None:
+        """The 400 that the request itself earned: of all reasons the one that tells most."""
+        found = [a for _, a in walk.tried if a.verdict and client_side(a.verdict, a.outcome)]
+        stopped = [a for a in found if a.verdict and a.verdict.then == "stop"]
+        if not stopped and (not found or len(found) < len(walk.tried)):
+            return None
+        names = [(CLIENT_SIDE.index(a.verdict.name), a) for a in stopped or found if a.verdict]
+        rank = min(rank for rank, _ in names)
+        if walk.waits and rank >= CLIENT_SIDE.index(UNFIT.name):
+            return None  # one that rests might have served it
+        texts = [a.outcome.text for at, a in names if at == rank]
+        name, text = CLIENT_SIDE[rank], max(texts, key=len)
+        overflow = name in (OVERFLOW.name, TOO_LARGE.name)
+        return BadRequest(
+            text or "the provider rejected the request",
+            param="messages" if overflow else None,
+            code="context_length_exceeded" if overflow else CLIENT_CODES.get(name),
+            tried=told,
+        )
+
+    def rejected_keys(self, walk: Walk) -> str:
+        """Where the keys stand that providers refuse, or ''; never the keys."""
+        refused = [label.partition("/")[0] for label, a in walk.tried if a.verdict is DEAD_KEY]
+        refused += [provider for provider, why in walk.whys if why == DEAD_KEY.name]
+        lines = []
+        for name in dict.fromkeys(refused):
+            service = self.directory.services.get(name)
+            places = dict.fromkeys(service.key_sources if service else ())
+            lines.append(f"{name} refuses its keys, check {', '.join(places) or 'them'}")
+        return "; ".join(lines)
 
     @staticmethod
     def soonest(walk: Walk) -> float | None:
         """Seconds until the first of those that rest is ready again."""
-        waits = list(walk.waits)
-        for _, attempt in walk.tried:
-            if attempt.verdict and attempt.verdict.rests:
-                waits.append(attempt.outcome.retry_after or attempt.verdict.rest_s)
-        return min(waits, default=None)
+        rests = [a.rest_s for _, a in walk.tried if a.verdict and a.verdict.rests]
+        return min([*walk.waits, *rests], default=None)
 
     def nobody(self, tokens: int) -> RouterError:
         """No candidate at all: say which setting made it so."""
@@ -16253,6 +16896,9 @@ class Stream:
                 self._leave(self._relay.read_out)
 
 
+WORTH_WAITING_S: Final = 60.0  # longer ones are not honoured by the SDKs: they would hammer
+
+
 def error_response(router: Router, error: RouterError) -> flask.Response:
     """Any RouterError in the envelope of the endpoint's dialect."""
     request = current_request()
@@ -16261,6 +16907,9 @@ def error_response(router: Router, error: RouterError) -> flask.Response:
     response.headers["X-Request-ID"] = request_id(request)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, OverLimit):
+        soon = error.retry_after is None or error.retry_after <= WORTH_WAITING_S
+        response.headers["X-Should-Retry"] = "true" if soon else "false"
     if error.attempts:
         response.headers["X-Hermes-Attempts"] = str(error.attempts)
     router.usage.answered(error.status)

@@ -314,7 +314,8 @@ def test_an_error_after_the_first_words_reaches_the_client(replayed, name, split
     assert after[: len(good)] == good
     assert "error" in after[-1]
     assert b"[DONE]" not in got.data
-    assert len(up.requests) == 1
+    rescues = "tool-use-failed" in name  # the model misspoke: somebody may go on, not the client
+    assert len(up.requests) == 1 + rescues
 
 
 # --- errors ---------------------------------------------------------------------
