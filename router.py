@@ -90,6 +90,7 @@ import requests.adapters
 import urllib3
 import urllib3.exceptions
 import waitress.channel
+import waitress.parser
 import waitress.server
 import waitress.task
 import waitress.wasyncore
@@ -17101,6 +17102,30 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
             self.channel.write_soon(head + data)
 
 
+class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+    """Refuses bodies whose length is told twice, or in a way that is not understood.
+
+    Waitress reads a body with Transfer-Encoding and Content-Length as chunked and keeps the
+    connection; whoever stands in front may go by the length and take the rest for another
+    request (RFC 9112 section 6.3: to be handled as an error).
+    """
+
+    chunked: bool = False
+    path: str = ""  # Waitress logs it even where it came to no path
+
+    def parse_header(self, header_plus: bytes) -> None:
+        words = header_plus.split(None, 2)
+        self.path = words[1].decode("latin-1") if len(words) > 1 else ""  # for its errors
+        try:
+            super().parse_header(header_plus)
+        except waitress.parser.TransferEncodingNotImplemented as error:
+            raise waitress.parser.ParsingError(str(error)) from None
+        told_twice = self.chunked and "CONTENT_LENGTH" in self.headers
+        if told_twice or "TRANSFER_ENCODING" in self.headers:  # it stays there in HTTP/1.0
+            self.chunked, self.body_rcv = False, None
+            raise waitress.parser.ParsingError("the length of the body is told in two ways")
+
+
 class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
     """What Waitress itself refuses (too large, malformed) in the API's envelope."""
 
@@ -17109,16 +17134,16 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         kind = HTTP_ERRORS.get(refused.code, BadRequest if refused.code < 500 else RouterError)
         own = f"req_{secrets.token_hex(16)}"
         error = kind(f"{refused.reason}: {refused.body}")
-        place = {"PATH_INFO": getattr(self.request, "path", "")}
-        body = dump_json(envelope_for(place, error, own))
+        body = dump_json(envelope_for({"PATH_INFO": self.request.path}, error, own))
         self.status = f"{refused.code} {refused.reason}"
         self.response_headers += [("Content-Type", "application/json"), ("X-Request-ID", own)]
         self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
+        self.content_length = self.content_bytes_written = len(body)
+        self.wrote_header = True
+        self.channel.write_soon(self.build_response_header() + body)
         # Few at a time: strangers who send too much must not occupy every worker.
         drains = self.channel.server.task_dispatcher.drains
-        if refused.code == 413 and drains.acquire(blocking=False):
+        if drains.acquire(blocking=False):
             try:
                 self._drain()
             finally:
@@ -17234,6 +17259,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
     task_class = AppTask
     error_task_class = JsonErrorTask
+    parser_class = Parser
     callback: Callable[[], None] | None = None
 
     def on_close(self, callback: Callable[[], None] | None) -> None:
