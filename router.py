@@ -3053,7 +3053,7 @@ def embedded_status(value: Json) -> int:
 # --- how long it lasts ---
 
 MAX_REST_S: Final = 86_400.0
-MAX_DATED_S: Final = 32 * 86_400.0  # of a date; a later one is as absurd as a longer wait
+MAX_DATED_S: Final = 31 * 86_400.0  # of a date; a later one is as absurd as a longer wait
 UNITS: Final[Mapping[str, float]] = {
     "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0,
 }  # fmt: skip
@@ -12737,12 +12737,15 @@ class KeyPool:
             if rest and rest.why in DEAD:
                 del self._rests[provider, key, ANY]
 
-    def soonest(self, provider: str, model: str) -> float | None:
+    def soonest(
+        self, provider: str, model: str, tried: Iterable[str] = frozenset()
+    ) -> float | None:
         """Seconds until some key of the provider is ready for the model; None without keys."""
         with self._lock:
             waits = [
                 max((r.until for r in self._over(provider, key, model)), default=0.0) - self._now()
                 for key in self._keys.get(provider, ())
+                if key not in tried
             ]
         return max(0.0, min(waits)) if waits else None
 
@@ -13154,6 +13157,11 @@ class Breakers:
         """Half open, and the one probe is under way."""
         circuit = self._circuits.get(provider)
         return circuit is not None and self._now() < circuit.probe_until
+
+    def wait(self, provider: str) -> float:
+        """Seconds until a probe may go there."""
+        circuit = self._circuits.get(provider)
+        return max(0.0, circuit.open_until - self._now()) if circuit else 0.0
 
     def is_open(self, provider: str) -> bool:
         """Open and not yet due for a probe, or being probed by somebody else."""
@@ -13824,13 +13832,12 @@ def plan(
 ) -> Iterator[Candidate]:
     """Candidates in the order to try them, each with its reason; nothing is computed ahead.
 
-    Providers whose breaker is open come only when there is nobody else; models whose window
-    is too small come last; requests above a provider's ceiling are not sent there at all.
+    Models whose window is too small come late, providers whose breaker is open last of all;
+    requests above a provider's ceiling are not sent there at all.
     """
     late: list[Candidate] = []
     opened: list[Candidate] = []
     seen: set[str] = set()
-    yielded = False
     for candidate in itertools.chain(
         (Candidate(t, why) for t in lead), ordered(groups, limits, turn)
     ):
@@ -13843,11 +13850,9 @@ def plan(
         elif target.facts.window and target.facts.window < limits.tokens:
             late.append(candidate._replace(why=candidate.why + ", window too small"))
         else:
-            yielded = True
             yield candidate
     yield from late
-    if not yielded and not late:
-        yield from (c._replace(why=c.why + ", every breaker is open") for c in opened)
+    yield from (c._replace(why=c.why + ", its breaker is open") for c in opened)
 
 
 def ordered(groups: Sequence[Group], limits: Limits, turn: int) -> Iterator[Candidate]:
@@ -15636,10 +15641,13 @@ TRANSIENT: Final = (SICK, OVERLOADED, SORTS["reset"])
 
 
 class Queue:
-    """Candidates in their order; tells whether there is another one without taking it."""
+    """Candidates in their order; tells whether there is another one without taking it.
 
-    def __init__(self, candidates: Iterable[Candidate]) -> None:
-        self._rest = iter(candidates)
+    Those whose breaker is open come last and are nobody to count on.
+    """
+
+    def __init__(self, candidates: Iterable[Candidate], is_open: Callable[[str], bool]) -> None:
+        self._rest, self._is_open = iter(candidates), is_open
         self._next: Candidate | None = None
 
     def __iter__(self) -> Iterator[Candidate]:
@@ -15652,7 +15660,7 @@ class Queue:
     @property
     def empty(self) -> bool:
         self._next = self._next or next(self._rest, None)
-        return self._next is None
+        return self._next is None or self._is_open(self._next.target.provider)
 
 
 @dataclass(frozen=True)
@@ -15729,7 +15737,11 @@ class Walk:
             f"{label}: {a.verdict.name if a.verdict else 'ok'}"
             f" ({a.outcome.status or a.outcome.sort}) {a.outcome.text[:160]}".rstrip()
             for label, a in self.tried
-        ] + self.skipped
+        ] + [line for line in self.skipped if not line.startswith(self._asked())]
+
+    def _asked(self) -> tuple[str, ...]:
+        """How lines about models begin that were skipped at first and asked in the end."""
+        return tuple({f"{label}: " for label, _ in self.tried})
 
 
 class Gate:
@@ -15863,7 +15875,7 @@ class Router:
         deadline = ask.started + self.config.request_deadline
         walk, attempt = Walk(), None
         self.watchdog.watch(ask.guard)
-        queue = Queue(candidates)
+        queue = Queue(candidates, self.breakers.is_open)
         routes = self.routes(queue, walk, deadline, ask.guard)
         try:
             for target, lease in routes:
@@ -15942,14 +15954,37 @@ class Router:
     ) -> Iterator[tuple[Target, Lease]]:
         """(target, lease) pairs to try: every ready key of every candidate, each pair once.
 
-        When none was left, a last round overlooks rests that were only guesses about health.
+        When none was left, a last round overlooks rests that were only guesses about health; what
+        is ready a moment later is waited for.
         """
         seen = []
         for target, _why in candidates:
             seen.append(target)
             yield from self.leases(target, walk, deadline, frozenset(), owner)
-        for target in seen:
-            yield from self.leases(target, walk, deadline, GUESSES, owner)
+        until = math.inf
+        while True:
+            for target in seen:
+                yield from self.leases(target, walk, deadline, GUESSES, owner)
+            until = min(until, self.now() + MAX_PAUSE_S, deadline)
+            if not self.is_worth_waiting(seen, walk, until, owner):
+                return
+
+    def is_worth_waiting(
+        self, targets: Sequence[Target], walk: Walk, until: float, owner: Guard
+    ) -> bool:
+        """Whether a key that this request has not tried is ready soon; waits for it."""
+        waits = [
+            wait
+            for t in targets
+            if not walk.ruled_out(t)
+            and (wait := self.keys.soonest(t.provider, t.model, walk.keys[t.label])) is not None
+        ]
+        # A breaker's probe may be under way: its end is nothing that could be known.
+        pause = max(min(waits, default=math.inf), QUICK_PAUSE_S)
+        if self.now() + pause > until:
+            return False
+        self.sleep(min(pause, 0.25))
+        return not owner.gone
 
     def leases(
         self,
@@ -15966,6 +16001,9 @@ class Router:
                 return
             entered = self.breakers.enter(provider, owner)
             if not entered and (not ignoring or self.breakers.probing(provider)):
+                if not ignoring:
+                    walk.waits.append(self.breakers.wait(provider))
+                    walk.skipped.append(f"{target.label}: resting, its breaker is open")
                 return
             lease = self.keys.lease(provider, target.model, tried=tried, ignoring=ignoring)
             if lease is None:
