@@ -41,8 +41,9 @@ Contents (each section uses only the ones above it):
   SURFACE     31. Status           what /v1/status, /v1/models and /metrics say
               32. Endpoints        Flask: routes, auth, errors
               33. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              34. Documents        .env.example and the printed pages of docs/
-              35. Command line     serve, check, key, status, docs ...
+              34. Crash test       how these settings fare when providers misbehave
+              35. Documents        .env.example and the printed pages of docs/
+              36. Command line     serve, check, key, status, docs ...
 
 Rooms that later releases open: Limits, Cache and Registry after Usage, Catalog after Router,
 Dashboard after Status.
@@ -56,6 +57,7 @@ import fnmatch
 import functools
 import hashlib
 import hmac
+import http.server
 import itertools
 import json
 import logging
@@ -66,16 +68,18 @@ import secrets
 import select
 import signal
 import socket
+import socketserver
 import ssl
 import stat
+import struct
 import sys
 import tempfile
 import threading
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
@@ -1627,7 +1631,7 @@ class Config:
         60.0,
         "BREAKER_COOLDOWN",
         "Breaker",
-        "seconds it stays open before one probe, at most; 15 at first, twice as long each time",
+        "seconds it stays open before one probe, at most; 15 at first, longer while probes fail",
     )
     key_recheck: bool = setting(
         True,
@@ -13092,8 +13096,8 @@ class Breakers:
     """Which provider is resting: a sliding window of outcomes, then exactly one probe.
 
     Closed -> open when `min_samples` outcomes hold a share of failures >= `error_rate`; open
-    for FIRST_PAUSE_S, then one request may probe: success closes, failure re-opens for twice as
-    long, at most `cooldown` seconds.
+    for FIRST_PAUSE_S, then one request may probe: success closes, failure re-opens, from the
+    second one on for twice as long each time, at most `cooldown` seconds.
     """
 
     FIRST_PAUSE_S: ClassVar[float] = 15.0
@@ -13227,7 +13231,8 @@ class Breakers:
             self._open(circuit)
 
     def _open(self, circuit: Circuit) -> None:
-        pause = min(self._cooldown, self.FIRST_PAUSE_S * 2.0 ** min(circuit.pauses, 20))
+        growth = 2.0 ** min(max(circuit.pauses - 1, 0), 20)
+        pause = min(self._cooldown, self.FIRST_PAUSE_S * growth)
         circuit.open_until = self._now() + pause
         circuit.pauses += 1
 
@@ -17417,7 +17422,786 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 34. Documents
+# 34. Crash test
+# =============================================================================
+
+MANY: Final = 1_000_000
+CRASH_KEY: Final = "sk-crashtest"
+CRASH_WORDS: Final = tuple(f"word{number:02}" for number in range(1, 61))
+CRASH_TEXT: Final = " ".join(CRASH_WORDS)
+BROKEN_EVENT: Final = b'data: {"id": "x", "choices": [{"delta": {"content": \n\n'
+PREFILL_REFUSED: Final = (
+    "This model does not support assistant message prefill."
+    " The conversation must end with a user message."
+)
+OVERFULL: Final = (
+    "This model's maximum context length is 8192 tokens."
+    " However, your messages resulted in 9631 tokens."
+)
+Result = Literal["pass", "partial", "safe", "fail"]
+RESULTS: Final[tuple[Result, ...]] = ("pass", "partial", "safe", "fail")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a provider does wrong at its first `times` requests, or for its first `until_s`.
+
+    Words count from the first word of an answer, seconds are those of the full profile.
+    """
+
+    status: int = 0  # refuses with it; 0 = not that way
+    text: str = ""
+    code: str = ""
+    retry_after: str = ""
+    times: int = MANY
+    until_s: float = math.inf
+    reset: bool = False  # the connection, before the status line
+    silent_s: float = 0.0  # before it closes the connection without an answer
+    first_s: float = 0.0  # between the headers and the first word
+    stop_at: int = MANY  # words after which it closes the connection ...
+    stall_s: float = 0.0  # ... having been silent for so long
+    broken_at: int = MANY  # words after which an event is no JSON
+    unended: bool = False  # the stream's closing mark is missing
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One row of the crash test: a fault of the first provider, and what good conduct is.
+
+    `tries` bounds the requests to that provider for one of the client's: more are a failure,
+    fewer only a remark. `most_s` is how long one answer may take, twice that when it is not
+    streamed.
+    """
+
+    number: int
+    title: str
+    fault: Fault
+    advice: str  # what a user may change; {c.member} stands for a setting's value
+    most_s: float = 45.0
+    tries: tuple[int, int] = (0, 6)
+    gap_s: float = 0.0  # less between the first two tries earns a remark
+    moves_on: bool = False  # not asking the second provider earns a remark
+    whole: bool = True  # asked without streaming too
+    refusal: bool = False  # the provider's own error is the right answer
+    refuses_prefill: bool = False  # what the second provider does
+    requests: int = 1
+    every_s: float = 0.0  # between them
+
+
+ANOTHER_PROVIDER: Final = "configure a second provider of another company"
+OUTAGE_S: Final = 60.0
+RECOVERY_S: Final = 30.0  # after an outage, until the provider must be in use again
+# After Failover Bench v0.1 (2026-09): the same faults, times and rules of conduct.
+SCENARIOS: Final = (
+    Scenario(
+        1, "429 with Retry-After",
+        Fault(429, "Rate limit reached.", "rate_limit_exceeded", "2", times=1),
+        "add a second key (<PROVIDER>_API_KEYS=key1,key2) or provider", 20.0, (2, 3), gap_s=1.8,
+    ),
+    Scenario(
+        2, "429 at every request", Fault(429, "Rate limit reached.", "rate_limit_exceeded"),
+        ANOTHER_PROVIDER, 40.0,
+    ),
+    Scenario(
+        3, "500 once", Fault(500, "The server had an error.", "server_error", times=1),
+        ANOTHER_PROVIDER, 20.0, (2, 6),
+    ),
+    Scenario(
+        4, "503 at every request", Fault(503, "The engine is overloaded.", "overloaded"),
+        ANOTHER_PROVIDER, 40.0,
+    ),
+    Scenario(
+        5, "reset before headers", Fault(reset=True, times=1), ANOTHER_PROVIDER, 20.0
+    ),
+    Scenario(
+        6, "no response for 120 s", Fault(silent_s=120.0),
+        "TTFT_TIMEOUT={c.ttft_timeout:g} and TTFT_SWITCH={c.ttft_switch:g} are how long silence is"
+        " borne: 60 and 12 are plenty",
+        100.0, (0, 1),
+    ),
+    Scenario(
+        7, "first token after 20 s", Fault(first_s=20.0),
+        "TTFT_SWITCH={c.ttft_switch:g}: 12 asks somebody else sooner",
+        60.0, moves_on=True,
+    ),
+    Scenario(
+        8, "cut at word 40 of 60", Fault(stop_at=40),
+        "leave RESCUE on and " + ANOTHER_PROVIDER + " that continues a text", 40.0,
+    ),
+    Scenario(
+        9, "stall at word 20", Fault(stop_at=20, stall_s=30.0),
+        "STREAM_IDLE_TIMEOUT={c.stream_idle_timeout:g}: less notices a stall sooner; leave"
+        " RESCUE on",
+    ),
+    Scenario(10, "malformed chunk", Fault(broken_at=10), ANOTHER_PROVIDER, 30.0),
+    Scenario(11, "no [DONE]", Fault(unended=True), ANOTHER_PROVIDER, 8.0, whole=False),
+    Scenario(
+        12, "context length", Fault(400, OVERFULL, OVERFLOW_CODE),
+        "configure a model with a larger window", 20.0, (1, 1),
+    ),
+    Scenario(
+        13, "content filter",
+        Fault(400, "Rejected as a result of our safety system.", "content_policy_violation"),
+        "leave the setting on that hands a refusal to the client", 20.0, (1, 1), refusal=True,
+    ),
+    Scenario(
+        14, "cut, and no prefill", Fault(stop_at=40),
+        "leave RESCUE on and " + ANOTHER_PROVIDER + " that continues a text", 40.0,
+        whole=False, refuses_prefill=True,
+    ),
+    Scenario(
+        15, "down for 60 s, 20 requests", Fault(503, "Overloaded.", "overloaded", until_s=OUTAGE_S),
+        "BREAKER_COOLDOWN={c.breaker_cooldown:g}: less comes back sooner", 30.0,
+        requests=20, every_s=4.0,
+    ),
+    Scenario(
+        16, "accounting", Fault(503, "The engine is overloaded.", "overloaded"),
+        "this is a fault of the router: please report it", 40.0,
+    ),
+)  # fmt: skip
+
+
+class Pace:
+    """How fast the clock of a crash test runs: both the faults and the router live by it.
+
+    The router's settings stay the user's own: at speed 12 a TTFT_TIMEOUT of 60 passes in 5 s.
+    """
+
+    def __init__(self, speed: float) -> None:
+        self.speed = speed
+        # In real seconds: what a busy machine may add, which a fast clock would blow up.
+        self.slack_s = 1.5 if speed > 1 else 1.0
+        self._began = time.monotonic()
+        self.building = threading.Lock()  # two apps at once crash CPython 3.11: ast is not safe
+
+    def now(self) -> float:
+        """Monotonic seconds of the test."""
+        return self._began + (time.monotonic() - self._began) * self.speed
+
+    def limit(self, seconds: float) -> float:
+        """Real seconds after which `seconds` of the test are over, whatever the machine does."""
+        return seconds / self.speed + self.slack_s
+
+
+def said_before(body: Json) -> str:
+    """The assistant's text that a request ends with (a prefill), "" where it ends otherwise."""
+    turns = body.get("messages") or body.get("input")
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
+        return ""
+    content = last.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+
+
+def words_after(said: str, text: str) -> list[str]:
+    """The words of `text` that go on after `said`, each with its blank; all where none do."""
+    rest = text.removeprefix(said.rstrip())
+    return re.findall(r"\s*\S+", rest if len(rest) < len(text) else text)
+
+
+class Mock(socketserver.ThreadingTCPServer):
+    """A provider on loopback that fails as told and says sixty words when it does not."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, dialect: str, prompt_tokens: int, fault: Fault, pace: Pace) -> None:
+        super().__init__(("127.0.0.1", 0), MockTalk)
+        self.dialect, self.prompt_tokens, self.pace = dialect, prompt_tokens, pace
+        self.fault, self.refuses_prefill = fault, False
+        self.began = pace.now()
+        self.asked: list[float] = []  # when, in seconds of the test
+        self.answered: list[float] = []
+        self.over = threading.Event()
+        loop = functools.partial(self.serve_forever, poll_interval=0.05)
+        threading.Thread(target=loop, name="mock", daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def since(self) -> float:
+        """Seconds of the test since this provider started."""
+        return self.pace.now() - self.began
+
+    def rest(self, seconds: float) -> None:
+        self.over.wait(seconds / self.pace.speed)
+
+    def next_fault(self) -> Fault:
+        """What is wrong with the request that has come now."""
+        self.asked.append(self.since())
+        fault = self.fault
+        well = len(self.asked) > fault.times or self.since() >= fault.until_s
+        return Fault() if well else fault
+
+    def text(self, body: Json) -> str:
+        """The whole answer to a request."""
+        return CRASH_TEXT
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A peer that goes away is part of the test."""
+
+    def close(self) -> None:
+        self.over.set()
+        self.shutdown()
+        self.server_close()
+
+
+class MockTalk(http.server.BaseHTTPRequestHandler):
+    """One connection to a mock provider."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Mock
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: the router's log is what counts."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+        fault = self.server.next_fault()
+        if said_before(body) and self.server.refuses_prefill:
+            fault = Fault(400, PREFILL_REFUSED, "invalid_prefill")
+        if fault.status:
+            self.refuse(fault)
+        elif fault.reset:
+            self.hang_up(reset=True)
+        elif fault.silent_s:
+            self.server.rest(fault.silent_s)
+            self.hang_up()
+        else:
+            self.speak(body, fault)
+
+    def refuse(self, fault: Fault) -> None:
+        error = {"message": fault.text, "type": "mock_error", "param": None, "code": fault.code}
+        body: Json = {"error": error}
+        if self.server.dialect == "messages":
+            body = error_event(fault.status, fault.text, fault.code)
+        stated = {"Retry-After": fault.retry_after} if fault.retry_after else {}
+        self.head(fault.status, {**stated, "Content-Type": "application/json"}, dump_json(body))
+
+    def head(self, status: int, headers: Mapping[str, str], body: bytes | None) -> None:
+        """The head, and a whole body; None = chunks will follow."""
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if body is None:
+            self.send_header("Transfer-Encoding", "chunked")
+        elif "Content-Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+    def hang_up(self, reset: bool = False) -> None:
+        """Close without an end; with a reset instead of a FIN if so wanted."""
+        self.close_connection = True
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            socket.socket(fileno=self.connection.detach()).close()
+
+    def speak(self, body: Json, fault: Fault) -> None:
+        words = words_after(said_before(body), self.server.text(body))
+        usage = {
+            "prompt_tokens": self.server.prompt_tokens,
+            "completion_tokens": len(words),
+            "total_tokens": self.server.prompt_tokens + len(words),
+        }
+        surface = CRASH_SURFACES[self.server.dialect]
+        opening = Opening(secrets.token_hex(12), str(body.get("model")), int(time.time()), 0, body)
+        if body.get("stream"):
+            self.stream(surface.writer(opening, ""), words, usage, fault)
+            return
+        message = {"role": "assistant", "content": "".join(words)}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        reply = {"object": "chat.completion", "choices": [choice], "usage": usage}
+        self.whole(dump_json(surface.whole(reply, opening, "")), fault)
+
+    def whole(self, payload: bytes, fault: Fault) -> None:
+        """One body; what cuts, stalls or spoils a stream does so to it."""
+        self.server.rest(fault.first_s)
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(payload))}
+        if fault.broken_at < MANY:
+            payload = payload[:-8] + b'"oops"  '
+        if fault.stop_at < MANY:
+            self.head(200, headers, payload[: len(payload) * 2 // 3])
+            self.server.rest(fault.stall_s)
+            self.hang_up()
+            return
+        self.head(200, headers, payload)
+        self.server.answered.append(self.server.since())
+
+    def stream(self, writer: Writer, words: Sequence[str], usage: Json, fault: Fault) -> None:
+        self.head(200, {"Content-Type": "text/event-stream"}, None)
+        self.server.rest(fault.first_s)
+        self.chunk(writer.feed(crash_chunk({"role": "assistant", "content": ""})))
+        for place, word in enumerate(words):
+            if place == fault.stop_at:
+                self.server.rest(fault.stall_s)
+                self.hang_up()
+                return
+            if place == fault.broken_at:
+                self.chunk(BROKEN_EVENT)
+            self.chunk(writer.feed(crash_chunk({"content": word})))
+            self.server.rest(0.015)
+        end = writer.feed({**crash_chunk({}, "stop"), "usage": usage}) + writer.finish()
+        # Responses have no mark of their own after the event that ends them.
+        if fault.unended and self.server.dialect != "responses":
+            end = b"".join(split_events(end)[:-1])
+        self.chunk(end)
+        self.chunk(b"", last=True)
+        self.server.answered.append(self.server.since())
+
+    def chunk(self, data: bytes, last: bool = False) -> None:
+        if data or last:
+            self.wfile.write(b"%X\r\n%b\r\n" % (len(data), data))
+
+
+CRASH_SURFACES: Final = {
+    "chat": CHAT,
+    "messages": MESSAGES,
+    "responses": responses_surface(codex=False, earlier=()),
+}
+
+
+def crash_chunk(delta: Json, finish: str | None = None) -> Json:
+    """A canonical chunk."""
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    return {"object": "chat.completion.chunk", "choices": [choice]}
+
+
+# -- what a client sees ----------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """One answer as a client got it."""
+
+    text: str = ""
+    finish: str = ""  # how the answer says it ended
+    ended: bool = False  # the dialect's own end has come
+    error: str = ""  # what an error in the dialect's form says
+    wrong: str = ""  # what no client should see
+    model: str = ""  # who answered, by the router's own header
+    seconds: float = 0.0  # real ones
+
+
+def hear_chat(event: Json, seen: Seen) -> None:
+    for choice in event.get("choices") or ():
+        part = choice.get("delta") or choice.get("message") or {}
+        seen.text += part.get("content") or ""
+        seen.finish = choice.get("finish_reason") or seen.finish
+    seen.ended = event.get("object") == "chat.completion"  # of a stream: [DONE]
+
+
+def hear_messages(event: Json, seen: Seen) -> None:
+    blocks = event.get("content") or ()  # of a whole answer
+    seen.text += "".join(block.get("text") or "" for block in blocks)
+    delta = event.get("delta") or {}
+    seen.text += delta.get("text") or ""
+    seen.finish = delta.get("stop_reason") or event.get("stop_reason") or seen.finish
+    seen.ended = event.get("type") in ("message", "message_stop")
+
+
+def hear_responses(event: Json, seen: Seen) -> None:
+    kind = event.get("type")
+    if kind == "response.output_text.delta":
+        seen.text += event["delta"]
+    whole = event if event.get("object") == "response" else event.get("response") or {}
+    if kind in (None, "response.completed", "response.incomplete", "response.failed"):
+        seen.finish, seen.ended = whole.get("status") or "", True
+    if kind == "response.failed":
+        seen.error = str((whole.get("error") or {}).get("message") or "no reason")
+    if kind is None:
+        items = (part for item in whole["output"] for part in item.get("content") or ())
+        seen.text += "".join(part.get("text") or "" for part in items)
+
+
+class Spoken(NamedTuple):
+    """How a client asks in one dialect and hears the answer."""
+
+    path: str
+    asks: Callable[[str], Json]  # a question -> what a request must hold
+    hear: Callable[[Json, Seen], None]
+    finish: str  # of an answer that is whole
+
+
+def one_turn(question: str) -> list[Json]:
+    return [{"role": "user", "content": question}]
+
+
+CRASH_CLIENTS: Final = {
+    "chat": Spoken(
+        "/v1/chat/completions",
+        lambda question: {"messages": one_turn(question)},
+        hear_chat,
+        "stop",
+    ),
+    "messages": Spoken(
+        "/v1/messages",
+        lambda question: {"messages": one_turn(question), "max_tokens": 1000},
+        hear_messages,
+        "end_turn",
+    ),
+    "responses": Spoken(
+        "/v1/responses", lambda question: {"input": question}, hear_responses, "completed"
+    ),
+}
+
+
+def hear(event: bytes, client: str, seen: Seen) -> None:
+    """One event of a stream, or a whole answer, as this client's SDK would take it."""
+    if event == b"[DONE]":
+        seen.ended = True
+        return
+    value = read_json(event)
+    if not isinstance(value, dict):
+        seen.wrong = "the client got something that is no JSON"
+        return
+    error = value.get("error")
+    if isinstance(error, dict) and (client != "responses" or value.get("object") is None):
+        seen.error = str(error.get("message") or "no reason")
+        return
+    CRASH_CLIENTS[client].hear(value, seen)
+
+
+def ask_as(
+    client: str,
+    url: str,
+    model: str,
+    stream: bool,
+    limit_s: float,
+    question: str = "Say sixty words, please.",
+) -> Seen:
+    """Ask as a client of this dialect and take the answer apart; at most `limit_s` real seconds."""
+    seen, began = Seen(), time.monotonic()
+    spoken = CRASH_CLIENTS[client]
+    body = {**spoken.asks(question), "model": model, "stream": stream}
+    session = requests.Session()
+    session.trust_env = False
+    headers = {"Authorization": f"Bearer {CRASH_KEY}"}
+    try:
+        with session.post(
+            url + spoken.path, json=body, headers=headers, stream=True, timeout=limit_s
+        ) as answer:
+            seen.model = answer.headers.get("X-Hermes-Model", "")
+            listen(answer, client, seen, began + limit_s)
+    except requests.Timeout:
+        seen.wrong = "no end in sight"
+    except requests.RequestException as error:
+        # A stream that says what went wrong may end however it likes.
+        seen.wrong = "" if seen.error else f"the connection broke: {type(error).__name__}"
+    seen.seconds = time.monotonic() - began
+    return seen
+
+
+def listen(answer: requests.Response, client: str, seen: Seen, until: float) -> None:
+    if answer.status_code != 200 or "event-stream" not in answer.headers.get("Content-Type", ""):
+        hear(answer.content, client, seen)
+        if answer.status_code != 200 and not seen.error:
+            seen.wrong = f"status {answer.status_code} without an error that {client} clients read"
+        elif answer.status_code == 500:
+            seen.wrong = f"a failure of the router itself: {seen.error}"
+        return
+    cutter = EventCutter()
+    for data in answer.iter_content(None):
+        for event in split_events(cutter.feed(data)):
+            if event_data(event):
+                hear(event_data(event), client, seen)
+        if time.monotonic() > until:
+            seen.wrong = "no end in sight"
+            return
+
+
+# -- one run ---------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One scenario for one client, and what came of it."""
+
+    scenario: Scenario
+    client: str
+    stream: bool
+    primary: Mock
+    fallback: Mock
+    seen: list[Seen] = field(default_factory=list)
+    asked: tuple[tuple[float, ...], int] = ((), 0)  # when the first provider, how often the second
+    found: str = ""  # what was wrong beside the answers
+    result: Result = "fail"
+    why: str = ""
+
+    @property
+    def way(self) -> str:
+        return f"{self.client} {'stream' if self.stream else 'whole'}"
+
+    def grade(self) -> None:
+        """Write the result down. The rule:
+
+        fail     a hang, a truncated or wrong answer that is called whole, an end without a
+                 finish or an error, a provider pestered, a router that is ill afterwards
+        safe     only an honest error, in the client's dialect and in time
+        partial  the beginning of the answer and then an honest error; or the whole answer, but
+                 in a way that earns a remark
+        pass     the whole answer; in scenario 13 the provider's own refusal
+        """
+        flaws = [self.found, *map(self.flaw, self.seen), self.pestered()]
+        if flaw := next(filter(None, flaws), ""):
+            self.result, self.why = "fail", flaw
+            return
+        worst = min(map(self.rank, self.seen), key=lambda row: -RESULTS.index(row[0]))
+        self.result, self.why = worst
+        if self.result == "pass" and (remark := self.remark()):
+            self.result, self.why = "partial", remark
+
+    def flaw(self, seen: Seen) -> str:
+        """What must not happen in any answer."""
+        if seen.wrong:
+            return seen.wrong
+        if seen.error:
+            if not CRASH_TEXT.startswith(seen.text):
+                return "text was shown that nobody said"
+            masked_by = "prefill" in seen.error.lower()
+            return "the refused prefill hides what went wrong" if masked_by else ""
+        if not seen.ended or not seen.finish:
+            return "the answer just ends, without a finish or an error"
+        if seen.text != CRASH_TEXT or seen.finish != CRASH_CLIENTS[self.client].finish:
+            count = len(seen.text.split())
+            return f"{count} words, of which not all are right, are called a whole answer"
+        return ""
+
+    def rank(self, seen: Seen) -> tuple[Result, str]:
+        """The result of one sound answer."""
+        if not seen.error:
+            around = "the refusal was routed around"
+            return ("partial", around) if self.scenario.refusal else ("pass", "")
+        if self.scenario.refusal:
+            told = "safety system" in seen.error
+            return ("pass", "") if told else ("partial", "the provider's reason is not told")
+        return ("partial" if seen.text else "safe"), f"an honest error: {seen.error[:100]}"
+
+    def pestered(self) -> str:
+        """Too many requests to a provider that fails."""
+        asked, requests = self.asked[0], self.scenario.requests
+        if len(asked) > self.scenario.tries[1] * requests:
+            return f"the first provider was asked {len(asked)} times for {requests} requests"
+        soon = sum(at < asked[0] + 3.0 for at in asked)
+        return f"{soon} requests within 3 s" if soon > 4 and requests == 1 else ""
+
+    def remark(self) -> str:
+        """What could be better about a whole answer."""
+        (asked, second), scenario = self.asked, self.scenario
+        if len(asked) < scenario.tries[0]:
+            return "answered by the second provider without a second try at the first"
+        if scenario.gap_s and asked[1] - asked[0] < scenario.gap_s:
+            return f"asked again after {asked[1] - asked[0]:.1f} s where 2 s were stated"
+        if scenario.moves_on and self.stream and not second:
+            return "the client waited 20 s for the first word"
+        return ""
+
+    def advice(self, config: Config) -> str:
+        """What a user may change about a result that is not a pass."""
+        if self.result == "pass":
+            return ""
+        if self.result == "partial" and self.scenario.tries[0] > 1:
+            return "nothing has to change, the answer was whole"
+        if config.strict_model:
+            return "STRICT_MODEL=1 keeps requests that name a model from moving on: unset it"
+        return "try: " + self.scenario.advice.format(c=config)
+
+    def told(self, config: Config) -> Json:
+        """This run as a row of the JSON output."""
+        return {
+            "number": self.scenario.number,
+            "title": self.scenario.title,
+            "client": self.client,
+            "stream": self.stream,
+            "providers": [self.primary.dialect, self.fallback.dialect],
+            "result": self.result,
+            "why": self.why,
+            "advice": self.advice(config),
+            "asked": [len(self.asked[0]), self.asked[1]],
+            "slowest_s": round(max((s.seconds for s in self.seen), default=0.0), 2),
+        }
+
+
+# The rows that stand in for the two providers, and a model of each dialect that takes a prefill.
+CRASH_ROWS: Final = ("groq", "mistral")
+CRASH_MODELS: Final = {
+    "chat": ("crash-primary", "crash-fallback"),
+    "messages": ("claude-haiku-4-5", "claude-sonnet-4-5"),
+    "responses": ("crash-primary", "crash-fallback"),
+}
+
+
+def crash_config(config: Config, mocks: Sequence[Mock], home: str) -> Config:
+    """The user's settings before two mock providers, far from the user's files."""
+    services = []
+    for place, (name, mock) in enumerate(zip(CRASH_ROWS, mocks, strict=True)):
+        row = provider_named(name)
+        assert row is not None, name
+        row = replace(row, url=mock.url, dialects=(mock.dialect,), skip_tokens_over=0)
+        model = CRASH_MODELS[mock.dialect][place]
+        services.append(Service(row, mock.url, (f"crash-key-{place}",), ("mock",), (model,)))
+    return replace(
+        config,
+        host="127.0.0.1",
+        port=0,
+        proxy_keys=(CRASH_KEY,),
+        key_scopes={},
+        accounts=(),
+        services=tuple(services),
+        home=Path(home),
+    )
+
+
+@contextmanager
+def crash_router(config: Config, pace: Pace) -> Iterator[tuple[str, Router]]:
+    """A second router that lives by the test's clock; gives its address and itself."""
+    with pace.building:
+        app = create_app(config, now=pace.now)
+    server = make_server(app, config)
+    thread = threading.Thread(target=server.run, name="crash-router", daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.effective_port}", app.extensions["router"]
+    finally:
+        server.trigger.pull_trigger(server.close)  # in its own thread
+        thread.join(10)
+        app.extensions["router"].close()
+
+
+class CrashJob(NamedTuple):
+    scenario: Scenario
+    client: str
+    stream: bool
+    dialects: tuple[str, str]  # of the two providers
+
+
+def crash_run(job: CrashJob, config: Config, pace: Pace) -> Run:
+    """Run one scenario for one client."""
+    primary = Mock(job.dialects[0], 7, job.scenario.fault, pace)
+    fallback = Mock(job.dialects[1], 11, Fault(), pace)
+    fallback.refuses_prefill = job.scenario.refuses_prefill
+    run = Run(job.scenario, job.client, job.stream, primary, fallback)
+    try:
+        with tempfile.TemporaryDirectory() as home:
+            own = crash_config(config, (primary, fallback), home)
+            with crash_router(own, pace) as (url, router):
+                ask_all(run, url, own, pace)
+                run.asked = tuple(primary.asked), len(fallback.asked)
+                run.found = look_around(run, url, own, router)
+    finally:
+        primary.close()
+        fallback.close()
+    run.grade()
+    return run
+
+
+def ask_all(run: Run, url: str, config: Config, pace: Pace) -> None:
+    """The requests of one scenario, one after the other."""
+    scenario, began = run.scenario, time.monotonic()
+    limit = pace.limit(scenario.most_s * (1 if run.stream else 2))
+    model = config.services[0].models[0]
+    for turn in range(scenario.requests):
+        due = began + turn * scenario.every_s / pace.speed
+        time.sleep(max(0.0, due - time.monotonic()))
+        run.seen.append(ask_as(run.client, url, model, run.stream, limit))
+
+
+def look_around(run: Run, url: str, config: Config, router: Router) -> str:
+    """What is wrong after the requests: use of the providers, accounts, health."""
+    if run.scenario.number == 16 and (problem := wrong_accounts(run, config, router)):
+        return problem
+    if run.scenario.number == 15:
+        back = min(run.primary.answered, default=math.inf)
+        late = RECOVERY_S + run.primary.pace.slack_s * run.primary.pace.speed
+        if back > OUTAGE_S + late:
+            return f"the first provider was not used again within {RECOVERY_S:g} s of recovering"
+    model = config.services[1].models[0]
+    after = ask_as(run.client, url, model, run.stream, 10.0)
+    return "" if after.text == CRASH_TEXT else "a request right after it was not answered"
+
+
+def wrong_accounts(run: Run, config: Config, router: Router) -> str:
+    """The usage of a request that moved on: once, and with the one who answered."""
+    failed, served = (service.name for service in config.services)
+    until = time.monotonic() + 5.0
+    # It is settled when the server closes the stream, a moment after its last byte.
+    while not router.usage.tally(served).completion_tokens and time.monotonic() < until:
+        time.sleep(0.01)
+    tally, none = router.usage.tally(served), router.usage.tally(failed)
+    if (tally.prompt_tokens, tally.completion_tokens) != (11, 60):
+        return f"counted {tally.prompt_tokens} + {tally.completion_tokens} tokens, not 11 + 60"
+    if none.prompt_tokens or none.completion_tokens or none.answered:
+        return "the provider that failed was credited"
+    named = run.seen[0].model
+    return "" if named == config.services[1].models[0] else f"the answer names {named!r}"
+
+
+# Client -> dialects of the first and the second provider: its own first, then a foreign one.
+CRASH_PAIRS: Final = {
+    "chat": ("chat", "messages"),
+    "messages": ("messages", "chat"),
+    "responses": ("responses", "chat"),
+}
+FAST: Final = 12.0  # times as fast
+CRASH_WORKERS: Final = 12
+
+
+def crash_test(
+    config: Config,
+    speed: float = FAST,
+    only: Sequence[int] = (),
+    pairs: Mapping[str, tuple[str, str]] = CRASH_PAIRS,
+) -> list[Run]:
+    """Every scenario for every client, streamed and whole; some at the same time."""
+    from concurrent.futures import ThreadPoolExecutor  # 5 ms that no other command needs
+
+    pace = Pace(speed)
+    jobs = [
+        CrashJob(scenario, client, stream, dialects)
+        for scenario in SCENARIOS
+        if not only or scenario.number in only
+        for client, dialects in pairs.items()
+        for stream in (True, False)
+        if stream or scenario.whole
+    ]
+    # The long ones first, so that none of them is left over at the end.
+    jobs.sort(key=lambda job: -job.scenario.requests * job.scenario.every_s - job.scenario.most_s)
+    workers = CRASH_WORKERS if speed > 1 else len(jobs)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        runs = list(pool.map(lambda job: crash_run(job, config, pace), jobs))
+    return sorted(runs, key=lambda run: (run.scenario.number, run.client, not run.stream))
+
+
+def crash_table(runs: Sequence[Run], config: Config) -> str:
+    """The results as columns for people, and a line about what is not a pass."""
+    ways = list(dict.fromkeys(run.way for run in runs))
+    lines = ["  ".join(["   " + "SCENARIO".ljust(28), *map(str.upper, ways)])]
+    for scenario in dict.fromkeys(run.scenario for run in runs):
+        of_it: dict[str, str] = {r.way: r.result for r in runs if r.scenario is scenario}
+        cells = [of_it.get(way, "-").ljust(len(way)) for way in ways]
+        lines.append("  ".join([f"{scenario.number:2} {scenario.title:28}", *cells]).rstrip())
+    counts = Counter(run.result for run in runs)
+    total = ", ".join(f"{counts[result]} {result}" for result in RESULTS)
+    return "\n".join([*lines, *crash_notes(runs, config), f"{len(runs)} runs: {total}"])
+
+
+def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
+    """One line for each thing that is not a pass: where, what, and what a user may change."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for run in runs:
+        if run.result != "pass":
+            text = f"{run.result}, {run.why}; {run.advice(config)}"
+            found.setdefault((run.scenario.number, text), []).append(run.way)
+    return [f"! {number} {', '.join(ways)}: {text}" for (number, text), ways in found.items()]
+
+
+# =============================================================================
+# 35. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -17581,7 +18365,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 35. Command line
+# 36. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -17731,6 +18515,29 @@ def status_table(status: Json) -> str:
     return "\n".join([head, *lines, *notes, *(f"! {w}" for w in status["warnings"])])
 
 
+def cmd_crashtest(args: argparse.Namespace) -> int:
+    config, only = Config.from_env(), args.only or ()
+    if strange := set(only) - {scenario.number for scenario in SCENARIOS}:
+        say(f"there is no scenario {min(strange)}; they are 1 to {len(SCENARIOS)}")
+        return USAGE
+    # What the providers do wrong is expected; what the router does wrong is not.
+    logging.basicConfig(format="%(asctime)s [%(levelname)s] %(message)s", level=logging.ERROR)
+    began = time.monotonic()
+    runs = crash_test(config, 1.0 if args.full else FAST, only)
+    seconds = time.monotonic() - began
+    if args.json:
+        told = {
+            "profile": "full" if args.full else "fast",
+            "seconds": round(seconds, 1),
+            "counts": dict(Counter(run.result for run in runs)),
+            "runs": [run.told(config) for run in runs],
+        }
+        print(json.dumps(told, indent=2))
+    else:
+        print(crash_table(runs, config) + f", {seconds:.0f} s")
+    return FAILED if any(run.result == "fail" for run in runs) else DONE_OK
+
+
 def cmd_docs(args: argparse.Namespace) -> int:
     print(DOCUMENTS[args.document](), end="")
     return DONE_OK
@@ -17757,6 +18564,19 @@ COMMANDS: Final = (
         (
             (("--url",), {"help": "address of the router"}),
             (("--json",), {"action": "store_true", "help": "the status as JSON"}),
+        ),
+    ),
+    Command(
+        "crashtest",
+        "see whether your settings survive failing providers",
+        cmd_crashtest,
+        (
+            (("--full",), {"action": "store_true", "help": "at real speed: takes two minutes"}),
+            (
+                ("--only",),
+                {"type": int, "action": "append", "metavar": "N", "help": "scenario N; repeatable"},
+            ),
+            (("--json",), {"action": "store_true", "help": "the results as JSON"}),
         ),
     ),
     Command(

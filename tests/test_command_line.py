@@ -22,7 +22,7 @@ from upstream import AUTH, HELLO, Reply, Stream, delta, good, provider, until
 
 import router
 
-COMMANDS = ["serve", "check", "key", "status", "docs", "commands", "version"]
+COMMANDS = ["serve", "check", "key", "status", "crashtest", "docs", "commands", "version"]
 LISTENING = re.compile(r"listening on (http://\S+)")
 
 
