@@ -31,19 +31,20 @@ Contents (each section uses only the ones above it):
               21. Breakers         which provider is resting
               22. State            what of it survives a restart
               23. Usage            what was asked, answered, failed and spent
-  JUDGEMENT   24. Difficulty       how hard is this request?
-              25. Plan             which candidates, in what order, and why
-              26. Verdicts         what an outcome means, and what rests for how long
-  ACTION      27. Transport        connections to providers, cut when nobody waits any more
-              28. Upstream         one attempt: send, wait for something useful, judge
-              29. Checks           keys that a provider called dead, asked again in the background
-              30. Router           plan, try, learn, answer
-  SURFACE     31. Status           what /v1/status, /v1/models and /metrics say
-              32. Endpoints        Flask: routes, auth, errors
-              33. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              34. Crash test       how these settings fare when providers misbehave
-              35. Documents        .env.example and the printed pages of docs/
-              36. Command line     serve, check, key, status, docs ...
+              24. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   25. Difficulty       how hard is this request?
+              26. Plan             which candidates, in what order, and why
+              27. Verdicts         what an outcome means, and what rests for how long
+  ACTION      28. Transport        connections to providers, cut when nobody waits any more
+              29. Upstream         one attempt: send, wait for something useful, judge
+              30. Checks           keys that a provider called dead, asked again in the background
+              31. Router           plan, try, learn, answer
+  SURFACE     32. Status           what /v1/status, /v1/models and /metrics say
+              33. Endpoints        Flask: routes, auth, errors
+              34. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              35. Crash test       how these settings fare when providers misbehave
+              36. Documents        .env.example and the printed pages of docs/
+              37. Command line     serve, check, key, status, docs ...
 
 Rooms that later releases open: Limits, Cache and Registry after Usage, Catalog after Router,
 Dashboard after Status.
@@ -136,6 +137,7 @@ class RouterError(Exception):
         self.code = code or type(self).code
         self.retry_after, self.tried = retry_after, tuple(tried)
         self.attempts = 0  # candidates that were tried
+        self.sizes = (0, 0)  # of an overflow: tokens asked for, and the most anybody takes
 
 
 class BadRequest(RouterError):
@@ -5597,11 +5599,7 @@ class Fit:
         wanted, sent = chat["response_format"], edits["response_format"]
         if sent is not DROP and as_dict(sent).get("type") == wanted["type"]:
             return ""
-        schema = as_dict(wanted.get("json_schema")).get("schema")
-        if not isinstance(schema, dict):
-            return "The final answer must be a JSON object and nothing else."
-        text = dump_json(schema).decode()
-        return f"The final answer must be JSON and nothing else, fitting this JSON Schema: {text}"
+        return format_in_words(wanted)
 
     # Tools
 
@@ -5984,6 +5982,15 @@ class Fit:
                 named = {**without(file, ("file_url",)), "file_data": file["file_url"]}
                 part = {**part, "file": named}
         return part
+
+
+def format_in_words(wanted: Json) -> str:
+    """An answer format as a sentence."""
+    schema = as_dict(wanted.get("json_schema")).get("schema")
+    if not isinstance(schema, dict):
+        return "The final answer must be a JSON object and nothing else."
+    text = dump_json(schema).decode()
+    return f"The final answer must be JSON and nothing else, fitting this JSON Schema: {text}"
 
 
 def has_text(value: object) -> bool:
@@ -7376,14 +7383,14 @@ COUNT: Final = re.compile(r"(?<![\w.,-])\d[\d,_]*\d(?![\w-]|\.\d)")
 
 def messages_error(error: RouterError, request_id: str = "") -> Json:
     """The Anthropic error envelope."""
-    found = error_event(error.status, error.message, error.code or "")
+    found = error_event(error.status, error.message, error.code or "", error.sizes)
     return {**found, "request_id": request_id} if request_id else found
 
 
-def error_event(status: int, message: str, code: str = "") -> Json:
+def error_event(status: int, message: str, code: str = "", sizes: tuple[int, int] = (0, 0)) -> Json:
     kind = MESSAGES_ERRORS.get(status, "api_error")
     if code == OVERFLOW_CODE:
-        kind, message = "invalid_request_error", overflow_message(message)
+        kind, message = "invalid_request_error", overflow_message(message, *sizes)
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
@@ -7398,10 +7405,15 @@ def chunk_error(chunk: Json) -> Json:
     return found
 
 
-def overflow_message(message: str) -> str:
-    """A context overflow in the words that make Claude Code act on it."""
+def overflow_message(message: str, asked: int = 0, most: int = 0) -> str:
+    """A context overflow in the words that make Claude Code act on it.
+
+    `asked` and `most` are its sizes in tokens where they are known: else the text is searched.
+    """
     if TOO_LONG.search(message) or TOO_MUCH.search(message):
         return message
+    if asked > most > 0:
+        return f"prompt is too long: {asked} tokens > {most} maximum ({message})"
     counts = sorted({int(re.sub("[,_]", "", found)) for found in COUNT.findall(message)})
     if len(counts) < 2:
         return f"prompt is too long: {message}"
@@ -12049,6 +12061,9 @@ def responses_surface(codex: bool, earlier: Sequence[Json]) -> Surface:
     )
 
 
+NOBODY: Final = ("", "")  # no target and no dialect
+
+
 @dataclass
 class Ask:
     """One client request on its way: as sent, as parsed, as chat, and who waits for it."""
@@ -12067,8 +12082,10 @@ class Ask:
     forward: bytes = b""  # header lines for a provider of the same dialect
     left_out: Sequence[str] = ()  # tools that nobody here can run
     input: list[Json] | None = None  # Responses: all items, those of earlier turns included
-    kept_body: tuple[object, bytes] = (None, b"")  # the body made last, and for whom
+    kept_body: tuple[tuple[str, str], bytes] = (NOBODY, b"")  # the body made last, for whom
     make_flow: Callable[[Passage], Flow] | None = None  # where it goes on with another answer
+    # (label, dialect) -> what was changed after a refusal
+    mends: dict[tuple[str, str], tuple[Mend, ...]] = field(default_factory=dict)
 
     @functools.cached_property
     def opening(self) -> Opening:
@@ -13545,7 +13562,839 @@ class Usage:
 
 
 # =============================================================================
-# 24. Difficulty
+# 24. Lessons
+# =============================================================================
+
+# Places in the bodies of all dialects that may go without changing what is asked ("*" = every
+# member of a list). What is not listed is never left out.
+SPARE: Final = tuple(
+    tuple(place.split("."))
+    for place in (
+        # how the words are chosen
+        "temperature", "top_p", "top_k", "min_p", "top_a", "typical_p", "repetition_penalty",
+        "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "top_logprobs", "seed",
+        "random_seed", "n", "stop", "stop_sequences",
+        # who asks, what is kept, what it may cost
+        "user", "metadata", "metadata.user_id", "client_metadata", "store", "service_tier", "speed",
+        "safety_identifier", "prediction", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options", "cache_control", "betas", "context_management", "encoding_format",
+        "stream_options", "stream_options.include_usage", "stream_options.include_obfuscation",
+        # how hard to think, how much to say
+        "reasoning", "reasoning.effort", "reasoning.summary", "reasoning.max_tokens",
+        "reasoning.enabled", "reasoning.exclude", "reasoning_effort", "reasoning_format",
+        "include_reasoning", "enable_thinking", "chat_template_kwargs", "thinking",
+        "thinking.display", "thinking.clear_thinking", "think", "clear_thinking",
+        "output_config.effort", "effort", "verbosity", "text.verbosity", "include", "truncation",
+        # calls and formats
+        "parallel_tool_calls", "tool_choice", "max_tool_calls", "tool_stream",
+        "tool_choice.disable_parallel_tool_use", "response_format.json_schema.strict",
+        "response_format.json_schema.description", "text.format.strict", "modalities",
+        # in messages
+        "messages.*.reasoning_content", "messages.*.reasoning", "messages.*.reasoning_details",
+        "messages.*.thinking", "messages.*.name", "messages.*.refusal", "messages.*.annotations",
+        "messages.*.cache_control", "messages.*.phase", "messages.*.is_error",
+        "messages.*.extra_content", "messages.*.tool_calls.*.extra_content",
+        "messages.*.tool_calls.*.index", "messages.*.content.*.cache_control",
+        "messages.*.content.*.content.*.cache_control", "messages.*.content.*.caller",
+        "messages.*.content.*.citations", "messages.*.content.*.annotations",
+        "system.*.cache_control", "system.*.citations", "input.*.phase", "input.*.status",
+        "input.*.content.*.annotations", "input.*.content.*.logprobs",
+        # in tools
+        "tools.*.function.strict", "tools.*.strict", "tools.*.cache_control",
+        "tools.*.function.cache_control", "tools.*.defer_loading", "tools.*.input_examples",
+        "tools.*.allowed_callers", "tools.*.eager_input_streaming",
+    )
+)  # fmt: skip
+# Some may go only while they say what is so without them.
+SPARE_ONLY: Final[Mapping[str, tuple[object, ...]]] = {
+    "n": (1,),
+    "tool_choice": ("auto", {"type": "auto"}),
+    "modalities": (["text"],),
+    "encoding_format": ("float",),
+    "messages.*.is_error": (False,),
+    "messages.*.refusal": (None, ""),
+    "tools.*.defer_loading": (False,),
+    "messages.*.content.*.citations": (None, []),
+    "system.*.citations": (None, []),
+}
+# What one model takes and another refuses: of these the value that was refused may go.
+WORDED: Final = frozenset((
+    "temperature", "top_p", "reasoning.effort", "reasoning.summary", "reasoning_effort",
+    "output_config.effort", "effort", "verbosity", "text.verbosity", "service_tier", "truncation",
+    "include", "prompt_cache_retention", "reasoning_format", "thinking", "tool_choice",
+))  # fmt: skip
+OUTPUT_LIMITS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+OTHER_LIMIT: Final = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+MAX_BUDGET_SHARE: Final = 2  # thinking gets half of a limit that had to be lowered
+LEAST_BUDGET: Final = 1024  # Anthropic's smallest thinking.budget_tokens
+LASTING: Final = frozenset(("drop", "rename", "most", "tell format"))
+
+
+class Mend(NamedTuple):
+    """One change to a body that a provider refused.
+
+    `kind` is a row of MENDERS. `value` is the new name of a rename, a number of tokens, the
+    dialect, or the only value that must go, as JSON ("" = any).
+    """
+
+    kind: str
+    path: tuple[str, ...] = ()
+    value: str | int = ""
+
+    @property
+    def lasting(self) -> bool:
+        """Is it true of the model, and not of this one request?"""
+        return self.kind in LASTING
+
+    def __str__(self) -> str:
+        place = ".".join(self.path)
+        said = {
+            "drop": f"{place} left out" + (f" where it is {self.value}" if self.value else ""),
+            "drop once": f"{place} left out",
+            "rename": f"{place} sent as {self.value}",
+            "most": f"at most {self.value} tokens of output",
+            "room": f"{place} lowered to {self.value}",
+            "tell format": "response_format told in words",
+            "no thoughts": "earlier reasoning left out",
+            "think not": "thinking turned off",
+        }
+        return said[self.kind]
+
+
+def mended(raw: bytes, mends: Sequence[Mend]) -> bytes:
+    """A body with these changes; the very same bytes where none of them applies."""
+    body = read_json(raw) if any(may_concern(raw, mend) for mend in mends) else None
+    if not isinstance(body, dict):
+        return raw
+    changes = [MENDERS[mend.kind](body, mend) for mend in mends]
+    return dump_json(body) if any(changes) else raw
+
+
+def may_concern(raw: bytes, mend: Mend) -> bool:
+    """A fast look: does the name stand in the bytes, if perhaps in a text?"""
+    if not mend.path or mend.kind == "room":
+        return True
+    return b'"%b"' % mend.path[-1].encode() in raw or b"\\u00" in raw
+
+
+def drop_member(body: Json, mend: Mend) -> bool:
+    found = list(holders(body, mend))
+    for holder in found:
+        del holder[mend.path[-1]]
+    return bool(found)
+
+
+def holders(body: Json, mend: Mend) -> Iterator[Json]:
+    """The objects that hold what is to go, where it may go."""
+    nodes: list[Any] = [body]
+    for name in mend.path[:-1]:
+        if name == "*":
+            nodes = [child for node in nodes for child in as_list(node)]
+        else:
+            nodes = [node[name] for node in nodes if isinstance(node, dict) and name in node]
+    for node in nodes:
+        if isinstance(node, dict) and mend.path[-1] in node and may_go(node[mend.path[-1]], mend):
+            yield node
+
+
+def may_go(value: object, mend: Mend) -> bool:
+    fine = SPARE_ONLY.get(".".join(mend.path))
+    if fine is not None and not any(same_json(value, other) for other in fine):
+        return False
+    return not mend.value or short_json(value) == mend.value
+
+
+def same_json(one: object, other: object) -> bool:
+    return type(one) is type(other) and one == other  # True == 1
+
+
+def rename_member(body: Json, mend: Mend) -> bool:
+    if mend.path[0] not in body:
+        return False
+    value = body.pop(mend.path[0])
+    body.setdefault(str(mend.value), value)
+    return True
+
+
+def lower_output(body: Json, mend: Mend) -> bool:
+    """No limit above what the provider takes; a body without one stays without."""
+    most, changed = int(mend.value), False
+    for name in OUTPUT_LIMITS:
+        if is_integer(body.get(name)) and body[name] > most:
+            body[name], changed = most, True
+    if changed:
+        lower_budget(body, most)
+    return changed
+
+
+def give_room(body: Json, mend: Mend) -> bool:
+    """For one request: a limit that leaves room for the prompt, or that the credit covers."""
+    name, value = mend.path[0], int(mend.value)
+    if body.get(name) == value:
+        return False
+    body[name] = value
+    lower_budget(body, value)
+    return True
+
+
+def lower_budget(body: Json, most: int) -> None:
+    """Anthropic: thinking.budget_tokens must be below max_tokens, and no less than 1024."""
+    thinking = as_dict(body.get("thinking"))
+    budget = thinking.get("budget_tokens")
+    if not is_number(budget) or cast(int, budget) < most:
+        return
+    if most // MAX_BUDGET_SHARE < LEAST_BUDGET:
+        del body["thinking"]
+    else:
+        body["thinking"] = {**thinking, "budget_tokens": most // MAX_BUDGET_SHARE}
+
+
+def tell_format(body: Json, _mend: Mend) -> bool:
+    """An answer format that is refused, as an instruction."""
+    wanted, messages = body.get("response_format"), body.get("messages")
+    if not isinstance(wanted, dict) or not messages or not isinstance(messages, list):
+        return False
+    if not all(isinstance(message, dict) and "role" in message for message in messages):
+        return False
+    if wants_json(body):
+        body["messages"] = with_instruction(messages, format_in_words(wanted))
+    del body["response_format"]
+    return True
+
+
+OPAQUE: Final = frozenset(("thinking", "redacted_thinking", "think", "reasoning"))
+REPLAYED: Final = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
+# Responses pairs these with the reasoning before them by their ids.
+PAIRED: Final = frozenset(("message", "function_call", "custom_tool_call"))
+
+
+def strip_thoughts(body: Json, mend: Mend) -> bool:
+    """Every piece of earlier reasoning goes; Anthropic's thinking too where it needs them.
+
+    With the value "sign" the first call of each turn gets Gemini's stand-in for a signature.
+    """
+    before = [body.get("messages"), body.get("input")]
+    after = [stripped_messages(before[0], mend.value == "sign"), stripped_input(before[1])]
+    for name, made in zip(("messages", "input"), after, strict=True):
+        if name in body:
+            body[name] = made
+    if after == before:
+        return False
+    thinking = as_dict(body.get("thinking")).get("type")
+    if thinking == "enabled" and isinstance(after[0], list) and loses_thought(body):
+        del body["thinking"]
+    return True
+
+
+def stripped_messages(messages: Any, sign: bool) -> Any:
+    if not isinstance(messages, list):
+        return messages
+    made = [stripped_message(m, sign) if isinstance(m, dict) else m for m in messages]
+    return [message for message in made if message is not None]
+
+
+def stripped_message(message: Json, sign: bool) -> Json | None:
+    """A message without reasoning; None if it was nothing else."""
+    out = without(message, REPLAYED)
+    content = out.get("content")
+    if isinstance(content, list):
+        out["content"] = [p for p in content if as_dict(p).get("type") not in OPAQUE]
+        if content and not out["content"]:
+            if not out.get("tool_calls"):
+                return None
+            out["content"] = None
+    if isinstance(calls := out.get("tool_calls"), list):
+        out["tool_calls"] = [unsigned_call(c, sign and at == 0) for at, c in enumerate(calls)]
+    return out
+
+
+def unsigned_call(call: Any, sign: bool) -> Any:
+    """A call without Gemini's signature, or with the stand-in for one."""
+    if not isinstance(call, dict):
+        return call
+    bare = without(call, ("extra_content",))
+    stand_in = {"google": {"thought_signature": NO_SIGNATURE}}
+    return {**bare, "extra_content": stand_in} if sign else bare
+
+
+def stripped_input(items: Any) -> Any:
+    if not isinstance(items, list) or not any(is_thought(item) for item in items):
+        return items
+    return [
+        without(item, ("id",)) if as_dict(item).get("type") in PAIRED else item
+        for item in items
+        if not is_thought(item)
+    ]
+
+
+def is_thought(item: object) -> bool:
+    return as_dict(item).get("type") == "reasoning"
+
+
+def go_unthinking(body: Json, mend: Mend) -> bool:
+    """The provider misses reasoning that nobody has any more: this answer does without."""
+    if mend.value != "chat":
+        return body.pop("thinking", None) is not None
+    changed = body.get("thinking") != {"type": "disabled"}
+    body["thinking"] = {"type": "disabled"}  # deepseek, kimi, z.ai (2026-11)
+    for name in ("reasoning_effort", "reasoning"):
+        changed = body.pop(name, None) is not None or changed
+    return changed
+
+
+MENDERS: Final[Mapping[str, Callable[[Json, Mend], bool]]] = {
+    "drop": drop_member,
+    "drop once": drop_member,
+    "rename": rename_member,
+    "most": lower_output,
+    "room": give_room,
+    "tell format": tell_format,
+    "no thoughts": strip_thoughts,
+    "think not": go_unthinking,
+}
+
+# -- what a refusal says ---------------------------------------------------------
+
+MAX_READ_CHARS: Final = 6000
+MAX_READ_NODES: Final = 400
+NAME: Final = r"[A-Za-z_$][\w$.\[\]\-]{0,160}"
+NAMES: Final = (
+    rf"[\s:`'\"\[(]{{0,6}}({NAME}(?:[`'\"\])]*(?:,| and| or)[\s`'\"]{{1,4}}{NAME}){{0,20}})"
+)
+MEMBER: Final = r"(?:parameter|argument|field|propert(?:y|ies)|key|option|input|member)s?"
+REFUSES: Final = r"(?:is|are) (?:un|not )(?:supported|permitted|allowed|recognized|available|known)"
+# A member that the provider does not know or take (recorded or reported, 2025-03 to 2026-11).
+UNKNOWN_MEMBER: Final = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        # Gemini
+        rf"unknown name \W{{0,2}}(?P<names>{NAME})(?:\W{{1,3}}at '(?P<at>[^']{{1,160}})')?",
+        # OpenAI, NVIDIA, Codex, Venice, Azure, Python
+        rf"(?:un(?:supported|known|recogni[sz]ed|expected)|extra) (?:\w+ )?{MEMBER}(?:\(s\))?"
+        rf"(?: supplied| in \w+)?:?{NAMES}",
+        # Groq
+        rf"(?:'(?P<at>[\w.\[\]]{{1,160}})' ?: )?propert(?:y|ies) {NAMES}[`'\"]* {REFUSES}",
+        # xAI
+        rf"arguments?(?:\(s\))? not supported[\w ]{{0,30}}:{NAMES}",
+        # Anthropic, Fireworks, pydantic as text
+        rf"(?P<names>{NAME})[`'\"]?:?\s+extra {MEMBER} (?:are |is )?not (?:permitted|allowed)",
+        rf"not (?:permitted|allowed),? (?:field|param\w*|key)s?:?{NAMES}",
+        r"'extra_forbidden', 'loc': \((?P<loc>[^)]{1,300})\)",
+        rf"additional propert(?:y|ies)(?: are not allowed \()?{NAMES}",
+        # in plain words
+        rf"does(?: not|n't) support (?:the |{MEMBER}:? )*{NAMES}",
+        rf"[`'\"](?P<names>{NAME})[`'\"](?: parameter| field| argument)? {REFUSES}",
+        rf"(?:parameter|argument|field) {NAMES}[`'\"]* {REFUSES}",
+        rf"[`'\"](?P<names>{NAME})[`'\"] of type [`'\"]?\w{{1,40}}[`'\"]? {REFUSES}",
+        rf"[`'\"](?P<names>{NAME})[`'\"] is deprecated for this model",
+        r"(?P<names>response_format) type is unavailable",
+    )
+)
+# True of this request only: of the others in it.
+UNFIT_TOGETHER: Final = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"(?P<names>{NAME})[`'\"]? cannot both be specified",
+        rf"[`'\"](?P<names>{NAME})[`'\"] may only be set to [\d.]+ when",
+    )
+)
+# A value that this model does not take, though it knows the member.
+REFUSED_VALUE: Final = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"unsupported value:{NAMES}",
+        rf"(?P<names>{NAME})[`'\"]? does not support [^.]{{1,60}} with this model",
+        rf"invalid (?P<names>{NAME}): only [\d.]+ is allowed",
+    )
+)
+ONLY_DEFAULT: Final = re.compile(r"only the default|only 1(?:\.0)? is (?:allowed|supported)", re.I)
+USE_INSTEAD: Final = re.compile(rf"use [`'\"]?(?P<names>{NAME})[`'\"]? instead", re.IGNORECASE)
+UNKNOWN_CODES: Final = frozenset((
+    "unsupported_parameter", "unknown_parameter", "unrecognized_parameter", "unexpected_parameter",
+    "extra_forbidden", "value_error.extra", "unrecognized_keys", "property_unsupported",
+))  # fmt: skip
+VALUE_CODES: Final = frozenset(("unsupported_value", "invalid_value"))
+# What only says where the body begins.
+ENTRANCES: Final = frozenset((
+    "body", "root", "request", "request_body", "params", "generation_config", "extra_body",
+    "inference_config", "chat_completion_request",
+))  # fmt: skip
+SAME_PLACES: Final = {
+    "contents": "messages", "function_declarations": "function", "tool": "tools",
+    "message": "messages",
+}  # fmt: skip
+# Reasoning that the provider cannot verify, or that it wants to see again.
+BAD_THOUGHTS: Final = re.compile(
+    r"invalid.{0,20}signature.{0,60}think|signature.{0,80}(?:not valid|invalid|corrupt|could not)"
+    r"|(?:corrupt\w*|invalid|missing a?) ?.{0,4}thought.?signature"
+    r"|thought.?signature.{0,80}(?:missing|not)"
+    r"|invalid_encrypted_content"
+    r"|encrypted.?content.{0,120}(?:could not|cannot|unable|invalid|not be|verif|decrypt)"
+    r"|thinking\W{1,3}blocks?.{0,120}cannot be modified"
+    r"|thinking\.signature"
+    r"|of type 'reasoning' was provided without|without its required 'reasoning'",
+    re.IGNORECASE | re.DOTALL,
+)
+GOOGLE_SIGNATURE: Final = re.compile(r"thought.?signature", re.IGNORECASE)
+MISSING_THOUGHTS: Final = re.compile(
+    r"reasoning_content.{0,100}(?:passed back|is missing|be provided|is required)"
+    r"|must start with a thinking block|expected .{0,4}thinking.{0,40} but found",
+    re.IGNORECASE | re.DOTALL,
+)
+NUMBER: Final = r"(\d[\d,_]{0,14})"
+CAPS: Final = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"max_\w{{0,20}}tokens\W{{1,4}}\d+ > {NUMBER}, which is the maximum",
+        rf"supports at most {NUMBER} (?:completion|output)",
+        r"max(?:imum)?[ _](?:\w{1,20}[ _])?tokens?[^.]{0,60}"
+        rf"(?:less than or equal to|at most|no more than|not exceed|<=|≤)\W{{1,4}}{NUMBER}",
+        rf"range of max_\w{{0,20}}tokens[^\[]{{0,20}}\[\d+, ?{NUMBER}\]",
+        rf"max\w{{0,20}}tokens value of \d+ but the supported range is [\w ]+\(\w+\) to {NUMBER}",
+    )
+)
+AFFORDABLE: Final = (re.compile(rf"can only afford {NUMBER}", re.IGNORECASE),)
+# A shorter answer than this is not worth having instead of somebody else's.
+LEAST_OUTPUT: Final = 256
+
+
+class Sizes(NamedTuple):
+    """Tokens as an overflow states them; 0 = not stated."""
+
+    asked: int = 0  # of the prompt
+    most: int = 0  # the model takes in all
+    output: int = 0  # were reserved for the answer
+
+    @property
+    def needs(self) -> int:
+        """The window that would have done, as far as can be told."""
+        return max(self.asked + self.output, self.most + 1 if self.most else 0)
+
+
+# In the order to look for them.
+MOST: Final = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"tokens > {NUMBER} maximum",
+        rf"exceed context limit: [\d,]+ \+ [\d,]+ > {NUMBER}",
+        rf"maximum number of tokens allowed \(?{NUMBER}",
+        rf"maximum (?:context|prompt|input) (?:length|size|window) (?:is|of) (?:only )?{NUMBER}",
+        rf"with {NUMBER} maximum context length",
+        rf"n_ctx\W{{1,4}}{NUMBER}",
+        rf"context (?:length|window|size)(?: limit)?(?: is| of)?(?: only)?:? \(?{NUMBER} ?tokens",
+        rf"limit (?:of|for this model is) {NUMBER}(?![\d,]|\s?(?:[kmg]?b\b|byte|char|request))",
+        rf"limit {NUMBER}, requested",
+    )
+)
+ASKED: Final = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"{NUMBER} tokens > [\d,]+ maximum",
+        rf"exceed context limit: {NUMBER} \+",
+        rf"token count (?:of |\(){NUMBER}",
+        rf"{NUMBER} in the (?:messages|prompt)",
+        rf"(?:request|prompt|messages?) (?:has|contains?|resulted in)(?: at least)? {NUMBER} "
+        r"(?:input )?tokens",
+        rf"n_prompt_tokens\W{{1,4}}{NUMBER}",
+        rf"(?:request|prompt) \({NUMBER} tokens\)",
+        rf"limit [\d,]+, requested {NUMBER}",
+        rf"you requested(?: about)? {NUMBER} tokens",
+    )
+)
+RESERVED: Final = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"exceed context limit: [\d,]+ \+ {NUMBER} >",
+        rf"{NUMBER} in the completion",
+        rf"requested {NUMBER} output tokens",
+        rf"plus {NUMBER} '?max_tokens",
+        rf"is too large: {NUMBER}",
+    )
+)
+WINDOW_RANGE: Final = range(256, 100_000_001)
+
+
+def stated_sizes(text: str) -> Sizes:
+    """The sizes in the text of an overflow."""
+    asked, most, output = (number_in(patterns, text) for patterns in (ASKED, MOST, RESERVED))
+    return Sizes(asked, most if most in WINDOW_RANGE else 0, output)
+
+
+def number_in(patterns: Iterable[re.Pattern[str]], text: str) -> int:
+    """The number that the first pattern with a match finds; 0 = none."""
+    for pattern in patterns:
+        if match := pattern.search(text):
+            return int(re.sub("[,_]", "", match[1]))
+    return 0
+
+
+def remedy(
+    outcome: Outcome, refusal: bytes, sent: bytes, dialect: str, done: Sequence[Mend] = ()
+) -> list[Mend]:
+    """What to change in the body `sent` so that the provider takes it; [] = nothing helps.
+
+    `refusal` is the error body (b"" when the error came inside a 200), `done` what was changed
+    already. Only changes that make a difference are given, and no protected member goes.
+    """
+    body = read_json(sent) if outcome.status in REMEDIES else None
+    if not isinstance(body, dict):
+        return []
+    error = read_json(refusal) if refusal else None
+    text = words_of(outcome, refusal, error)
+    for find in REMEDIES[outcome.status]:
+        found = dict.fromkeys(find(Refusal(text, error, body, dialect, done)))
+        mends = [mend for mend in found if mend not in done]
+        if mended(sent, mends) != sent:
+            return mends
+    return []
+
+
+class Refusal(NamedTuple):
+    """What a provider said, and what it said it of."""
+
+    text: str
+    error: Any  # the error body, parsed
+    body: Json  # what was sent
+    dialect: str
+    done: Sequence[Mend] = ()
+
+
+def words_of(outcome: Outcome, refusal: bytes, error: object) -> str:
+    """Message, codes and numbers in one text; Outcome.text alone is cut short."""
+    told = dig_message(error) or refusal[: 4 * MAX_READ_CHARS].decode("utf-8", "replace")
+    counts = (  # llama.cpp's are members of their own
+        f"{name}: {node[name]}"
+        for node in objects_within(error)
+        for name in ("n_ctx", "n_prompt_tokens")
+        if is_integer(node.get(name))
+    )
+    text = " ".join((told[:MAX_READ_CHARS], outcome.text, outcome.code, *counts))
+    return text.replace("response format", "response_format")
+
+
+def about_thoughts(refusal: Refusal) -> Iterator[Mend]:
+    if MISSING_THOUGHTS.search(refusal.text):
+        yield Mend("think not", (), refusal.dialect)
+    elif BAD_THOUGHTS.search(refusal.text):
+        signed = GOOGLE_SIGNATURE.search(refusal.text) and refusal.dialect == "chat"
+        yield Mend("no thoughts", (), "sign" if signed else "")
+
+
+def about_room(refusal: Refusal) -> Iterator[Mend]:
+    """Prompt and answer together are too long, but the prompt alone is not."""
+    sizes = stated_sizes(refusal.text)
+    held = [refusal.body[n] for n in OUTPUT_LIMITS if is_integer(refusal.body.get(n))]
+    output = sizes.output or max(held, default=0)
+    if not sizes.asked or "at least" in refusal.text:
+        return
+    # Counting again may give a few tokens more.
+    room = sizes.most - sizes.asked - max(16, sizes.most // 500)
+    if LEAST_OUTPUT <= room < output:
+        yield from limited_to(room, refusal)
+
+
+def about_credit(refusal: Refusal) -> Iterator[Mend]:
+    """OpenRouter reserves the price of max_tokens (oh-my-pi#9569, 2026-08)."""
+    affordable = number_in(AFFORDABLE, refusal.text)
+    if affordable >= LEAST_OUTPUT:
+        yield from limited_to(affordable, refusal)
+
+
+def limited_to(tokens: int, refusal: Refusal) -> Iterator[Mend]:
+    """The limits the body has, or else the dialect's own one, set for this request."""
+    default = {"chat": "max_tokens", "messages": "max_tokens", "responses": "max_output_tokens"}
+    held = [name for name in OUTPUT_LIMITS if is_integer(refusal.body.get(name))]
+    for name in held or [default[d] for d in default if d == refusal.dialect]:
+        if name not in held or refusal.body[name] > tokens:
+            yield Mend("room", (name,), tokens)
+
+
+def about_limits(refusal: Refusal) -> Iterator[Mend]:
+    """A smaller max_tokens is asked for, whatever the prompt."""
+    most = number_in(CAPS, refusal.text)
+    for node in objects_within(refusal.error):
+        place = [part for part in as_list(node.get("loc")) if isinstance(part, str)]
+        ceiling = as_dict(node.get("ctx")).get("le")
+        if place and place[-1] in OUTPUT_LIMITS and is_integer(ceiling):
+            most = cast(int, ceiling)
+    if "(exclusive)" in refusal.text:
+        most -= 1
+    if most >= 1:
+        yield Mend("most", (), most)
+
+
+def about_members(refusal: Refusal) -> Iterator[Mend]:
+    """Every member that the refusal names and that may go."""
+    for path in members_named(refusal):
+        yield from mends_for(path, refusal)
+    for path in values_named(refusal):
+        yield from mends_for(path, refusal, value=True)
+    for pattern in UNFIT_TOGETHER:
+        for path in paths_in(pattern, refusal.text):
+            for mend in mends_for(path, refusal):
+                if mend.kind == "drop":
+                    yield mend._replace(kind="drop once")
+
+
+def members_named(refusal: Refusal) -> Iterator[list[str]]:
+    """Paths of members that are said to be unknown or unsupported."""
+    for node in objects_within(refusal.error):
+        word, param = code_of(node), node.get("param")
+        if word in UNKNOWN_CODES and isinstance(param, str):
+            yield path_of(param)
+        loc = node.get("loc") if word in UNKNOWN_CODES else None
+        if isinstance(loc, list):
+            yield path_of(".".join(str(part) for part in loc))
+        path = ".".join(str(part) for part in as_list(node.get("path")))
+        for key in as_list(node.get("keys")) if word in UNKNOWN_CODES else ():
+            yield path_of(f"{path}.{key}")
+    for pattern in UNKNOWN_MEMBER:
+        yield from paths_in(pattern, refusal.text)
+
+
+def values_named(refusal: Refusal) -> Iterator[list[str]]:
+    """Paths of members whose value this model does not take."""
+    for node in objects_within(refusal.error):
+        param = node.get("param")
+        if code_of(node) in VALUE_CODES and isinstance(param, str):
+            yield path_of(param)
+    for pattern in REFUSED_VALUE:
+        yield from paths_in(pattern, refusal.text)
+
+
+def code_of(node: Json) -> str:
+    """The first of a node's words that tells what is wrong with a member."""
+    words = (w for w in (node.get("code"), node.get("type")) if isinstance(w, str))
+    return next((w for w in words if w in UNKNOWN_CODES or w in VALUE_CODES), "")
+
+
+def objects_within(value: Any) -> Iterator[Json]:
+    """Objects at any depth, those inside texts that are JSON themselves too; bounded."""
+    todo: deque[Any] = deque([value])
+    for _ in range(MAX_READ_NODES):
+        if not todo:
+            return
+        node = todo.popleft()
+        if isinstance(node, str) and node[:1] in ("{", "[") and len(node) < 65_536:
+            node = read_json(node.encode("utf-8", "replace"))
+        if isinstance(node, dict):
+            yield node
+            todo.extend(node.values())
+        elif isinstance(node, list):
+            todo.extend(node[:50])
+
+
+def paths_in(pattern: re.Pattern[str], text: str) -> Iterator[list[str]]:
+    """The paths that matches of `pattern` name: one or a list of them, perhaps `at` a place."""
+    for match in itertools.islice(pattern.finditer(text), 20):
+        found = match.groupdict()
+        if found.get("loc"):
+            yield path_of(found["loc"].replace("'", "").replace(", ", "."))
+            continue
+        named = found.get("names") or match.group(match.lastindex or 0)
+        at = f"{found['at']}." if found.get("at") else ""
+        for name in re.split(r"[\s`'\",()]+", named):
+            if name not in ("and", "or", ""):
+                yield path_of(at + name)
+
+
+def path_of(text: str) -> list[str]:
+    """`messages[3].reasoningContent` as ["messages", "reasoning_content"]."""
+    parts = re.findall(r"[A-Za-z_$][\w$-]*", text)
+    names = [re.sub(r"(?<=[a-z0-9])([A-Z])", r"_\1", part).lower() for part in parts]
+    names = [SAME_PLACES.get(name, name) if len(names) > 1 else name for name in names]
+    while len(names) > 1 and names[0] in ENTRANCES:
+        names.pop(0)
+    return names
+
+
+def mends_for(names: list[str], refusal: Refusal, value: bool = False) -> Iterator[Mend]:
+    """What to do about one member named by a refusal; nothing if it may not go."""
+    if not names or names[-1] in OUTPUT_LIMITS:
+        yield from () if value else limit_mends(names, refusal)
+        return
+    if names[0] == "response_format" and not value and not spare_places(names):
+        if refusal.dialect == "chat" and "response_format" in refusal.body:
+            yield Mend("tell format", ("response_format",))
+        return
+    for end in range(len(names), 0, -1):  # an unknown part of a spare member takes it along
+        places = spare_places(names[:end], whole=end == len(names))
+        found = [Mend("drop", place) for place in places]
+        if value:
+            found = [bound_to_value(m, refusal) for m in found if ".".join(m.path) in WORDED]
+        held = [mend for mend in found if any(holders(refusal.body, mend))]
+        if held:
+            top = [mend for mend in held if len(names) == 1 and len(mend.path) == 1]
+            yield from top or held
+            return
+
+
+def spare_places(names: Sequence[str], whole: bool = True) -> list[tuple[str, ...]]:
+    """The spare places that a path of names may mean: some providers add names of their own.
+
+    A name that stands alone may be anywhere; one that began a longer path is the body's.
+    """
+    if len(names) == 1:
+        return [p for p in SPARE if p[-1] == names[0] and (whole or len(p) == 1)]
+    return [
+        place
+        for place in SPARE
+        if place[0] == names[0]
+        and place[-1] == names[-1]
+        and is_within([part for part in place if part != "*"], names)
+    ]
+
+
+def is_within(place: Sequence[str], names: Sequence[str]) -> bool:
+    """Do all parts of `place` stand in `names`, in this order?"""
+    left = iter(names)
+    return all(part in left for part in place)
+
+
+def bound_to_value(mend: Mend, refusal: Refusal) -> Mend:
+    """Only the value that was refused goes, unless the text says that every value would be."""
+    if ONLY_DEFAULT.search(refusal.text):
+        return mend
+    node: Any = refusal.body
+    for name in mend.path:
+        node = as_dict(node).get(name)
+    return mend._replace(value=short_json(node))
+
+
+def limit_mends(names: list[str], refusal: Refusal) -> Iterator[Mend]:
+    """max_tokens under its other name; if that is refused as well, left out."""
+    if len(names) != 1 or names[0] not in refusal.body:
+        return
+    old, dialect = names[0], refusal.dialect
+    hint = USE_INSTEAD.search(refusal.text)
+    other = OTHER_LIMIT.get(old, "")
+    if hint and hint["names"].strip(".") in OTHER_LIMIT:
+        other = hint["names"].strip(".")
+    tried = any(mend.kind == "rename" and mend.value == old for mend in refusal.done)
+    if dialect == "chat" and other not in ("", old) and not tried:
+        yield Mend("rename", (old,), other)
+    elif dialect in ("chat", "responses", "codex"):
+        yield Mend("drop", (old,))
+
+
+# (status) -> what may be the matter, the likeliest first. 500 and 502 stand for errors inside a
+# stream that name no status.
+REMEDIES: Final[Mapping[int, tuple[Callable[[Refusal], Iterator[Mend]], ...]]] = {
+    400: (about_thoughts, about_room, about_limits, about_members),
+    402: (about_credit,),
+    413: (about_room,),
+    422: (about_thoughts, about_room, about_limits, about_members),
+    500: (about_thoughts,),
+    502: (about_thoughts,),
+}
+
+# -- what is remembered ----------------------------------------------------------
+
+
+class Lessons:
+    """What refusals taught about (provider, model): changes to bodies, and windows.
+
+    One lock, held for dictionary work only; bounded; each lesson lasts a day, because providers
+    change. `now` is a monotonic clock in seconds.
+    """
+
+    TTL_S: ClassVar[float] = 86_400.0
+    MAX_MODELS: ClassVar[int] = 1000
+    MAX_MENDS: ClassVar[int] = 32
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._lock = now, threading.Lock()
+        self._mends: dict[tuple[str, str, str], dict[Mend, float]] = {}
+        self._windows: dict[tuple[str, str], tuple[int, float]] = {}  # tokens, until
+        self._cuts: dict[tuple[str, str], float] = {}  # cut prompts were told of, until
+
+    def mends(self, provider: str, model: str, dialect: str) -> tuple[Mend, ...]:
+        """What to change in every body before it is sent, in the order it was learnt."""
+        if not self._mends:  # the usual case costs no lock
+            return ()
+        with self._lock:
+            known, now = self._mends.get((provider, model, dialect), {}), self._now()
+            return tuple(mend for mend, until in known.items() if until > now)
+
+    def learn(self, provider: str, model: str, dialect: str, mends: Iterable[Mend]) -> None:
+        """Remember what helped; of two that contradict each other the newer one holds."""
+        lasting = [mend for mend in mends if mend.lasting]
+        if not lasting:
+            return
+        with self._lock:
+            now, place = self._now(), (provider, model, dialect)
+            known = {m: until for m, until in self._mends.pop(place, {}).items() if until > now}
+            for mend in lasting:
+                known = {m: until for m, until in known.items() if not contradict(m, mend)}
+                known[mend] = now + self.TTL_S
+            self._mends[place] = dict(list(known.items())[-self.MAX_MENDS :])
+            if len(self._mends) > self.MAX_MODELS:
+                del self._mends[next(iter(self._mends))]
+
+    def window(self, provider: str, model: str) -> int:
+        """The window the provider stated, in tokens; 0 = it never did."""
+        if not self._windows:
+            return 0
+        tokens, until = self._windows.get((provider, model), (0, 0.0))
+        return tokens if until > self._now() else 0
+
+    def learn_window(self, provider: str, model: str, tokens: int) -> None:
+        if tokens not in WINDOW_RANGE:
+            return
+        with self._lock:
+            self._windows.pop((provider, model), None)
+            self._windows[provider, model] = (tokens, self._now() + self.TTL_S)
+            if len(self._windows) > self.MAX_MODELS:
+                del self._windows[next(iter(self._windows))]
+
+    def disprove(self, provider: str, model: str, prompt_tokens: int) -> None:
+        """An answer to so many tokens came: a smaller window was not what was stated."""
+        if self._windows and prompt_tokens > (self.window(provider, model) or prompt_tokens):
+            with self._lock:
+                self._windows.pop((provider, model), None)
+
+    def first_cut(self, provider: str, model: str) -> bool:
+        """Is this the first prompt of the day that the model seems to have cut?"""
+        with self._lock:
+            place, now = (provider, model), self._now()
+            if self._cuts.get(place, 0.0) > now:
+                return False
+            self._cuts.pop(place, None)
+            self._cuts[place] = now + self.TTL_S
+            if len(self._cuts) > self.MAX_MODELS:
+                del self._cuts[next(iter(self._cuts))]
+            return True
+
+    def snapshot(self, provider: str) -> list[Json]:
+        """What is known of one provider's models, and for how many seconds yet."""
+        with self._lock:
+            now = self._now()
+            rows = [
+                (model, dialect, str(mend), until)
+                for (name, model, dialect), known in self._mends.items()
+                for mend, until in known.items()
+                if name == provider and until > now
+            ]
+            rows += [
+                (model, "", f"takes {tokens} tokens in all", until)
+                for (name, model), (tokens, until) in self._windows.items()
+                if name == provider and until > now
+            ]
+        return [
+            {"model": m, "dialect": d or None, "lesson": text, "for_s": math.ceil(until - now)}
+            for m, d, text, until in sorted(rows)
+        ]
+
+
+def contradict(old: Mend, new: Mend) -> bool:
+    """Both limit the output, the same, or rename to and fro."""
+    if old.kind == new.kind == "rename":
+        return old.path == (new.value,) or old.path == new.path
+    return old == new or old.kind == new.kind == "most"
+
+
+# =============================================================================
+# 25. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -13674,7 +14523,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 25. Plan
+# 26. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -13767,12 +14616,17 @@ class Choice(NamedTuple):
     echo: bool = False
 
 
+def listed_window(target: Target) -> int:
+    return target.facts.window or 0
+
+
 class Limits(NamedTuple):
     """The size of a request against what a target takes."""
 
     tokens: int
     health: Callable[[str], int]  # provider -> 0 well, 1 shaky, 2 ill
     is_open: Callable[[str], bool]
+    window: Callable[[Target], int] = listed_window  # tokens it takes in all; 0 = unknown
 
 
 Group = tuple[tuple[Target, ...], ...]  # equals within each inner tuple
@@ -13852,11 +14706,11 @@ def plan(
         seen.add(target.label)
         if limits.is_open(target.provider):
             opened.append(candidate)
-        elif target.facts.window and target.facts.window < limits.tokens:
+        elif 0 < limits.window(target) < limits.tokens:
             late.append(candidate._replace(why=candidate.why + ", window too small"))
         else:
             yield candidate
-    yield from late
+    yield from sorted(late, key=lambda candidate: -limits.window(candidate.target))
     yield from (c._replace(why=c.why + ", its breaker is open") for c in opened)
 
 
@@ -13979,7 +14833,7 @@ class Directory:
 
 
 # =============================================================================
-# 26. Verdicts
+# 27. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -14371,7 +15225,7 @@ def next_sunday(date: datetime) -> float:
 
 
 # =============================================================================
-# 27. Transport
+# 28. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -14944,12 +15798,14 @@ class Transport:
 
 
 # =============================================================================
-# 28. Upstream
+# 29. Upstream
 # =============================================================================
 
 MAX_HELD_BYTES: Final = 1 << 20  # of a stream before its first useful event
 LINGER_S: Final = 0.3  # for the end of the coding after [DONE]
 NOT_EVENTS: Final = (b"{", b"<", b"[")  # how JSON and HTML begin, and no event
+MAX_REMEDIES: Final = 3  # in one attempt: most providers name one thing at a time
+OVERFLOWS: Final = frozenset({OVERFLOW.name, TOO_LARGE.name})
 
 
 @dataclass
@@ -14966,6 +15822,8 @@ class Attempt:
     rest_s: float = 0.0  # how long what the verdict blames rests
     final: Json | None = None  # the client's answer, parsed
     left_out: Sequence[str] = ()  # tools that were not sent on
+    refusal: bytes = b""  # the body of an error status
+    sizes: Sizes = Sizes()  # what an overflow states, or what is known of the window
 
 
 class Patience:
@@ -15129,9 +15987,10 @@ class Upstream:
         transport: Transport,
         now: Callable[[], float],
         accounts: Accounts,
+        lessons: Lessons | None = None,
     ) -> None:
         self._config, self._transport, self._now = config, transport, now
-        self._accounts = accounts
+        self._accounts, self.lessons = accounts, lessons or Lessons(now)
         self._heads: dict[tuple[str, str, str], bytes] = {}
         self._lacking: set[tuple[str, str]] = set()  # (service, dialect) that it does not speak
 
@@ -15149,7 +16008,7 @@ class Upstream:
             patience = min(patience, switch + ask.tokens / 4000 if switch else patience)
         ask.guard.begin(min(started + patience, deadline), deadline)
         try:
-            attempt = self._try(target, lease, ask)
+            attempt = self._healed(target, lease, ask, self._try(target, lease, ask))
         except (TransportError, AccountError) as error:
             attempt = failed(Outcome(0, error.text, error.sort))
         except BadRequest as error:  # this dialect has no words for it
@@ -15195,6 +16054,45 @@ class Upstream:
             attempt = whole_answer(response, passage)
         attempt.left_out = () if passage.native else ask.left_out
         return attempt
+
+    def _healed(self, target: Target, lease: Lease, ask: Ask, attempt: Attempt) -> Attempt:
+        """The attempt; made again with the same key where the refusal says what to change.
+
+        What helped is remembered. A refusal that names something else may follow, so often.
+        """
+        self._measure(target, attempt)
+        for _ in range(MAX_REMEDIES):
+            if not self._remedied(target, ask, attempt):
+                break
+            attempt = self._try(target, lease, ask)
+            self._measure(target, attempt)
+        place = ask.kept_body[0]
+        if attempt.verdict is None and place in ask.mends:
+            self.lessons.learn(target.provider, target.model, place[1], ask.mends[place])
+        return attempt
+
+    def _remedied(self, target: Target, ask: Ask, attempt: Attempt) -> bool:
+        """Whether the body was changed in a way that may help."""
+        place, sent = ask.kept_body
+        if attempt.verdict is None or place[0] != target.label:
+            return False
+        done = ask.mends.get(place, ())
+        mends = remedy(attempt.outcome, attempt.refusal, sent, place[1], done)
+        if mends:
+            told = "; ".join(map(str, mends))
+            log.info("%s refused the request, tried again: %s", target.label, told)
+            ask.mends[place], ask.kept_body = (*done, *mends), (NOBODY, b"")
+        return bool(mends)
+
+    def _measure(self, target: Target, attempt: Attempt) -> None:
+        """Note the sizes that an overflow states, and remember the window."""
+        if attempt.verdict is None or attempt.verdict.name not in OVERFLOWS:
+            return
+        text = words_of(attempt.outcome, attempt.refusal, read_json(attempt.refusal))
+        sizes = stated_sizes(text)
+        self.lessons.learn_window(target.provider, target.model, sizes.most)
+        most = sizes.most or listed_window(target)
+        attempt.sizes = sizes._replace(most=most)
 
     def _secret(self, target: Target, lease: Lease) -> str:
         """What authorises the request: the key, or an account's token, renewed if need be."""
@@ -15260,7 +16158,9 @@ class Upstream:
         outcome = Outcome(
             response.status, error_text(body), retry_after=wait, code=error_code(body)
         )
-        return failed(outcome)
+        attempt = failed(outcome)
+        attempt.refusal = body
+        return attempt
 
     def _headers(self, service: Service, key: str, dialect: str) -> bytes:
         """Header lines for one (service, key), made once where they do not change."""
@@ -15293,6 +16193,8 @@ class Upstream:
             made = edit_body(ask.raw, ask.body, model_edit(target, ask))
         else:
             made = BODIES[dialect](target, ask, native, self._config.reasoning_reserve)
+        learnt = self.lessons.mends(target.provider, target.model, dialect)
+        made = mended(made, (*learnt, *ask.mends.get(place, ())))
         ask.kept_body = (place, made)
         return made
 
@@ -15437,7 +16339,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 29. Checks
+# 30. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -15636,10 +16538,11 @@ class KeyChecks:
 
 
 # =============================================================================
-# 30. Router
+# 31. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
+CUT_TOKENS: Final = 2000  # an estimate may be that wrong
 QUICK_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 5.0  # a longer wait, or a failure that took longer, is no quick retry
 TRANSIENT: Final = (SICK, OVERLOADED, SORTS["reset"])
@@ -15703,6 +16606,8 @@ class Walk:
     skipped: list[str] = field(default_factory=list)
     whys: list[tuple[str, str]] = field(default_factory=list)  # (provider, why) of the skipped
     repeated: bool = False  # a route was tried twice
+    window: Callable[[Target], int] = listed_window
+    met: list[Target] = field(default_factory=list)  # candidates so far, tried or not
 
     def rule(self, target: Target, verdict: Verdict) -> None:
         if verdict.then == "provider":
@@ -15716,7 +16621,22 @@ class Walk:
         return attempt.verdict is not None and not counted
 
     def ruled_out(self, target: Target) -> bool:
-        return target.label in self.out or target.provider in self.out
+        known = target.label in self.out or target.provider in self.out
+        return known or 0 < self.window(target) < self.needs
+
+    @property
+    def needs(self) -> int:
+        """The window this request needs, as overflows so far tell; 0 = any."""
+        return max((a.sizes.needs for a in self.overflows()), default=0)
+
+    @property
+    def largest(self) -> int:
+        """The largest window that is too small; 0 = none is known."""
+        known = (self.window(target) for target in self.met)
+        return max((window for window in known if window < self.needs), default=0)
+
+    def overflows(self) -> list[Attempt]:
+        return [a for _, a in self.tried if a.verdict and a.verdict.name in OVERFLOWS]
 
     @property
     def candidates(self) -> int:
@@ -15792,6 +16712,7 @@ class Router:
             now,
         )
         self.usage = Usage(now)
+        self.lessons = Lessons(now)
         self.gate = Gate(config.max_streams)
         self.watchdog = Watchdog(now)
         self.encoder = Encoder()
@@ -15803,7 +16724,7 @@ class Router:
             time.time,
             config.codex_token_url,
         )
-        self.upstream = Upstream(config, self.transport, now, self.accounts)
+        self.upstream = Upstream(config, self.transport, now, self.accounts, self.lessons)
         self.probe = KeyProbe(self.upstream, self.directory, self.watchdog, now)
         self.checks = KeyChecks(self.keys, self.probe.ask, now)
         name = config.state_file
@@ -15846,7 +16767,7 @@ class Router:
         lead = [t for t in choice.lead if caller.may_use(t.provider)]
         if choice.lead and not choice.spill:
             groups = ()
-        limits = Limits(tokens, self.breakers.bucket, self.breakers.is_open)
+        limits = Limits(tokens, self.breakers.bucket, self.breakers.is_open, self.window)
         ask.named = frozenset(target.label for target in lead)
         return self.answer(ask, plan(lead, groups, limits, turn, choice.why), tokens)
 
@@ -15878,7 +16799,7 @@ class Router:
     def answer(self, ask: Ask, candidates: Iterable[Candidate], tokens: int) -> Answer:
         """Walk the candidates until one answers; ClientGone when nobody waits any more."""
         deadline = ask.started + self.config.request_deadline
-        walk, attempt = Walk(), None
+        walk, attempt = Walk(window=self.window), None
         self.watchdog.watch(ask.guard)
         queue = Queue(candidates, self.breakers.is_open)
         routes = self.routes(queue, walk, deadline, ask.guard)
@@ -15954,24 +16875,34 @@ class Router:
             attempt.verdict = FILTERED_HERE
         return attempt
 
+    def window(self, target: Target) -> int:
+        """Tokens the target takes in all: as it stated itself, else as listed; 0 = unknown."""
+        return self.lessons.window(target.provider, target.model) or listed_window(target)
+
     def routes(
         self, candidates: Iterable[Candidate], walk: Walk, deadline: float, owner: Guard
     ) -> Iterator[tuple[Target, Lease]]:
         """(target, lease) pairs to try: every ready key of every candidate, each pair once.
 
-        When none was left, a last round overlooks rests that were only guesses about health; what
-        is ready a moment later is waited for.
+        After an overflow those that surely take more come before those of unknown size. When
+        none was left, a last round overlooks rests that were only guesses about health; what is
+        ready a moment later is waited for.
         """
-        seen = []
+        unsure = []
         for target, _why in candidates:
-            seen.append(target)
+            walk.met.append(target)
+            if walk.needs and not self.window(target):
+                unsure.append(target)
+            else:
+                yield from self.leases(target, walk, deadline, frozenset(), owner)
+        for target in unsure:
             yield from self.leases(target, walk, deadline, frozenset(), owner)
         until = math.inf
         while True:
-            for target in seen:
+            for target in walk.met:
                 yield from self.leases(target, walk, deadline, GUESSES, owner)
             until = min(until, self.now() + MAX_PAUSE_S, deadline)
-            if not self.is_worth_waiting(seen, walk, until, owner):
+            if not self.is_worth_waiting(walk.met, walk, until, owner):
                 return
 
     def is_worth_waiting(
@@ -16064,7 +16995,7 @@ class Router:
         answer.left_out = attempt.left_out
         if attempt.stream is None:
             self.watchdog.unwatch(ask.guard)
-            self.charge(target, attempt.tokens)
+            self.charge(target, attempt.tokens, ask)
             answer.final = attempt.final
             return answer
         answer.body = attempt.stream
@@ -16083,18 +17014,34 @@ class Router:
 
     def settle(self, target: Target, lease: Lease, ask: Ask, relay: Relay) -> None:
         """What one provider's part of a stream cost, and what its end means."""
-        self.charge(target, relay.tokens)
+        self.charge(target, relay.tokens, ask)
         if relay.failure:
             self.learn(target, lease, failed(relay.failure, in_ok=True), ask.guard)
 
-    def charge(self, target: Target, tokens: Tokens | None) -> None:
+    def charge(self, target: Target, tokens: Tokens | None, ask: Ask) -> None:
         if tokens is None:
             return
+        self.lessons.disprove(target.provider, target.model, tokens.prompt)
+        self.notice_cut(target, tokens.prompt, ask)
         facts = target.facts
         cost = None
         if facts.price_in is not None and facts.price_out is not None:
             cost = (tokens.prompt * facts.price_in + tokens.completion * facts.price_out) / 1e6
         self.usage.spent(target.provider, tokens, cost)
+
+    def notice_cut(self, target: Target, counted: int, ask: Ask) -> None:
+        """Ollama cuts a long prompt without a word; its count gives that away (Reasonix#10245)."""
+        suspicious = 0 < 2 * counted + CUT_TOKENS < ask.tokens
+        if not suspicious or target.service.provider.tier != "local" or wants_vision(ask.chat):
+            return
+        if self.lessons.first_cut(target.provider, target.model):
+            log.warning(
+                "%s counted %d of about %d prompt tokens: it may have cut the prompt; raise its"
+                " context length (Ollama: OLLAMA_CONTEXT_LENGTH)",
+                target.label,
+                counted,
+                ask.tokens,
+            )
 
     # -- helpers ---------------------------------------------------------------------------
 
@@ -16120,7 +17067,7 @@ class Router:
         """The one error that says honestly why nobody answered."""
         told = walk.told()
         if error := self.clients_own(walk, told):
-            return error
+            return self.sized(error, walk, tokens)
         if not walk.tried and not walk.waits:
             return self.nobody(tokens)
         wait = self.soonest(walk)
@@ -16170,6 +17117,22 @@ class Router:
         return "; ".join(lines)
 
     @staticmethod
+    def sized(error: RouterError, walk: Walk, tokens: int) -> RouterError:
+        """Too long for everybody: the error in the words of whoever takes the most."""
+        overflows = walk.overflows()
+        if error.code != OVERFLOW_CODE or not overflows:
+            return error
+        most = walk.largest
+        best = max(overflows, key=lambda attempt: attempt.sizes.most)
+        asked = max(best.sizes.asked or tokens, most + 1)
+        text = best.outcome.text or error.message
+        if best.sizes.most < most:
+            text = f"the request has {asked} tokens, more than any candidate takes (at most {most})"
+        told = BadRequest(text, param=error.param, code=error.code, tried=error.tried)
+        told.sizes = (asked, most) if most else (0, 0)
+        return told
+
+    @staticmethod
     def soonest(walk: Walk) -> float | None:
         """Seconds until the first of those that rest is ready again."""
         rests = [a.rest_s for _, a in walk.tried if a.verdict and a.verdict.rests]
@@ -16177,12 +17140,17 @@ class Router:
 
     def nobody(self, tokens: int) -> RouterError:
         """No candidate at all: say which setting made it so."""
-        if any(too_large(target, tokens) for target in self.directory.targets):
-            return BadRequest(
+        ceilings = [
+            t.service.skip_tokens_over for t in self.directory.targets if too_large(t, tokens)
+        ]
+        if ceilings:
+            error = BadRequest(
                 f"the request has about {tokens} tokens, more than any configured provider takes",
                 param="messages",
                 code="context_length_exceeded",
             )
+            error.sizes = (tokens, max(ceilings))
+            return error
         return Exhausted(
             "no provider can serve this request: none is configured, or none within the reach"
             " of this key or profile (see GET /v1/status)"
@@ -16260,7 +17228,7 @@ def continuing(ask: Ask, said: Said, prefilled: bool) -> Ask:
         ask,
         surface=surface,
         chat=chat,
-        kept_body=(None, b""),
+        kept_body=(NOBODY, b""),
         make_flow=lambda passage: Continuation(passage, said, prefilled),
     )
 
@@ -16311,7 +17279,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 31. Status
+# 32. Status
 # =============================================================================
 
 
@@ -16356,6 +17324,7 @@ def service_status(router: Router, service: Service) -> Json:
             "errors": tally.errors,
         },
         "breaker": router.breakers.snapshot(name),
+        "lessons": router.lessons.snapshot(name),
         "tokens": tally.prompt_tokens + tally.completion_tokens,
         "cost_usd": round(tally.cost_usd, 6),
         "unpriced_answers": tally.unpriced,
@@ -16529,7 +17498,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 32. Endpoints
+# 33. Endpoints
 # =============================================================================
 
 PUBLIC: Final = frozenset({"/health", "/", "/favicon.ico"})
@@ -16993,7 +17962,7 @@ def crash(router: Router, error: Exception) -> flask.Response:
 
 
 # =============================================================================
-# 33. Server
+# 34. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -17422,7 +18391,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 34. Crash test
+# 35. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -18201,7 +19170,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 35. Documents
+# 36. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -18365,7 +19334,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 36. Command line
+# 37. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
