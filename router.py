@@ -18279,6 +18279,21 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         if callback and not self.connected:
             callback()
 
+    def handle_read(self) -> None:
+        """What the client sent; nothing where a worker that drains was faster (JsonErrorTask)."""
+        try:
+            data = self.recv(self.adj.recv_bytes)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.handle_close()
+            return
+        if data:
+            self.last_activity = time.time()
+            self.received(data)
+        else:
+            self.connected = False  # recv has closed it
+
     def handle_write(self) -> None:
         if self.socket is not None:  # handle_read of the same round may have closed it
             super().handle_write()
