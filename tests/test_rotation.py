@@ -31,6 +31,7 @@ ROWS = {
     "venice": "llama-3.3-70b",
 }
 TURNS = 30
+MARK = {"type": "ephemeral"}
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 DONE_SAYING = Said("It is sunny.", (), "I looked.", "stop")
 
@@ -97,7 +98,7 @@ def test_messages_clients(rotating):
     for _turn, (row, model) in zip(range(TURNS), itertools.cycle(ROWS.items()), strict=False):
         body = {
             "model": f"{row}/{model}", "messages": talk, "tools": [tool], "max_tokens": 2000,
-            "system": [{"type": "text", "text": "Be kind.", "cache_control": {"type": "ephemeral"}}],
+            "system": [{"type": "text", "text": "Be kind.", "cache_control": MARK}],
         }  # fmt: skip
         got = live.session.post(live.url + "/v1/messages", json=body)
         assert got.status_code == 200, (row, got.text, complaints)
