@@ -663,7 +663,7 @@ PROVIDERS = (
         "xai",
         "xAI",
         "https://api.x.ai/v1",
-        ("XAI_API_KEY", "PROVIDER_KEY_XAI"),
+        ("XAI_API_KEY", "PROVIDER_KEY_XAI", "EXTERNAL_GROK_KEY"),
         ("grok-4.3", "grok-4.7"),
         "paid",
         free=FreeLimits(text="none confirmed"),
@@ -1985,11 +1985,19 @@ def read_keys(reader: SettingsReader, row: Provider, stored: Json) -> list[tuple
     for stem in row.key_env:
         for variable in (stem, stem + "S", *numbered(reader.env, stem)):
             for key in split_list(reader.env.get(variable)):
-                found.setdefault(key, variable)
+                if owner_of(stem, key) is row:
+                    found.setdefault(key, variable)
     for key in [k for k in found if not (k.isascii() and k.isprintable() and " " not in k)]:
         source = found.pop(key)
         reader.warnings.append(f"a {row.name} key from {source} is ignored: not printable ASCII")
     return list(found.items())
+
+
+def owner_of(stem: str, key: str) -> Provider:
+    """Whose key it is: a variable that two providers read goes by how their keys begin."""
+    rows = [row for row in PROVIDERS if stem in row.key_env]
+    known = (row for row in rows if row.key_prefix and key.startswith(row.key_prefix))
+    return next(known, rows[0])
 
 
 def numbered(env: Mapping[str, str], stem: str) -> Iterator[str]:
@@ -12099,6 +12107,7 @@ class Ask:
     started: float = 0.0
     request_id: str = ""
     tokens: int = 0  # how large it is, about
+    fallback: bool = False  # other models are fine, whatever STRICT_MODEL says
     named: frozenset[str] = frozenset()  # labels of the targets that the client named
     forward: bytes = b""  # header lines for a provider of the same dialect
     left_out: Sequence[str] = ()  # tools that nobody here can run
@@ -14779,8 +14788,11 @@ class Directory:
     def facts(self, provider: str, model: str) -> Model:
         return self._known.facts(provider, model)
 
-    def choose(self, model: str) -> Choice:
-        """The ladder: router ids, provider/model, alias, configured id, prefix, else smart."""
+    def choose(self, model: str, fallback: bool = False) -> Choice:
+        """The ladder: router ids, provider/model, alias, configured id, prefix, else smart.
+
+        `fallback`: the client allows other models whatever STRICT_MODEL says.
+        """
         model = WINDOW_SUFFIX.sub("", model.strip())
         name = model.lower()
         base, _, profile = name.rpartition(":")
@@ -14791,10 +14803,9 @@ class Directory:
             return Choice(profile=profile, why=f"profile {profile}")
         if name == "dummy" and self._config.echo_fallback:
             return Choice(echo=True)
-        return self._named(model, name)
+        return self._named(model, name, fallback or not self._config.strict_model)
 
-    def _named(self, model: str, name: str) -> Choice:
-        spill = not self._config.strict_model
+    def _named(self, model: str, name: str, spill: bool) -> Choice:
         steps: tuple[tuple[str, Callable[[], tuple[Target, ...]]], ...] = (
             ("named provider/model", lambda: self.explicit(model)),
             ("alias", lambda: self._aliased(name)),
@@ -16770,7 +16781,7 @@ class Router:
 
     def complete(self, ask: Ask, caller: Caller, profile: str = "") -> Answer:
         """Answer a chat request, or raise the RouterError that says why not."""
-        choice = self.directory.choose(ask.chat.get("model") or "")
+        choice = self.directory.choose(ask.chat.get("model") or "", ask.fallback)
         tokens = ask.tokens = self.size(ask)
         if choice.echo or self.echoes:
             return echo_answer(ask)
@@ -17823,6 +17834,7 @@ def make_ask(
 ) -> Ask:
     ask = Ask(surface, raw, body, chat, Guard(), bool(body.get("stream")))
     ask.started, ask.request_id = router.now(), request_id(request)
+    ask.fallback = request.environ.get("HTTP_X_ROUTE_FALLBACK", "").lower() == "allow"
     return ask
 
 

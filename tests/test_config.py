@@ -516,3 +516,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path, monkeypa
     with pytest.raises(OSError):
         router.write_private(tmp_path / "x", "new")
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("x", "old")]
+
+
+@pytest.mark.parametrize(
+    ("key", "owner"), [("gsk_abc123", "groq"), ("xai-abc123", "xai"), ("other", "groq")]
+)
+def test_a_variable_of_two_providers_goes_by_how_the_key_begins(read, key, owner):
+    assert [s.name for s in read(EXTERNAL_GROK_KEY=key).services] == [owner]

@@ -833,3 +833,12 @@ def test_a_stream_with_only_a_role_and_then_words_is_one_answer(pair):
     assert (said(got), len(both.asked)) == ("abc", 1)
     assert got.headers["Cache-Control"].startswith("no-")
     assert got.headers["X-Accel-Buffering"] == "no"
+
+
+def test_a_client_may_allow_other_models_than_the_one_it_named(pair):
+    both = pair(lambda _: Reply(503, "down"), good(), STRICT_MODEL="1")
+    body = {"model": "groq/m1", "messages": HELLO}
+    refused = both.client.post("/v1/chat/completions", json=body, headers=AUTH)
+    assert refused.status_code == 503 and not both.cerebras.requests
+    allowed = {**AUTH, "X-Route-Fallback": "allow"}
+    assert said(both.client.post("/v1/chat/completions", json=body, headers=allowed)) == "hello"
