@@ -3457,11 +3457,14 @@ def member_pattern(name: str) -> re.Pattern[bytes]:
     return re.compile(b'"%b"' % re.escape(name.encode()) + SCALAR)
 
 
-def output_edits(chat: Json, reserve: int, ceiling: int) -> dict[str, object]:
-    """max_tokens raised by the reasoning reserve, then held under the provider's ceiling."""
+OUTPUT_LIMITS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+
+def output_edits(body: Json, reserve: int, ceiling: int) -> dict[str, object]:
+    """A body's output limit raised by the reasoning reserve, then held under the ceiling."""
     edits: dict[str, object] = {}
-    for name in ("max_tokens", "max_completion_tokens"):
-        asked = chat.get(name)
+    for name in OUTPUT_LIMITS:
+        asked = body.get(name)
         if isinstance(asked, int) and not isinstance(asked, bool):
             wanted = min(asked + reserve, ceiling) if ceiling else asked + reserve
             if wanted != asked:
@@ -13653,7 +13656,6 @@ WORDED: Final = frozenset((
     "output_config.effort", "effort", "verbosity", "text.verbosity", "service_tier", "truncation",
     "include", "prompt_cache_retention", "reasoning_format", "thinking", "tool_choice",
 ))  # fmt: skip
-OUTPUT_LIMITS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 OTHER_LIMIT: Final = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 MAX_BUDGET_SHARE: Final = 2  # thinking gets half of a limit that had to be lowered
 LEAST_BUDGET: Final = 1024  # Anthropic's smallest thinking.budget_tokens
@@ -14617,7 +14619,8 @@ class Target:
 
     @functools.cached_property
     def claude(self) -> ClaudeTraits:
-        return claude_traits(self.model, self.facts.max_output)
+        limits = (self.facts.max_output, self.service.max_output_tokens)
+        return claude_traits(self.model, min((n for n in limits if n), default=None))
 
 
 class Candidate(NamedTuple):
@@ -16269,9 +16272,8 @@ def chat_body(target: Target, ask: Ask, native: bool, reserve: int) -> bytes:
 
 def messages_body(target: Target, ask: Ask, native: bool, _reserve: int) -> bytes:
     if native:
-        edits = model_edit(target, ask)
-        own = own_thinking(ask.body, target.provider) if SEAL.encode() in ask.raw else None
-        return edit_body(ask.raw, ask.body, {**edits, **(own or {})})
+        edits = native_edits(target, ask) | (own_thinking(ask.body, target.provider) or {})
+        return edit_body(ask.raw, ask.body, edits)
     made = chat_to_messages(ask.chat, target.model, target.claude, target.provider)
     return dump_json({**made, "stream": ask.stream})
 
@@ -16280,22 +16282,24 @@ def codex_body(target: Target, ask: Ask, _native: bool, _reserve: int) -> bytes:
     return dump_json(chat_to_responses(ask.chat, target.model, target.provider, codex=True))
 
 
-def responses_body(target: Target, ask: Ask, native: bool, _reserve: int) -> bytes:
+def responses_body(target: Target, ask: Ask, native: bool, reserve: int) -> bytes:
     if not native:
-        made = chat_to_responses(
-            ask.chat,
-            target.model,
-            target.provider,
-            reasons=target.facts.reasoning is not False,
-        )
+        ceiling = target.service.max_output_tokens
+        chat = {**ask.chat, **output_edits(ask.chat, reserve * target.reasoning, ceiling)}
+        reasons = target.facts.reasoning is not False
+        made = chat_to_responses(chat, target.model, target.provider, reasons=reasons)
         return dump_json({**made, "stream": ask.stream})
-    edits = model_edit(target, ask)
-    body = ask.body
+    edits, body = native_edits(target, ask), ask.body
     if ask.input is not None:
         body = {**body, "input": ask.input}
         edits |= {"input": ask.input, "previous_response_id": DROP}
-    own = own_reasoning(body, target.provider) if SEAL in dump_json(body).decode() else None
-    return edit_body(ask.raw, ask.body, {**edits, **(own or {})})
+    return edit_body(ask.raw, ask.body, edits | (own_reasoning(body, target.provider) or {}))
+
+
+def native_edits(target: Target, ask: Ask) -> dict[str, object]:
+    """The model, and the output limit where it is above the ceiling; no reserve is added."""
+    ceiling = target.service.max_output_tokens
+    return model_edit(target, ask) | output_edits(ask.body, 0, ceiling)
 
 
 BODIES: Final[Mapping[str, Callable[[Target, Ask, bool, int], bytes]]] = {
