@@ -8927,7 +8927,7 @@ def messages_reply_to_chat(
         return error_from_messages(reply)
     reader = MessagesReader(origin, chat, created)
     chunks = [chunk for event in events_of(reply) for chunk in reader.feed(event)]
-    return reply_from_chunks([*chunks, *reader.finish()])
+    return gathered_reply([*chunks, *reader.finish()])
 
 
 def events_of(reply: Json) -> Iterator[Json]:
@@ -8939,43 +8939,6 @@ def events_of(reply: Json) -> Iterator[Json]:
         yield {"type": "content_block_stop", "index": index}
     reason = reply.get("stop_reason") or "end_turn"
     yield {"type": "message_delta", "delta": {**reply, "stop_reason": reason}}
-
-
-def reply_from_chunks(chunks: Sequence[Json]) -> Json:
-    """The whole canonical reply that chunks of one choice make up."""
-    message: Json = {"role": "assistant", "content": None}
-    choice: Json = {"index": 0, "message": message, "finish_reason": None}
-    calls: dict[int, Json] = {}
-    usage: Json = {}
-    for chunk in chunks:
-        usage = chunk.get("usage") or usage
-        for part in chunk["choices"]:
-            merge_delta(message, part["delta"])
-            for call in part["delta"].get("tool_calls", ()):
-                merge_call(calls, call)
-            choice.update({k: part[k] for k in ("finish_reason", "stop_sequence") if part.get(k)})
-    if calls:
-        message["tool_calls"] = [calls[index] for index in sorted(calls)]
-    head = {k: chunks[0][k] for k in ("id", "created", "model")} if chunks else {}
-    whole = {**head, "object": "chat.completion", "choices": [choice]}
-    return {**whole, "usage": usage} if usage else whole
-
-
-def merge_delta(message: Json, delta: Json) -> None:
-    """Texts are joined, lists are appended to."""
-    for name, value in delta.items():
-        if name not in ("role", "tool_calls"):
-            message[name] = (message.get(name) or type(value)()) + value
-
-
-def merge_call(calls: dict[int, Json], call: Json) -> None:
-    held = calls.get(call["index"])
-    if held is None:
-        calls[call["index"]] = {name: value for name, value in call.items() if name != "index"}
-        return
-    function = held["function"]
-    arguments = function["arguments"] + call["function"]["arguments"]
-    held["function"] = {**function, "arguments": arguments}
 
 
 # =============================================================================
@@ -11444,51 +11407,9 @@ def stream_error(error: object) -> Json:
     return made
 
 
-def whole_reply(chunks: Iterable[Json]) -> Json:
-    """One whole reply out of canonical chunks; the first error chunk takes its place."""
-    head: Json = {}
-    texts: dict[str, list[str]] = {"content": [], "reasoning_content": [], "refusal": []}
-    lists: dict[str, list[Json]] = {"reasoning_details": [], "annotations": []}
-    calls: dict[int, Json] = {}
-    finish, usage = "stop", None
-    for chunk in chunks:
-        if "error" in chunk:
-            return {"error": chunk["error"]}
-        head = {name: chunk[name] for name in ("id", "created", "model")}
-        usage = chunk.get("usage") or usage
-        for choice in chunk["choices"]:
-            finish = choice.get("finish_reason") or finish
-            for name, value in choice["delta"].items():
-                if name in texts:
-                    texts[name].append(value)
-                elif name in lists:
-                    lists[name] += value
-            for call in choice["delta"].get("tool_calls") or ():
-                join_call(calls, call)
-    message: Json = {"role": "assistant", "content": "".join(texts.pop("content")) or None}
-    message |= {name: "".join(parts) for name, parts in texts.items() if parts}
-    message |= {name: parts for name, parts in lists.items() if parts}
-    if calls:
-        message["tool_calls"] = list(calls.values())
-    made = {"index": 0, "message": message, "finish_reason": finish}
-    reply = {**head, "object": "chat.completion", "choices": [made]}
-    return {**reply, "usage": usage} if usage else reply
-
-
-def join_call(calls: dict[int, Json], call: Json) -> None:
-    """Put one delta of a call to what is known of it."""
-    if call["index"] not in calls:
-        calls[call["index"]] = {n: v for n, v in call.items() if n != "index"}
-        return
-    old = calls[call["index"]]
-    kind = old["type"]
-    for name, text in call.get(kind, {}).items():
-        old[kind] = {**old[kind], name: old[kind].get(name, "") + text}
-
-
 def responses_reply_to_chat(reply: Json, origin: str) -> Json:
     """A whole Responses answer as a chat reply; {"error": {...}} for one that failed."""
-    return whole_reply(ResponsesReader(origin).feed({"object": "response", **reply}))
+    return gathered_reply(ResponsesReader(origin).feed({"object": "response", **reply}))
 
 
 def responses_events_to_reply(events: Iterable[Json], origin: str) -> Json:
@@ -11498,7 +11419,7 @@ def responses_events_to_reply(events: Iterable[Json], origin: str) -> Json:
     if not reader.finished:
         broken = {"message": "the stream ended before its last event", "code": "truncated"}
         return {"error": {**broken, "type": "server_error", "status": 502}}
-    return whole_reply(chunks)
+    return gathered_reply(chunks)
 
 
 def only_content_responses(block: bytes) -> bool:

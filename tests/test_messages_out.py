@@ -553,7 +553,7 @@ def feed(events: list[Any], reader: Any = None) -> list[Any]:
 
 
 def folded(events: list[Any], reader: Any = None) -> Any:
-    return router.reply_from_chunks(feed(events, reader))
+    return router.gathered_reply(feed(events, reader))
 
 
 def started(block: Any, *deltas: Any, index: int = 0) -> list[Any]:
