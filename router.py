@@ -1479,6 +1479,24 @@ class Service:
 
 
 @dataclass(frozen=True)
+class Caller:
+    """Who asks: the owner of one of this router's keys, and what that key may do.
+
+    `name` is for people, logs and metrics; `id` never changes while the key stays the same, and
+    is for counters and namespaces. Neither holds key material.
+    """
+
+    name: str
+    id: str = ""
+    key: str = field(default="", repr=False)
+    scope: frozenset[str] = frozenset()  # names of providers; empty = every one
+    admin: bool = False
+
+    def may_use(self, provider: str) -> bool:
+        return not self.scope or provider in self.scope
+
+
+@dataclass(frozen=True)
 class Config:
     """Every setting. `from_env` is the only reader of the environment."""
 
@@ -1490,6 +1508,13 @@ class Config:
         "Access",
         "keys that callers may use, comma list; one is generated at the first start",
         also=("ROUTER_SHARED_SECRET", "IIR_API_KEY"),
+        secret=True,
+    )
+    admin_keys: tuple[str, ...] = setting(
+        (),
+        "ADMIN_KEYS",
+        "Access",
+        "keys that may also change settings, comma list; without any, the first caller's key may",
         secret=True,
     )
     auth_mode: str = setting(
@@ -1670,7 +1695,7 @@ class Config:
     )
     services: tuple[Service, ...] = ()
     accounts: tuple[Account, ...] = ()
-    key_scopes: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
+    key_rows: Mapping[str, Json] = field(default_factory=dict, repr=False)  # of auth.json
     model_overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     home: Path = Path(".")
     env_file: Path = Path(".env")
@@ -1691,10 +1716,9 @@ class Config:
         overrides = reader.document(home / Path(values["models_file"]).expanduser())
         accounts = read_accounts(auth)
         services = read_services(reader, auth, values["port"], accounts)
-        scopes = read_key_scopes(auth)
-        values["proxy_keys"] = tuple(
-            dict.fromkeys(k for k in (*values["proxy_keys"], *scopes) if k not in PLACEHOLDER_KEYS)
-        )
+        rows = read_key_rows(auth)
+        known = (*values["proxy_keys"], *rows, *values["admin_keys"])
+        values["proxy_keys"] = tuple(dict.fromkeys(k for k in known if k not in PLACEHOLDER_KEYS))
         if values["auth_mode"] == "open" and values["host"] not in LOOPBACK:
             reader.problems.append("AUTH_MODE=open needs a loopback HOST (127.0.0.1)")
         reader.warnings += [
@@ -1709,11 +1733,27 @@ class Config:
             **values,
             services=services,
             accounts=accounts,
-            key_scopes=MappingProxyType(scopes),
+            key_rows=MappingProxyType(rows),
             model_overrides=MappingProxyType(overrides),
             home=home,
             env_file=env_file,
             warnings=tuple(reader.warnings),
+        )
+
+    @property
+    def callers(self) -> tuple[Caller, ...]:
+        """The owners of the proxy keys; without any admin the first of them is one."""
+        rows = [(key, self.key_rows.get(key, {})) for key in self.proxy_keys]
+        admins = {key for key, row in rows if row.get("admin") is True} | {*self.admin_keys}
+        return tuple(
+            Caller(
+                name=row.get("name") or f"key{n}",
+                id=caller_id(key),
+                key=key,
+                scope=read_scope(row.get("allowed_providers")),
+                admin=key in admins if admins else n == 1,
+            )
+            for n, (key, row) in enumerate(rows, 1)
         )
 
 
@@ -1841,16 +1881,25 @@ def split_list(text: str | None) -> list[str]:
     return [item.strip() for item in (text or "").split(",") if item.strip()]
 
 
-def read_key_scopes(auth: Json) -> dict[str, frozenset[str]]:
-    """auth.json `proxy_keys`: key -> providers it may use (empty = all, {""} = none)."""
-    rows = auth.get("proxy_keys")
-    scopes = {}
-    for key, row in rows.items() if isinstance(rows, dict) else ():
-        if key.strip():
-            scopes[key.strip()] = read_scope(
-                row.get("allowed_providers") if isinstance(row, dict) else None
-            )
-    return scopes
+def read_key_rows(auth: Json) -> dict[str, Json]:
+    """auth.json `proxy_keys`: key -> what is said of it."""
+    found = auth.get("proxy_keys")
+    rows = found.items() if isinstance(found, dict) else ()
+    return {
+        key.strip(): {**row, "name": read_name(row.get("name"))} if isinstance(row, dict) else {}
+        for key, row in rows
+        if key.strip()
+    }
+
+
+def read_name(name: object) -> str:
+    """A name as logs and metrics may show it."""
+    text = name if isinstance(name, str) else ""
+    return "".join(filter(str.isprintable, text)).strip()[:80]
+
+
+def caller_id(key: str) -> str:
+    return hashlib.sha256(b"hermes-router caller\0" + key.encode()).hexdigest()[:16]
 
 
 def read_scope(allowed: object) -> frozenset[str]:
@@ -16528,17 +16577,6 @@ class Queue:
         return self._next is None or self._is_open(self._next.target.provider)
 
 
-@dataclass(frozen=True)
-class Caller:
-    """Who asks: a name for logs and metrics (never key material), and what the key may use."""
-
-    name: str
-    scope: frozenset[str] = frozenset()  # empty = every provider
-
-    def may_use(self, provider: str) -> bool:
-        return not self.scope or provider in self.scope
-
-
 @dataclass
 class Answer:
     """What goes back to the client, with what the headers and the log say about it."""
@@ -17555,10 +17593,7 @@ class Door:
     def __init__(self, config: Config) -> None:
         self._open = config.auth_mode == "open"
         self._public = PUBLIC if config.metrics_require_auth else PUBLIC | {"/metrics"}
-        self._callers = [
-            (key.encode(), Caller(f"key{n}", config.key_scopes.get(key, frozenset())))
-            for n, key in enumerate(config.proxy_keys, 1)
-        ]
+        self._callers = [(caller.key.encode(), caller) for caller in config.callers]
 
     def check(self, request: flask.Request) -> None:
         """Before anything else of a request is looked at; Unauthorized stops it here."""
@@ -17582,7 +17617,7 @@ class Door:
         if found:
             return found
         if self._open:
-            return Caller("open")
+            return Caller("open", "open")
         raise Unauthorized(
             "unauthorized: send one of this router's keys as `Authorization: Bearer <key>`"
         )
@@ -17662,7 +17697,7 @@ def serve_responses(router: Router) -> flask.Response:
     request = current_request()
     raw, body = read_body(router, request)
     validate_responses(body)
-    caller, previous = request.environ["hermes.caller"].name, body.get("previous_response_id")
+    caller, previous = request.environ["hermes.caller"].id, body.get("previous_response_id")
     earlier = router.responses.chain(caller, previous) if previous else []
     surface = responses_surface(is_codex(request, body), earlier)
     ask = make_ask(router, request, surface, raw, body, responses_to_chat(body, earlier))
@@ -17705,7 +17740,7 @@ def told_in_stream(error: RouterError, ask: Ask, codex: bool) -> bool:
 
 
 def stored_response(router: Router, own: str) -> Json:
-    caller = current_request().environ["hermes.caller"].name
+    caller = current_request().environ["hermes.caller"].id
     found = router.responses.get(caller, own)
     if found is None:
         raise NotFound(f"there is no response {own[:100]!r}", param="response_id")
@@ -17719,7 +17754,7 @@ def serve_stored(router: Router, own: str) -> Json:
 def serve_input(router: Router, own: str) -> Json:
     """GET /v1/responses/{id}/input_items."""
     stored_response(router, own)
-    caller = current_request().environ["hermes.caller"].name
+    caller = current_request().environ["hermes.caller"].id
     items = router.responses.items(caller, own) or []
     rows = [{"id": f"item_{at}", **item} for at, item in enumerate(items)]
     ends = {"first_id": rows[0]["id"], "last_id": rows[-1]["id"]} if rows else {}
@@ -17728,7 +17763,7 @@ def serve_input(router: Router, own: str) -> Json:
 
 def delete_stored(router: Router, own: str) -> Json:
     stored_response(router, own)
-    router.responses.delete(current_request().environ["hermes.caller"].name, own)
+    router.responses.delete(current_request().environ["hermes.caller"].id, own)
     return {"id": own, "object": "response", "deleted": True}
 
 
@@ -18999,7 +19034,7 @@ def crash_config(config: Config, mocks: Sequence[Mock], home: str) -> Config:
         host="127.0.0.1",
         port=0,
         proxy_keys=(CRASH_KEY,),
-        key_scopes={},
+        key_rows={},
         accounts=(),
         services=tuple(services),
         home=Path(home),

@@ -439,7 +439,7 @@ def test_a_dotenv_file_in_another_encoding_is_not_damaged(read, tmp_path):
 
 def scopes(read, tmp_path, rows, **settings):
     (tmp_path / "auth.json").write_text(json.dumps({"proxy_keys": rows}))
-    return read(PROXY_API_KEYS="k", **settings).key_scopes
+    return {c.key: c.scope for c in read(PROXY_API_KEYS="k", **settings).callers}
 
 
 def test_scopes_take_older_names_and_none_means_all(read, tmp_path):
@@ -461,6 +461,30 @@ def test_a_scope_that_cannot_be_read_does_not_become_every_provider(read, tmp_pa
     except router.ConfigError:
         return
     assert config_scopes["k"], "an empty scope means every provider"
+
+
+def test_callers_have_names_and_ids_that_tell_nothing_of_their_keys(read, tmp_path):
+    rows = {"secret-2": {"name": "  ci\n"}, "secret-3": {"name": 7}}
+    (tmp_path / "auth.json").write_text(json.dumps({"proxy_keys": rows}))
+    callers = read(PROXY_API_KEYS="secret-1").callers
+    assert [c.name for c in callers] == ["key1", "ci", "key3"]
+    assert "secret" not in repr(callers)
+    alone = read(PROXY_API_KEYS="secret-3").callers
+    assert {c.id for c in alone} < {c.id for c in callers}  # whatever their place and number
+    assert len({c.id for c in callers}) == 3
+
+
+def test_the_first_key_is_the_admin_until_somebody_is_named(read, tmp_path):
+    def admins(**settings):
+        return [c.key for c in read(PROXY_API_KEYS="a,b", **settings).callers if c.admin]
+
+    assert admins() == ["a"]
+    assert admins(ADMIN_KEYS="boss") == ["boss"]
+    (tmp_path / "auth.json").write_text(json.dumps({"proxy_keys": {"b": {"admin": True}}}))
+    assert admins() == ["b"]
+    assert admins(ADMIN_KEYS="boss") == ["b", "boss"]
+    (tmp_path / "auth.json").write_text(json.dumps({"proxy_keys": {"b": {"admin": "yes"}}}))
+    assert admins() == ["a"]
 
 
 @pytest.mark.parametrize("empty", ["", " "])
