@@ -26,25 +26,26 @@ Contents (each section uses only the ones above it):
               16. Responses out    OpenAI Responses as providers speak it
               17. Completions      the older completions endpoint
               18. Dialects         which dialect is read how, and events on their way to the client
-  MEMORY      19. Keys             which key may be used, per (key, model)
-              20. Accounts         subscriptions whose tokens are renewed
-              21. Breakers         which provider is resting
-              22. State            what of it survives a restart
-              23. Usage            what was asked, answered, failed and spent
-              24. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   25. Difficulty       how hard is this request?
-              26. Plan             which candidates, in what order, and why
-              27. Verdicts         what an outcome means, and what rests for how long
-  ACTION      28. Transport        connections to providers, cut when nobody waits any more
-              29. Upstream         one attempt: send, wait for something useful, judge
-              30. Checks           keys that a provider called dead, asked again in the background
-              31. Router           plan, try, learn, answer
-  SURFACE     32. Status           what /v1/status, /v1/models and /metrics say
-              33. Endpoints        Flask: routes, auth, errors
-              34. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              35. Crash test       how these settings fare when providers misbehave
-              36. Documents        .env.example and the printed pages of docs/
-              37. Command line     serve, check, key, status, docs ...
+  MEMORY      19. Database         SQLite files: written in batches by a thread, read by anybody
+              20. Keys             which key may be used, per (key, model)
+              21. Accounts         subscriptions whose tokens are renewed
+              22. Breakers         which provider is resting
+              23. State            what of it survives a restart
+              24. Usage            what was asked, answered, failed and spent
+              25. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   26. Difficulty       how hard is this request?
+              27. Plan             which candidates, in what order, and why
+              28. Verdicts         what an outcome means, and what rests for how long
+  ACTION      29. Transport        connections to providers, cut when nobody waits any more
+              30. Upstream         one attempt: send, wait for something useful, judge
+              31. Checks           keys that a provider called dead, asked again in the background
+              32. Router           plan, try, learn, answer
+  SURFACE     33. Status           what /v1/status, /v1/models and /metrics say
+              34. Endpoints        Flask: routes, auth, errors
+              35. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              36. Crash test       how these settings fare when providers misbehave
+              37. Documents        .env.example and the printed pages of docs/
+              38. Command line     serve, check, key, status, docs ...
 
 Rooms that later releases open: Limits, Cache and Registry after Usage, Catalog after Router,
 Dashboard after Status.
@@ -12622,7 +12623,148 @@ def masked(data: bytes, secret: bytes) -> bytes:
 
 
 # =============================================================================
-# 19. Keys
+# 19. Database
+# =============================================================================
+
+
+class Database:
+    """One SQLite file: written by one thread, in batches; read by anybody.
+
+    `write` only puts a statement into a bounded queue, so that no request waits for a disk;
+    everything queued is committed together every EVERY_S seconds. Nothing that happens to the
+    file disturbs anybody: a disk that fails is told once, what cannot be written is dropped and
+    counted. A file that is no database is set aside. `path` None = off: reads find nothing.
+    """
+
+    EVERY_S: ClassVar[float] = 0.5
+    MAX_QUEUED: ClassVar[int] = 10_000
+    MAX_READERS: ClassVar[int] = 8
+
+    def __init__(self, path: Path | None, schema: str) -> None:
+        self._path, self._schema = path, schema
+        self._queue: deque[tuple[str, Sequence[object]]] = deque(maxlen=self.MAX_QUEUED)
+        self._readers: deque[Any] = deque(maxlen=self.MAX_READERS)
+        self._lock = threading.Lock()  # of the one connection that writes
+        self._writer: Any = None
+        self._failing = False
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def on(self) -> bool:
+        return self._path is not None
+
+    def start(self) -> None:
+        """Open the file and begin to write what is queued."""
+        if self._path is None or self._thread is not None:
+            return
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._open()
+        except Exception as error:  # sqlite3.Error, OSError, no sqlite3 in this Python
+            log.warning("%s is not used: %s", self._path.name, error)
+            self._path = None
+            return
+        self._thread = threading.Thread(target=self._run, name="database", daemon=True)
+        self._thread.start()
+
+    def write(self, statement: str, *values: object) -> None:
+        """Queue one statement; of a full queue the oldest is dropped."""
+        if self._path is not None:
+            self._queue.append((statement, values))
+
+    def read(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Rows of a query, without what is still queued; none where the file fails."""
+        if self._path is None:
+            return []
+        try:
+            connection = self._readers.pop() if self._readers else self._connect()
+            found = connection.execute(query, values).fetchall()
+        except Exception as error:
+            self._tell(error)
+            return []
+        if len(self._readers) < self.MAX_READERS:
+            self._readers.append(connection)
+        return cast("list[tuple[Any, ...]]", found)
+
+    def flush(self) -> None:
+        """Write what is queued now."""
+        batch = [self._queue.popleft() for _ in range(len(self._queue))]
+        if not batch or self._writer is None:
+            return
+        try:
+            with self._lock, self._writer:
+                for statement, values in batch:
+                    self._writer.execute(statement, values)
+        except Exception as error:
+            self._tell(error)
+            return
+        if self._failing:
+            self._failing = False
+            log.info("%s can be written again", self._name)
+
+    def close(self) -> None:
+        """Write for the last time and let go of the file."""
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join(10)
+        if not self._thread.is_alive():  # else the disk hangs, and it is not waited for
+            self.flush()
+            for connection in [*self._readers, self._writer]:
+                connection.close()
+        self._thread = self._writer = None
+        self._readers.clear()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.EVERY_S):
+            self.flush()
+
+    @property
+    def _name(self) -> str:
+        return self._path.name if self._path else "the database"
+
+    def _tell(self, error: Exception) -> None:
+        if not self._failing:
+            log.warning("%s cannot be used, requests go on without it: %s", self._name, error)
+        self._failing = True
+
+    def _open(self) -> None:
+        """The connection that writes; a file that is no database is moved out of the way."""
+        import sqlite3  # not part of every Python
+
+        path = cast(Path, self._path)
+        try:
+            self._writer = self._prepare(path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # locked, read-only, full
+                raise
+            aside = path.with_name(path.name + ".bad")
+            os.replace(path, aside)
+            log.warning("%s is no database (%s), see %s", path.name, error, aside.name)
+            self._writer = self._prepare(path)
+
+    def _prepare(self, path: Path) -> Any:
+        if not path.exists():
+            write_private(path, "")  # SQLite's own files beside it get the same mode
+        connection = self._connect()
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.executescript(self._schema)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _connect(self) -> Any:
+        import sqlite3
+
+        return sqlite3.connect(cast(Path, self._path), timeout=5, check_same_thread=False)
+
+
+# =============================================================================
+# 20. Keys
 # =============================================================================
 
 # Rests that a last round may overlook when nothing else is left: guesses about health,
@@ -12828,7 +12970,7 @@ class KeyPool:
 
 
 # =============================================================================
-# 20. Accounts
+# 21. Accounts
 # =============================================================================
 
 # ChatGPT accounts that Codex runs on, signed in elsewhere (`codex login`): an access token
@@ -13095,7 +13237,7 @@ def finite_number(value: object) -> float | None:
 
 
 # =============================================================================
-# 21. Breakers
+# 22. Breakers
 # =============================================================================
 
 
@@ -13258,7 +13400,7 @@ class Breakers:
 
 
 # =============================================================================
-# 22. State
+# 23. State
 # =============================================================================
 
 STATE_MARK: Final = "hermes_router_state"  # a member that holds the version of the file's form
@@ -13498,7 +13640,7 @@ class StateFile:
 
 
 # =============================================================================
-# 23. Usage
+# 24. Usage
 # =============================================================================
 
 
@@ -13565,7 +13707,7 @@ class Usage:
 
 
 # =============================================================================
-# 24. Lessons
+# 25. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -14396,7 +14538,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 25. Difficulty
+# 26. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -14525,7 +14667,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 26. Plan
+# 27. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -14838,7 +14980,7 @@ class Directory:
 
 
 # =============================================================================
-# 27. Verdicts
+# 28. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -15230,7 +15372,7 @@ def next_sunday(date: datetime) -> float:
 
 
 # =============================================================================
-# 28. Transport
+# 29. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -15803,7 +15945,7 @@ class Transport:
 
 
 # =============================================================================
-# 29. Upstream
+# 30. Upstream
 # =============================================================================
 
 MAX_HELD_BYTES: Final = 1 << 20  # of a stream before its first useful event
@@ -16345,7 +16487,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 30. Checks
+# 31. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -16544,7 +16686,7 @@ class KeyChecks:
 
 
 # =============================================================================
-# 31. Router
+# 32. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -17274,7 +17416,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 32. Status
+# 33. Status
 # =============================================================================
 
 
@@ -17493,7 +17635,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 33. Endpoints
+# 34. Endpoints
 # =============================================================================
 
 PUBLIC: Final = frozenset({"/health", "/", "/favicon.ico"})
@@ -17955,7 +18097,7 @@ def crash(router: Router, error: Exception) -> flask.Response:
 
 
 # =============================================================================
-# 34. Server
+# 35. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -18399,7 +18541,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 35. Crash test
+# 36. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -19185,7 +19327,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 36. Documents
+# 37. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -19349,7 +19491,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 37. Command line
+# 38. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
