@@ -1497,6 +1497,9 @@ class Caller:
         return not self.scope or provider in self.scope
 
 
+ITSELF: Final = Caller("router", "router")  # the router asks for reasons of its own
+
+
 @dataclass(frozen=True)
 class Config:
     """Every setting. `from_env` is the only reader of the environment."""
@@ -12078,6 +12081,7 @@ class Ask:
     guard: Guard
     stream: bool = False
     wants_usage: bool = False
+    caller: Caller = ITSELF
     started: float = 0.0
     request_id: str = ""
     tokens: int = 0  # how large it is, about
@@ -16884,7 +16888,7 @@ class Router:
 
     # -- one request -----------------------------------------------------------------------
 
-    def complete(self, ask: Ask, caller: Caller, profile: str = "") -> Answer:
+    def complete(self, ask: Ask, profile: str = "") -> Answer:
         """Answer a chat request, or raise the RouterError that says why not."""
         choice = self.directory.choose(ask.chat.get("model") or "", ask.fallback)
         tokens = ask.tokens = self.size(ask)
@@ -16898,19 +16902,19 @@ class Router:
             wants_vision(ask.chat),
             profile,
             0 < tokens < threshold,
-            caller.scope,
+            ask.caller.scope,
         )
         groups, turn = self.directory.arranged(traits)
-        lead = [t for t in choice.lead if caller.may_use(t.provider)]
+        lead = [t for t in choice.lead if ask.caller.may_use(t.provider)]
         if choice.lead and not choice.spill:
             groups = ()
         limits = Limits(tokens, self.breakers.bucket, self.breakers.is_open, self.window)
         ask.named = frozenset(target.label for target in lead)
         return self.answer(ask, plan(lead, groups, limits, turn, choice.why), tokens)
 
-    def embed(self, ask: Ask, caller: Caller) -> Answer:
+    def embed(self, ask: Ask) -> Answer:
         """Answer an embeddings request inside one family of models, never mixing vectors."""
-        family = self.embedders(str(ask.body.get("model") or ""), caller)
+        family = self.embedders(str(ask.body.get("model") or ""), ask.caller)
         if not family:
             raise Exhausted(
                 "no embedding-capable providers configured"
@@ -17915,9 +17919,7 @@ def serve_embeddings(router: Router) -> flask.Response:
     validate_embeddings(body)
     ask = make_ask(router, request, EMBEDDINGS, raw, body, body)
     ask.stream = False
-    return respond(
-        router, request, ask, lambda: router.embed(ask, request.environ["hermes.caller"])
-    )
+    return respond(router, request, ask, lambda: router.embed(ask))
 
 
 def read_body(router: Router, request: flask.Request) -> tuple[bytes, Json]:
@@ -17936,6 +17938,7 @@ def make_ask(
 ) -> Ask:
     ask = Ask(surface, raw, body, chat, Guard(), bool(body.get("stream")))
     ask.started, ask.request_id = router.now(), request_id(request)
+    ask.caller = request.environ["hermes.caller"]
     ask.fallback = request.environ.get("HTTP_X_ROUTE_FALLBACK", "").lower() == "allow"
     return ask
 
@@ -17949,8 +17952,7 @@ def respond_chat(
     """Answer whatever became a chat; `keep` gets the whole answer once it is known."""
     profile = request.environ.get("HTTP_X_HERMES_PROFILE", "").strip().lower()
     profile = profile if profile in ("fast", "local") else ""
-    caller = request.environ["hermes.caller"]
-    return respond(router, request, ask, lambda: router.complete(ask, caller, profile), keep)
+    return respond(router, request, ask, lambda: router.complete(ask, profile), keep)
 
 
 def respond(
