@@ -32,20 +32,21 @@ Contents (each section uses only the ones above it):
               22. Breakers         which provider is resting
               23. State            what of it survives a restart
               24. Usage            what was asked, answered, failed and spent
-              25. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   26. Difficulty       how hard is this request?
-              27. Plan             which candidates, in what order, and why
-              28. Verdicts         what an outcome means, and what rests for how long
-  ACTION      29. Transport        connections to providers, cut when nobody waits any more
-              30. Upstream         one attempt: send, wait for something useful, judge
-              31. Checks           keys that a provider called dead, asked again in the background
-              32. Router           plan, try, learn, answer
-  SURFACE     33. Status           what /v1/status, /v1/models and /metrics say
-              34. Endpoints        Flask: routes, auth, errors
-              35. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              36. Crash test       how these settings fare when providers misbehave
-              37. Documents        .env.example and the printed pages of docs/
-              38. Command line     serve, check, key, status, docs ...
+              25. Traces           what became of the latest requests, for logs, metrics and why
+              26. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   27. Difficulty       how hard is this request?
+              28. Plan             which candidates, in what order, and why
+              29. Verdicts         what an outcome means, and what rests for how long
+  ACTION      30. Transport        connections to providers, cut when nobody waits any more
+              31. Upstream         one attempt: send, wait for something useful, judge
+              32. Checks           keys that a provider called dead, asked again in the background
+              33. Router           plan, try, learn, answer
+  SURFACE     34. Status           what /v1/status, /v1/models and /metrics say
+              35. Endpoints        Flask: routes, auth, errors
+              36. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              37. Crash test       how these settings fare when providers misbehave
+              38. Documents        .env.example and the printed pages of docs/
+              39. Command line     serve, check, key, status, docs ...
 
 Rooms that later releases open: Limits, Cache and Registry after Usage, Catalog after Router,
 Dashboard after Status.
@@ -78,6 +79,7 @@ if __name__ == "__main__" and sys.argv[1:] in ([], ["serve"]) and hasattr(os, "m
 
 import argparse
 import base64
+import bisect
 import fnmatch
 import functools
 import hashlib
@@ -86,7 +88,9 @@ import http.server
 import itertools
 import json
 import logging
+import logging.handlers
 import math
+import queue
 import re
 import secrets
 import select
@@ -126,6 +130,7 @@ from werkzeug.exceptions import HTTPException
 __version__ = "0.1.0"
 
 log = logging.getLogger("hermes-router")
+request_log = logging.getLogger("hermes-router.requests")  # a line per request: LOG_PATH, DEBUG
 
 Json = dict[str, Any]
 
@@ -1538,6 +1543,20 @@ class Config:
         "DEBUG, INFO, WARNING or ERROR",
         choices=("DEBUG", "INFO", "WARNING", "ERROR"),
         upper=True,
+    )
+    log_path: str = setting(
+        "",
+        "LOG_PATH",
+        "Files",
+        "file that gets a line per request as well, a new one each day, 7 kept (HR_HOME)",
+    )
+    request_log_size: int = setting(
+        500,
+        "REQUEST_LOG_SIZE",
+        "Server",
+        "latest requests kept for /v1/logs and /v1/why, without content; 0 = none",
+        low=-math.inf,
+        high=100_000,
     )
     auth_file: str = setting(
         "auth.json", "ROUTER_AUTH_FILE", "Files", "JSON file with provider keys (HR_HOME)"
@@ -10303,7 +10322,7 @@ class ResponsesWriter:
         self._open: OpenItem | None = None
         self._calls: dict[object, CallState] = {}
         self._later: list[Json] = []  # deltas that came in the middle of a call
-        self._told = False  # reasoning_content was seen: it is all there is to read
+        self.broken = False  # reasoning_content was seen: it is all there is to read
         self._notes: list[Json] = []  # annotations that came before their text
         self._usage: Json | None = None
         self._finish = ""
@@ -10429,10 +10448,10 @@ class ResponsesWriter:
     def _think(self, delta: Json) -> None:
         """Reasoning: pieces are shown unless reasoning_content told their text already."""
         text, pieces = delta.get("reasoning_content") or "", delta.get("reasoning_details") or ()
-        self._told = self._told or bool(text)
+        self.broken = self.broken or bool(text)
         if text and not any(readable_text(piece) for piece in pieces):
             self._show(self._thought({}), text)
-        shown = bool(text) or not self._told
+        shown = bool(text) or not self.broken
         for piece in pieces:
             item = self._thought(piece)
             if shown and (part := readable_text(piece)):
@@ -12070,6 +12089,61 @@ def responses_surface(codex: bool, earlier: Sequence[Json]) -> Surface:
 NOBODY: Final = ("", "")  # no target and no dialect
 
 
+class Step(NamedTuple):
+    """One attempt as people may read of it later: no content, no key."""
+
+    label: str  # provider/model
+    key_tail: str
+    verdict: str  # "ok", or why it failed
+    status: int  # HTTP status of the provider; 0 = none came
+    seconds: float
+    text: str = ""  # the provider's reason, scrubbed
+
+
+@dataclass
+class Trace:
+    """What becomes of one request, for the log, the metrics and `why`; never any content."""
+
+    MAX_STEPS: ClassVar[int] = 64
+
+    id: str
+    endpoint: str
+    caller: Caller
+    at: float  # unix seconds
+    began: float = 0.0  # on the router's clock
+    streaming: bool = False
+    asked: str = ""  # the model that the client named
+    choice: str = ""  # what that name means here
+    level: int | None = None  # difficulty
+    tokens: int = 0  # estimated size of the prompt
+    plan: Any = None  # what the candidates were arranged from; shared, not copied
+    steps: list[Step] = field(default_factory=list)
+    skipped: Sequence[str] = ()
+    cache: str = "off"
+    provider: str = ""
+    model: str = ""
+    rescuer: str = ""  # who went on with a stream that broke off
+    ttft_s: float | None = None
+    seconds: float = 0.0
+    prompt: int | None = None
+    completion: int | None = None
+    cost: float | None = None  # USD; None = unknown
+    status: int = 0  # HTTP status of the answer; 499 = the client left
+    outcome: str = ""  # success, error, cache_hit or cancelled
+    error: str = ""
+
+    def note(self, step: Step) -> None:
+        if len(self.steps) < self.MAX_STEPS:
+            self.steps.append(step)
+
+    def spent(self, prompt: int, completion: int, cost: float | None) -> None:
+        """Add the tokens of one answer, or of one part of it."""
+        self.prompt = (self.prompt or 0) + prompt
+        self.completion = (self.completion or 0) + completion
+        if cost is not None:
+            self.cost = (self.cost or 0.0) + cost
+
+
 @dataclass
 class Ask:
     """One client request on its way: as sent, as parsed, as chat, and who waits for it."""
@@ -12082,6 +12156,7 @@ class Ask:
     stream: bool = False
     wants_usage: bool = False
     caller: Caller = ITSELF
+    trace: Trace = field(default_factory=lambda: Trace("", "", ITSELF, 0.0))
     started: float = 0.0
     request_id: str = ""
     tokens: int = 0  # how large it is, about
@@ -12454,7 +12529,7 @@ class Translation(Flow):
         super().__init__(passage)
         self._reader = passage.reader()
         self._writer = writer or passage.writer()
-        self._told: list[Json] = []  # chunks that the client got
+        self.broken: list[Json] = []  # chunks that the client got
         self._held: list[Json] = []  # chunks from the first tool call on
 
     def take(self, block: bytes) -> bytes:
@@ -12505,8 +12580,8 @@ class Translation(Flow):
 
     def _write(self, chunk: Json) -> bytes:
         self._note(Sight(chunk_sign(chunk), None, tokens_of(chunk)))
-        if len(self._told) < MAX_TOLD:
-            self._told.append(chunk)
+        if len(self.broken) < MAX_TOLD:
+            self.broken.append(chunk)
         return self._writer.feed(chunk)
 
     def _close(self) -> bytes:
@@ -12535,7 +12610,7 @@ class Translation(Flow):
         return b"".join(map(self._write, chunks_from_reply(chat))) + self._writer.finish()
 
     def said(self) -> Said | None:
-        text = spoken(self._told) if len(self._told) < MAX_TOLD else None
+        text = spoken(self.broken) if len(self.broken) < MAX_TOLD else None
         return None if text is None else Said(text, self._writer)
 
     def fail(self, error: RouterError) -> bytes:
@@ -13711,7 +13786,100 @@ class Usage:
 
 
 # =============================================================================
-# 25. Lessons
+# 25. Traces
+# =============================================================================
+
+LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKEN_BUCKETS: Final = (100, 1000, 4000, 16_000, 64_000, 256_000, 1_000_000)
+
+
+class Histogram:
+    """Counts per bucket and label, as Prometheus wants them. Its owner's lock guards it."""
+
+    MAX_LABELS: ClassVar[int] = 200
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.series: dict[str, list[float]] = {}  # label -> a count per bucket, above all, sum
+
+    def observe(self, label: str, value: float) -> None:
+        row = self.series.get(label)
+        if row is None:
+            label = label if len(self.series) < self.MAX_LABELS else "other"
+            row = self.series.setdefault(label, [0] * (len(self.bounds) + 1) + [0.0])
+        row[bisect.bisect_left(self.bounds, value)] += 1
+        row[-1] += value
+
+
+class Traces:
+    """The latest requests, and how long and large they were. One lock, dictionary work only."""
+
+    def __init__(self, size: int) -> None:
+        self._lock = threading.Lock()
+        self._kept: deque[Trace] = deque(maxlen=max(0, size))
+        self._by_id: dict[str, Trace] = {}
+        self.histograms = {
+            "request_latency_seconds": Histogram(LATENCY_BUCKETS_S),
+            "time_to_first_token_seconds": Histogram(LATENCY_BUCKETS_S),
+            "prompt_tokens": Histogram(TOKEN_BUCKETS),
+        }
+
+    def keep(self, trace: Trace) -> None:
+        """A request that has ended."""
+        with self._lock:
+            if self._kept.maxlen:
+                if len(self._kept) == self._kept.maxlen:
+                    oldest = self._kept[0]
+                    if self._by_id.get(oldest.id) is oldest:
+                        del self._by_id[oldest.id]
+                self._kept.append(trace)
+                self._by_id[trace.id] = trace  # of two with one id the later
+            self._measure(trace)
+        if request_log.isEnabledFor(logging.DEBUG):
+            request_log.debug("%s", trace_line(trace))
+
+    def _measure(self, trace: Trace) -> None:
+        made = self.histograms
+        made["request_latency_seconds"].observe(trace.endpoint, trace.seconds)
+        if trace.ttft_s is not None:
+            made["time_to_first_token_seconds"].observe(trace.provider, trace.ttft_s)
+        if trace.prompt is not None:
+            made["prompt_tokens"].observe(trace.endpoint, trace.prompt)
+
+    def find(self, id: str) -> Trace | None:
+        with self._lock:
+            return self._by_id.get(id)
+
+    def latest(self) -> list[Trace]:
+        """The newest first."""
+        with self._lock:
+            return [*reversed(self._kept)]
+
+    @property
+    def size(self) -> int:
+        return self._kept.maxlen or 0
+
+    def shapes(self, name: str) -> list[tuple[str, list[float]]]:
+        """(label, counts per bucket, then the sum) of one histogram."""
+        with self._lock:
+            return [(label, [*row]) for label, row in self.histograms[name].series.items()]
+
+
+def trace_line(trace: Trace) -> str:
+    """One request in one line of a log file."""
+    backend = f"{trace.provider}/{trace.model}" if trace.provider else "none"
+    parts = (
+        f"request {trace.id} endpoint={trace.endpoint} caller={trace.caller.name!r}",
+        f"model={trace.asked!r} backend={backend} status={trace.status}",
+        f"latency={trace.seconds:.3f} attempts={len(trace.steps)}",
+        f"cache_hit={trace.outcome == 'cache_hit'}",
+        f"prompt_tokens={trace.prompt} completion_tokens={trace.completion}",
+    )
+    return " ".join(parts)
+
+
+# =============================================================================
+# 26. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -14542,7 +14710,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 26. Difficulty
+# 27. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -14671,7 +14839,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 27. Plan
+# 28. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -14835,6 +15003,45 @@ def rank(target: Target, traits: Traits, prefer: str) -> tuple[int, ...]:
     return (int(not_local), int(weak), inner, outer, int(slow))
 
 
+class Arrangement(NamedTuple):
+    """What the candidates of one request were planned from."""
+
+    lead: Sequence[Target]
+    groups: Sequence[Group]
+    turn: int
+    traits: Traits
+
+    def order(self) -> list[Candidate]:
+        """Every candidate with its reason, whatever the health of anybody."""
+        rest = (
+            Candidate(target, ranking(target))
+            for group in self.groups
+            for equals in group
+            for target in rotated(equals, self.turn)
+        )
+        every = [*(Candidate(target, "named by the client") for target in self.lead), *rest]
+        return list({candidate.target.label: candidate for candidate in reversed(every)}.values())[
+            ::-1
+        ]
+
+
+def why_not(target: Target, traits: Traits, tokens: int) -> str:
+    """Why a target is no candidate for a request; "" when nothing speaks against it."""
+    local = target.service.provider.tier == "local"
+    reasons = (
+        (traits.scope and target.provider not in traits.scope, "not within this key's providers"),
+        (traits.profile == "local" and not local, "not local"),
+        (traits.tools and not target.tools, "does not support tools"),
+        (traits.vision and not target.vision, "does not read images"),
+        (too_large(target, tokens), f"takes at most {target.service.skip_tokens_over} tokens"),
+    )
+    return next((why for holds, why in reasons if holds), "")
+
+
+def ranking(target: Target) -> str:
+    return f"rating {target.facts.rating}, cost {target.cost}"
+
+
 def plan(
     lead: Sequence[Target], groups: Sequence[Group], limits: Limits, turn: int, why: str
 ) -> Iterator[Candidate]:
@@ -14870,7 +15077,7 @@ def ordered(groups: Sequence[Group], limits: Limits, turn: int) -> Iterator[Cand
         if any(limits.health(t.provider) for t in turned):
             turned.sort(key=lambda t: limits.health(t.provider))
         for target in turned:
-            yield Candidate(target, f"rating {target.facts.rating}, cost {target.cost}")
+            yield Candidate(target, ranking(target))
 
 
 def rotated(items: tuple[Target, ...], turn: int) -> tuple[Target, ...]:
@@ -14984,7 +15191,7 @@ class Directory:
 
 
 # =============================================================================
-# 28. Verdicts
+# 29. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -15376,7 +15583,7 @@ def next_sunday(date: datetime) -> float:
 
 
 # =============================================================================
-# 29. Transport
+# 30. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -15949,7 +16156,7 @@ class Transport:
 
 
 # =============================================================================
-# 30. Upstream
+# 31. Upstream
 # =============================================================================
 
 MAX_HELD_BYTES: Final = 1 << 20  # of a stream before its first useful event
@@ -16009,7 +16216,7 @@ class Relay:
         self.patience: Patience | None = None  # limits the next wait
         self.held = b""  # what commits the stream
         self.read_out = False  # the client got all of it
-        self._told = False  # of the failure
+        self.broken = False  # the client was told that it broke off
         self.rescue: Callable[[Relay], Relay | None] | None = None  # somebody who goes on
         self.on_close: Callable[[Relay], None] | None = None
         self.keep: Callable[[Json], None] | None = None  # gets the whole answer at the end
@@ -16027,7 +16234,7 @@ class Relay:
 
     def __next__(self) -> bytes:
         try:
-            while not self._told:
+            while not self.broken:
                 if block := self._next():
                     return block
                 if self._response is None and not self.flow.failure:
@@ -16093,7 +16300,7 @@ class Relay:
         rescue, self.rescue = self.rescue, None
         other = rescue(self) if rescue else None
         if other is None:
-            self._told = True
+            self.broken = True
             problem = self.flow.failure or BROKEN
             text = f"the provider failed in the middle of its answer: {problem.text}"
             return self.flow.fail(Exhausted(text, code="stream_interrupted"))
@@ -16491,7 +16698,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 31. Checks
+# 32. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -16690,7 +16897,7 @@ class KeyChecks:
 
 
 # =============================================================================
-# 32. Router
+# 33. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -16810,6 +17017,12 @@ class Walk:
         return tuple({f"{label}: " for label, _ in self.tried})
 
 
+def step_of(target: Target, lease: Lease, attempt: Attempt) -> Step:
+    verdict, outcome = attempt.verdict, attempt.outcome
+    name = verdict.name if verdict else "ok"
+    return Step(target.label, lease.tail, name, outcome.status, attempt.seconds, outcome.text[:200])
+
+
 class Gate:
     """How many requests are in flight; the one too many is told so at once."""
 
@@ -16853,6 +17066,7 @@ class Router:
             now,
         )
         self.usage = Usage(now)
+        self.traces = Traces(config.request_log_size)
         self.lessons = Lessons(now)
         self.gate = Gate(config.max_streams)
         self.watchdog = Watchdog(now)
@@ -16910,6 +17124,9 @@ class Router:
             groups = ()
         limits = Limits(tokens, self.breakers.bucket, self.breakers.is_open, self.window)
         ask.named = frozenset(target.label for target in lead)
+        trace = ask.trace
+        trace.choice, trace.level, trace.tokens = choice.why, traits.level, tokens
+        trace.plan = Arrangement(lead, groups, turn, traits)
         return self.answer(ask, plan(lead, groups, limits, turn, choice.why), tokens)
 
     def embed(self, ask: Ask) -> Answer:
@@ -16941,16 +17158,18 @@ class Router:
         """Walk the candidates until one answers; ClientGone when nobody waits any more."""
         deadline = ask.started + self.config.request_deadline
         walk, attempt = Walk(window=self.window), None
+        ask.trace.skipped = walk.skipped
         self.watchdog.watch(ask.guard)
         queue = Queue(candidates, self.breakers.is_open)
         routes = self.routes(queue, walk, deadline, ask.guard)
         try:
             for target, lease in routes:
                 attempt = self.attempt(target, lease, ask, deadline, queue.empty)
-                if self.once_more(attempt, target, ask, walk, deadline, queue):
+                if self.once_more(attempt, target, lease, ask, walk, deadline, queue):
                     attempt = self.attempt(target, lease, ask, deadline, queue.empty)
                 first = walk.first_failure(target.label, attempt)
                 walk.tried.append((target.label, attempt))
+                ask.trace.note(step_of(target, lease, attempt))
                 if attempt.verdict is None:
                     answer = self.deliver(target, lease, ask, attempt, walk.candidates)
                     if attempt.stream and self.config.rescue:
@@ -16975,6 +17194,7 @@ class Router:
         self,
         attempt: Attempt,
         target: Target,
+        lease: Lease,
         ask: Ask,
         walk: Walk,
         deadline: float,
@@ -16996,6 +17216,7 @@ class Router:
         if self.keys.another(target.provider, target.model, walk.keys[target.label]):
             return False  # its other keys come next
         walk.repeated = True
+        ask.trace.note(step_of(target, lease, attempt))
         self.usage.attempt(target.provider, False, attempt.seconds)
         log.info("%s: %s, asked again in %.1f s", target.label, verdict.name, pause)
         until = self.now() + pause
@@ -17132,6 +17353,10 @@ class Router:
         self.keys.forgive(lease)
         self.breakers.note(target.provider, True, ask.guard)
         self.usage.attempt(target.provider, True, attempt.seconds)
+        trace = ask.trace
+        if not trace.provider:  # a rescue adds to an answer that somebody else began
+            trace.provider, trace.model = target.provider, target.model
+            trace.ttft_s = self.now() - ask.started if attempt.stream else None
         answer = Answer(attempt.body, attempt.content_type, target.provider, target.model, attempts)
         answer.left_out = attempt.left_out
         if attempt.stream is None:
@@ -17157,6 +17382,7 @@ class Router:
         """What one provider's part of a stream cost, and what its end means."""
         self.charge(target, relay.tokens, ask)
         if relay.failure:
+            ask.trace.note(step_of(target, lease, failed(relay.failure, in_ok=True)))
             self.learn(target, lease, failed(relay.failure, in_ok=True), ask.guard)
 
     def charge(self, target: Target, tokens: Tokens | None, ask: Ask) -> None:
@@ -17169,6 +17395,7 @@ class Router:
         if facts.price_in is not None and facts.price_out is not None:
             cost = (tokens.prompt * facts.price_in + tokens.completion * facts.price_out) / 1e6
         self.usage.spent(target.provider, tokens, cost)
+        ask.trace.spent(tokens.prompt, tokens.completion, cost)
 
     def notice_cut(self, target: Target, counted: int, ask: Ask) -> None:
         """Ollama cuts a long prompt without a word; its count gives that away (Reasonix#10245)."""
@@ -17340,6 +17567,7 @@ class Rescue:
                     ask.request_id, target.label, len(said.text), second.label,
                 )  # fmt: skip
                 self._router.deliver(second, key, ask, attempt, 1)
+                ask.trace.rescuer = second.label
                 return attempt.stream
         return None
 
@@ -17350,6 +17578,7 @@ class Rescue:
                 continue
             ask = continuing(self._ask, said, prefilled)
             attempt = self._router.attempt(target, lease, ask, self._deadline)
+            ask.trace.note(step_of(target, lease, attempt))
             if attempt.verdict is None:
                 return attempt
             self._walk.rule(target, attempt.verdict)
@@ -17420,7 +17649,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 33. Status
+# 34. Status
 # =============================================================================
 
 
@@ -17568,6 +17797,103 @@ def codex_model(row: Json) -> Json:
     }
 
 
+LOG_FILTERS: Final = {
+    "status": ("cache_hit", "cancelled", "error", "success"),
+    "endpoint": ("chat", "completions", "embeddings", "messages", "responses"),
+}
+
+
+def may_see(caller: Caller, trace: Trace) -> bool:
+    """An admin sees every request, the others their own."""
+    return caller.admin or caller.id == trace.caller.id
+
+
+def log_entries(router: Router, caller: Caller, wanted: Mapping[str, str]) -> Json:
+    """The latest requests that `caller` may see and that fit `wanted`."""
+    size, latest = router.traces.size, router.traces.latest()
+    limit = wanted.get("limit", "")
+    most = min(int(limit) if re.fullmatch(r"[0-9]{1,6}", limit) else 100, size)
+    keys = (("status", "outcome"), ("endpoint", "endpoint"), ("provider", "provider"))
+    asked = [(member, value) for name, member in keys if (value := wanted.get(name))]
+    fitting = (
+        trace
+        for trace in latest
+        if may_see(caller, trace) and all(getattr(trace, member) == v for member, v in asked)
+    )
+    entries = [log_entry(trace) for trace in itertools.islice(fitting, most)]
+    return {
+        "buffer_size": size,
+        "stored": len(latest),
+        "returned": len(entries),
+        "entries": entries,
+    }
+
+
+def log_entry(trace: Trace) -> Json:
+    hit = trace.outcome == "cache_hit"
+    return {
+        "id": trace.id,
+        "ts": utc_text(trace.at),
+        "endpoint": trace.endpoint,
+        "caller": key_tail(trace.caller.key) or trace.caller.name,
+        "caller_name": trace.caller.name,
+        "streaming": trace.streaming,
+        "asked": trace.asked,
+        "complexity": trace.level,
+        "est_tokens": trace.tokens,
+        "provider": "cache" if hit else trace.provider or None,
+        "model": trace.model or None,
+        "latency_ms": round(1000 * trace.seconds, 1),
+        "ttft_ms": None if trace.ttft_s is None else round(1000 * trace.ttft_s, 1),
+        "cascades": sum(step.verdict != "ok" for step in trace.steps),
+        "status": trace.outcome,
+        "http_status": trace.status,
+        "prompt_tokens": trace.prompt,
+        "completion_tokens": trace.completion,
+        "cost_usd": None if trace.cost is None else round(trace.cost, 6),
+        "error": trace.error or None,
+    }
+
+
+def utc_text(at: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+
+
+def explain(router: Router, trace: Trace) -> Json:
+    """Which candidates, in what order and why, who was asked, what was passed over, what it cost.
+
+    The order is the planned one; health may have moved an ill provider back.
+    """
+    plan = cast("Arrangement | None", trace.plan)
+    order = plan.order() if plan else []
+    states = {step.label: step.verdict for step in trace.steps}
+    absent = {c.target.label for c in order}
+    return {
+        **log_entry(trace),
+        "choice": trace.choice or None,
+        "difficulty": DIFFICULTY_LABELS.get(trace.level) if trace.level else None,
+        "candidates": [
+            {
+                "candidate": candidate.target.label,
+                "why": candidate.why,
+                "outcome": states.get(candidate.target.label, "not asked"),
+            }
+            for candidate in order
+        ],
+        "left_out": [
+            {"candidate": target.label, "why": why}
+            for target in router.directory.targets
+            if plan
+            and target.label not in absent
+            and (why := why_not(target, plan.traits, trace.tokens))
+        ],
+        "skipped": list(trace.skipped),
+        "attempts": [{**step._asdict(), "seconds": round(step.seconds, 3)} for step in trace.steps],
+        "cache": trace.cache,
+        "rescued_by": trace.rescuer or None,
+    }
+
+
 class Metric(NamedTuple):
     name: str
     kind: str
@@ -17620,9 +17946,30 @@ METRICS: Final = (
 )
 
 
+HISTOGRAMS: Final = (
+    ("request_latency_seconds", "endpoint", "Seconds from a request to the end of its answer."),
+    ("time_to_first_token_seconds", "provider", "Seconds to a stream's first useful event."),
+    ("prompt_tokens", "endpoint", "Tokens of prompts."),
+)
+
+
+def histogram_lines(router: Router) -> Iterator[str]:
+    for key, label, help in HISTOGRAMS:
+        name = "hermes_router_" + key
+        yield f"# HELP {name} {help}"
+        yield f"# TYPE {name} histogram"
+        bounds = [*(f"{bound:g}" for bound in router.traces.histograms[key].bounds), "+Inf"]
+        for value, row in router.traces.shapes(key):
+            counts = itertools.accumulate(row[:-1])
+            for bound, count in zip(bounds, counts, strict=True):
+                yield f"{name}_bucket{labels_text({label: value, 'le': bound})} {count}"
+            yield f"{name}_sum{labels_text({label: value})} {row[-1]!r}"
+            yield f"{name}_count{labels_text({label: value})} {sum(row[:-1])}"
+
+
 def prometheus(router: Router) -> str:
     """GET /metrics, text format 0.0.4: counts and timings, no key material."""
-    lines = []
+    lines = [*histogram_lines(router)]
     for metric in METRICS:
         name = "hermes_router_" + metric.name
         lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
@@ -17639,9 +17986,16 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 34. Endpoints
+# 35. Endpoints
 # =============================================================================
 
+ENDPOINT_NAMES: Final = {
+    "/v1/chat/completions": "chat",
+    "/v1/messages": "messages",
+    "/v1/responses": "responses",
+    "/v1/completions": "completions",
+    "/v1/embeddings": "embeddings",
+}
 PUBLIC: Final = frozenset({"/health", "/", "/favicon.ico"})
 HTTP_ERRORS: Final = {404: NotFound, 405: MethodNotAllowed, 413: TooLarge, 415: UnsupportedMedia}
 # The server below puts a setter here; called with a function it runs that function
@@ -17682,6 +18036,8 @@ def add_routes(app: flask.Flask, router: Router) -> None:
         ("GET", "/v1/models", lambda: serve_models(router)),
         ("GET", "/v1/models/<path:model>", lambda model: serve_model(router, model)),
         ("GET", "/v1/status", lambda: snapshot(router)),
+        ("GET", "/v1/logs", lambda: serve_logs(router)),
+        ("GET", "/v1/why/<id>", lambda id: serve_why(router, id)),
         (
             "GET",
             "/metrics",
@@ -17772,6 +18128,24 @@ class Door:
 def health(router: Router) -> Json:
     mode = {"mode": "echo"} if router.echoes else {}
     return {"status": "ok", "providers": list(router.directory.services), **mode}
+
+
+def serve_logs(router: Router) -> Json:
+    """GET /v1/logs?limit=&provider=&status=&endpoint=: the newest first, no content."""
+    request = current_request()
+    for name, allowed in LOG_FILTERS.items():
+        if (given := request.args.get(name)) and given not in allowed:
+            raise BadRequest(f"{name} must be one of {', '.join(allowed)}", param=name)
+    return log_entries(router, request.environ["hermes.caller"], request.args)
+
+
+def serve_why(router: Router, id: str) -> Json:
+    """GET /v1/why/{request id}: how one request was routed."""
+    trace = router.traces.find(id)
+    if trace is None or not may_see(current_request().environ["hermes.caller"], trace):
+        text = f"request {id[:128]!r} is not (or no longer) among the latest {router.traces.size}"
+        raise NotFound(text, param="id")
+    return explain(router, trace)
 
 
 def serve_models(router: Router) -> Json:
@@ -17918,7 +18292,7 @@ def serve_embeddings(router: Router) -> flask.Response:
     raw, body = read_body(router, request)
     validate_embeddings(body)
     ask = make_ask(router, request, EMBEDDINGS, raw, body, body)
-    ask.stream = False
+    ask.stream = ask.trace.streaming = False
     return respond(router, request, ask, lambda: router.embed(ask))
 
 
@@ -17939,6 +18313,11 @@ def make_ask(
     ask = Ask(surface, raw, body, chat, Guard(), bool(body.get("stream")))
     ask.started, ask.request_id = router.now(), request_id(request)
     ask.caller = request.environ["hermes.caller"]
+    asked = str(body.get("model") or "")[:200]
+    ask.trace = Trace(
+        ask.request_id, surface.dialect, ask.caller, time.time(), ask.started, ask.stream, asked
+    )
+    request.environ["hermes.trace"] = ask.trace
     ask.fallback = request.environ.get("HTTP_X_ROUTE_FALLBACK", "").lower() == "allow"
     return ask
 
@@ -18013,18 +18392,21 @@ class Visit:
         self._router.gate.leave()
         self._on_close(None)
         if status:
-            self._router.usage.answered(status)
-        if status == 499:
-            log.info("%s 499 the client left", self._ask.request_id)
-        elif answer:
-            log.debug(
-                "%s %s/%s attempts=%d %.0f ms",
-                self._ask.request_id,
-                answer.provider,
-                answer.model,
-                answer.attempts,
-                1000 * (self._router.now() - self._ask.started),
-            )
+            trace = self._ask.trace
+            broken = answer and isinstance(answer.body, Relay) and answer.body.broken
+            outcome = "cancelled" if status == 499 else "error" if broken else ""
+            ended(self._router, trace, status, outcome or "success")
+            if status == 499:
+                log.info("%s 499 the client left", trace.id)
+
+
+def ended(router: Router, trace: Trace, status: int, outcome: str, error: str = "") -> None:
+    """A request is over: counted, measured, kept for whoever asks why."""
+    router.usage.answered(status)
+    hit = outcome == "success" and trace.cache in ("hit", "semantic")
+    trace.outcome, trace.error = "cache_hit" if hit else outcome, error
+    trace.status, trace.seconds = status, max(0.0, router.now() - trace.began)
+    router.traces.keep(trace)
 
 
 class Stream:
@@ -18062,9 +18444,23 @@ def error_response(router: Router, error: RouterError) -> flask.Response:
         response.headers["X-Should-Retry"] = "true" if soon else "false"
     if error.attempts:
         response.headers["X-Hermes-Attempts"] = str(error.attempts)
-    router.usage.answered(error.status)
-    log.info("%s %d %s", request_id(current_request()), error.status, scrub(error.message, 300))
+    text = scrub(error.message, 300)
+    if trace := trace_of(router, request):
+        ended(router, trace, error.status, "error", text)
+    else:
+        router.usage.answered(error.status)
+    log.info("%s %d %s", request_id(request), error.status, text)
     return response
+
+
+def trace_of(router: Router, request: flask.Request) -> Trace | None:
+    """The trace of a request to a model; one that fails before it is understood gets one now."""
+    environ = request.environ
+    endpoint, caller = ENDPOINT_NAMES.get(request.path), environ.get("hermes.caller")
+    if "hermes.trace" not in environ and endpoint and caller:
+        now = router.now()
+        environ["hermes.trace"] = Trace(request_id(request), endpoint, caller, time.time(), now)
+    return cast("Trace | None", environ.get("hermes.trace"))
 
 
 def envelope_for(environ: Mapping[str, Any], error: RouterError, request_id: str) -> Json:
@@ -18099,7 +18495,7 @@ def crash(router: Router, error: Exception) -> flask.Response:
 
 
 # =============================================================================
-# 35. Server
+# 36. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -18543,7 +18939,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 36. Crash test
+# 37. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -19329,7 +19725,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 37. Documents
+# 38. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -19493,10 +19889,11 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 38. Command line
+# 39. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
+LOG_FORMAT: Final = "%(asctime)s [%(levelname)s] %(message)s"
 
 
 @dataclass(frozen=True)
@@ -19512,6 +19909,7 @@ class Command:
 def cmd_serve(_: argparse.Namespace) -> int:
     config, made = with_proxy_key(Config.from_env())
     start_logging(config)
+    close_log = log_to_file(config)
     for warning in config.warnings:
         log.warning("%s", warning)
     if made:
@@ -19535,12 +19933,68 @@ def cmd_serve(_: argparse.Namespace) -> int:
     finally:
         server.close()
         router.close()
+        close_log()
     return DONE_OK
 
 
 def start_logging(config: Config) -> None:
-    logging.basicConfig(format="%(asctime)s [%(levelname)s] %(message)s", level=config.log_level)
+    logging.basicConfig(format=LOG_FORMAT, level=config.log_level)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
+
+
+class PrivateLog(logging.handlers.TimedRotatingFileHandler):
+    """A log file that only its owner reads; a new one each day, seven kept."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        super().__init__(path, when="midnight", backupCount=7, encoding="utf-8", utc=True)
+
+    def _open(self) -> Any:
+        def private(path: str, flags: int) -> int:
+            return os.open(path, flags, stat.S_IRUSR | stat.S_IWUSR)
+
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=private)
+
+
+def log_to_file(config: Config) -> Callable[[], None]:
+    """Everything that is logged goes to LOG_PATH as well, with a line per request.
+
+    A thread writes, so that no request waits for the disk; what is returned ends it. A file that
+    cannot be used is a warning.
+    """
+    if not config.log_path:
+        return lambda: None
+    try:
+        file = PrivateLog(config.home / Path(config.log_path).expanduser())
+    except OSError as error:
+        log.warning("LOG_PATH is not used: %s", error)
+        return lambda: None
+    file.setFormatter(logging.Formatter(LOG_FORMAT))
+    lines: queue.Queue[Any] = queue.Queue(10_000)
+    handler = Spill(lines)
+    logging.getLogger().addHandler(handler)
+    request_log.setLevel(logging.DEBUG)
+    request_log.propagate = config.log_level == "DEBUG"
+    if not request_log.propagate:
+        request_log.addHandler(handler)
+    listener = logging.handlers.QueueListener(lines, file)
+    listener.start()
+
+    def close() -> None:
+        for logger in (logging.getLogger(), request_log):
+            logger.removeHandler(handler)
+        listener.stop()
+        file.close()
+
+    return close
+
+
+class Spill(logging.handlers.QueueHandler):
+    """Hands lines over to the thread that writes; those that a hanging disk leaves are lost."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], queue.Full):
+            super().handleError(record)
 
 
 def show_new_key(config: Config, key: str) -> None:
@@ -19649,7 +20103,7 @@ def cmd_crashtest(args: argparse.Namespace) -> int:
         say(f"there is no scenario {min(strange)}; they are 1 to {len(SCENARIOS)}")
         return USAGE
     # What the providers do wrong is expected; what the router does wrong is not.
-    logging.basicConfig(format="%(asctime)s [%(levelname)s] %(message)s", level=logging.ERROR)
+    logging.basicConfig(format=LOG_FORMAT, level=logging.ERROR)
     began = time.monotonic()
     runs = crash_test(config, 1.0 if args.full else FAST, only)
     seconds = time.monotonic() - began

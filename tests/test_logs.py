@@ -1,0 +1,223 @@
+"""/v1/logs, /v1/why, the log file and the histograms: what became of a request, without content."""
+
+from __future__ import annotations
+
+import logging
+import stat
+
+import pytest
+import requests
+from upstream import AUTH, HELLO, KEY, Hang, Reply, failing_first, good, provider, until
+
+import router
+
+LIMITED = Reply(429, {"error": {"message": "slow down"}}, {"Retry-After": "30"})
+SECRET = "the moon is made of cheese"
+ASK = [{"role": "user", "content": SECRET}]
+
+
+@pytest.fixture
+def pair(upstream, serve):
+    """pair(script, SETTING=...): a served router before groq and cerebras with one script."""
+
+    def make(script, **settings):
+        groq, cerebras = upstream(script), upstream(script)
+        rows = {**provider("groq", groq, "m1"), **provider("cerebras", cerebras, "m1")}
+        return serve(**{**rows, **settings})
+
+    return make
+
+
+def get(live, path, key=KEY, **query):
+    headers = {"Authorization": f"Bearer {key}"}
+    return live.session.get(live.url + path, params=query, headers=headers, timeout=10)
+
+
+def entries(live, **query):
+    return get(live, "/v1/logs", **query).json()["entries"]
+
+
+def test_a_failover_is_told_candidate_by_candidate(pair):
+    live = pair(failing_first(LIMITED))
+    answer = live.chat(messages=ASK)
+    why = get(live, f"/v1/why/{answer.headers['X-Request-ID']}").json()
+    first, second = why["attempts"]
+    assert (first["verdict"], first["status"], first["text"]) == ("rate_limited", 429, "slow down")
+    assert second["verdict"] == "ok" and second["label"] == answer.headers["X-Provider"] + "/m1"
+    assert [c["outcome"] for c in why["candidates"]] == ["rate_limited", "ok"]
+    assert all("rating" in c["why"] for c in why["candidates"])
+    assert (why["status"], why["http_status"], why["cascades"]) == ("success", 200, 1)
+    assert why["complexity"] in range(1, 6) and why["difficulty"]
+    assert why["prompt_tokens"] == 7 and why["completion_tokens"] == 3
+
+
+def test_what_rests_and_what_cannot_serve_is_told_as_well(pair):
+    live = pair(failing_first(LIMITED), CEREBRAS_SUPPORTS_TOOLS="0")
+    live.chat()
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    id = live.chat(tools=tools).headers["X-Request-ID"]
+    why = get(live, f"/v1/why/{id}").json()
+    assert {"candidate": "cerebras/m1", "why": "does not support tools"} in why["left_out"]
+
+
+def test_a_resting_candidate_is_skipped_with_its_reason(pair):
+    live = pair(failing_first(LIMITED), GROQ_MODEL="m1", ROUTE_PREFER="fit")
+    rested = live.chat().headers["X-Provider"]
+    other = {"groq": "cerebras", "cerebras": "groq"}[rested]
+    id = live.chat(model=f"{other}/m1").headers["X-Request-ID"]
+    why = get(live, f"/v1/why/{id}").json()
+    assert why["choice"] == "named provider/model" and why["asked"] == f"{other}/m1"
+    assert [line for line in why["skipped"] if line.startswith(f"{other}/m1: resting")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_entry_of_the_log(pair, stream):
+    live = pair(good())
+    assert live.chat(stream=stream, messages=ASK).content
+    until(lambda: entries(live), 5)
+    (entry,) = entries(live)
+    assert entry["endpoint"] == "chat" and entry["streaming"] is stream
+    assert entry["caller"] == router.key_tail(KEY) and entry["caller_name"] == "key1"
+    assert entry["status"] == "success" and entry["provider"] in ("groq", "cerebras")
+    assert (entry["prompt_tokens"], entry["completion_tokens"]) == (7, 3)
+    assert entry["latency_ms"] > 0 and (entry["ttft_ms"] is not None) is stream
+    assert entry["ts"].endswith("Z") and len(entry["ts"]) == 20
+
+
+def test_no_content_and_no_key_is_kept_anywhere(pair):
+    live = pair(
+        failing_first(Reply(500, {"error": {"message": "bad key sk-proj-a1b2c3d4e5f6g7h8i9j0"}}))
+    )
+    id = live.chat(messages=ASK).headers["X-Request-ID"]
+    texts = [get(live, path).text for path in ("/v1/logs", f"/v1/why/{id}", "/metrics")]
+    for text in texts:
+        assert SECRET not in text and "sk-proj-a1b2" not in text and KEY not in text
+
+
+def test_newest_first_filters_and_limits(pair):
+    live = pair(good())
+    for n in range(5):
+        live.session.post(
+            f"{live.url}/v1/chat/completions",
+            json={"messages": HELLO},
+            headers={"X-Request-ID": f"r{n}"},
+        )
+    live.session.post(f"{live.url}/v1/chat/completions", json={"messages": []})
+    assert [e["id"] for e in entries(live, limit=3, status="success")] == ["r4", "r3", "r2"]
+    assert len(entries(live, status="error")) == 1
+    assert entries(live, endpoint="messages") == []
+    assert len(entries(live, limit="x")) == 6
+    whole = get(live, "/v1/logs", limit=2).json()
+    assert (whole["buffer_size"], whole["stored"], whole["returned"]) == (500, 6, 2)
+
+
+@pytest.mark.parametrize("name", ["status", "endpoint"])
+def test_an_unknown_filter_names_what_there_is(pair, name):
+    answer = get(pair(good()), "/v1/logs", **{name: "nothing"})
+    assert answer.status_code == 400 and "error" in answer.json()
+    assert answer.json()["error"]["param"] == name
+    assert router.LOG_FILTERS[name][0] in answer.json()["error"]["message"]
+
+
+def test_errors_are_logged_even_before_the_request_is_understood(pair):
+    live = pair(good())
+    for body in (b"{", b'{"messages": "x"}', b"[]"):
+        live.session.post(f"{live.url}/v1/messages", data=body)
+    found = entries(live, endpoint="messages", status="error")
+    assert len(found) == 3 and {e["http_status"] for e in found} == {400}
+    live.session.post(f"{live.url}/v1/messages", data=b"{}", headers={"Authorization": "Bearer no"})
+    assert len(entries(live)) == 3  # strangers fill no log
+
+
+def test_callers_see_their_own_requests_and_admins_all(pair):
+    live = pair(good(), PROXY_API_KEYS=f"{KEY},second-key-of-a-guest")
+    own = live.chat().headers["X-Request-ID"]
+    headers = {"Authorization": "Bearer second-key-of-a-guest"}
+    url = f"{live.url}/v1/chat/completions"
+    theirs = live.session.post(url, json={"messages": HELLO}, headers=headers)
+    theirs = theirs.headers["X-Request-ID"]
+    guest = "second-key-of-a-guest"
+    assert [e["id"] for e in get(live, "/v1/logs", guest).json()["entries"]] == [theirs]
+    assert {e["id"] for e in entries(live)} == {own, theirs}
+    assert get(live, f"/v1/why/{own}", guest).status_code == 404
+    assert get(live, f"/v1/why/{theirs}").status_code == 200
+
+
+def test_the_ring_is_bounded_and_can_be_off(pair):
+    live = pair(good(), REQUEST_LOG_SIZE="2")
+    ids = [live.chat().headers["X-Request-ID"] for _ in range(4)]
+    assert [e["id"] for e in entries(live)] == ids[:1:-1]
+    assert get(live, f"/v1/why/{ids[0]}").status_code == 404
+    live = pair(good(), REQUEST_LOG_SIZE="-1")
+    live.chat()
+    assert get(live, "/v1/logs").json() == {
+        "buffer_size": 0, "stored": 0, "returned": 0, "entries": [],
+    }  # fmt: skip
+
+
+def test_one_id_used_twice_is_the_later_request():
+    traces = router.Traces(2)
+    made = [router.Trace(id, "chat", router.ITSELF, 0.0) for id in ("a", "a", "b")]
+    for trace in made:
+        traces.keep(trace)
+    assert traces.find("a") is made[1] and traces.find("b") is made[2]
+    traces.keep(router.Trace("c", "chat", router.ITSELF, 0.0))
+    assert traces.find("a") is None and len(traces.latest()) == 2
+
+
+def test_histograms_add_up_and_keep_prometheus_rules(pair):
+    live = pair(good())
+    for stream in (False, True, True):
+        assert live.chat(stream=stream).content
+    until(lambda: len(entries(live)) == 3, 5)
+    lines = get(live, "/metrics").text.splitlines()
+    name = "hermes_router_request_latency_seconds"
+    assert f"# TYPE {name} histogram" in lines
+    buckets = [
+        float(x.split()[-1]) for x in lines if x.startswith(f'{name}_bucket{{endpoint="chat"')
+    ]
+    assert buckets == sorted(buckets) and buckets[-1] == 3
+    assert f'{name}_count{{endpoint="chat"}} 3' in lines
+    first = [x for x in lines if x.startswith("hermes_router_time_to_first_token_seconds_count")]
+    assert sum(float(x.split()[-1]) for x in first) == 2
+
+
+def test_labels_of_a_histogram_are_bounded():
+    histogram = router.Histogram((1.0,))
+    for n in range(1000):
+        histogram.observe(f"provider {n}", 0.5)
+    assert len(histogram.series) <= histogram.MAX_LABELS + 1
+    assert sum(row[0] for row in histogram.series.values()) == 1000
+
+
+def test_the_log_file_has_a_line_per_request_and_is_private(tmp_path, monkeypatch):
+    config = router.Config.from_env({"HR_HOME": str(tmp_path), "LOG_PATH": "logs/router.log"})
+    monkeypatch.setattr(router.request_log, "propagate", True)
+    monkeypatch.setattr(router.request_log, "level", logging.NOTSET)
+    close = router.log_to_file(config)
+    router.Traces(1).keep(router.Trace("req_1", "chat", router.ITSELF, 0.0, asked="a\nb"))
+    router.log.warning("something else")
+    close()
+    path = tmp_path / "logs" / "router.log"
+    lines = path.read_text().splitlines()
+    assert len(lines) == 2 and "request req_1" in lines[0] and "cache_hit=False" in lines[0]
+    assert "something else" in lines[1]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_log_file_that_cannot_be_is_a_warning(tmp_path, caplog):
+    (tmp_path / "logs").write_text("a file where a folder should be")
+    config = router.Config.from_env({"HR_HOME": str(tmp_path), "LOG_PATH": "logs/router.log"})
+    router.log_to_file(config)()
+    assert "LOG_PATH" in caplog.text
+
+
+def test_a_client_that_left_is_cancelled(pair):
+    live = pair(Hang())
+    with pytest.raises(requests.Timeout):
+        live.session.post(
+            f"{live.url}/v1/chat/completions", json={"messages": HELLO}, headers=AUTH, timeout=0.3
+        )
+    until(lambda: entries(live, status="cancelled"), 5)
+    (entry,) = entries(live)
+    assert entry["http_status"] == 499
