@@ -1,8 +1,11 @@
 # docker build -t hermes-router .
 # docker run -p 127.0.0.1:8319:8319 -v hermes:/data -e GROQ_API_KEY hermes-router
+# For several machines: docker buildx build --platform linux/amd64,linux/arm64 -t ... --push .
 
 FROM python:3.12-slim AS build
+WORKDIR /build
 RUN python -m venv /opt/venv
+# hadolint ignore=DL3064  # a folder, no secret
 ENV PATH=/opt/venv/bin:$PATH TIKTOKEN_CACHE_DIR=/opt/tiktoken
 COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
@@ -15,12 +18,13 @@ RUN mkdir -p "$TIKTOKEN_CACHE_DIR" \
 FROM python:3.12-slim
 LABEL org.opencontainers.image.title="hermes-router" \
       org.opencontainers.image.licenses="MIT"
-# 1000 is the user that Hugging Face Spaces run as.
+# 1000 is the user that Hugging Face Spaces run as; Kubernetes believes only a number not to be root.
 RUN useradd --uid 1000 --create-home router \
     && install -d -o router -g router -m 700 /data
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/tiktoken /opt/tiktoken
 COPY LICENSE router.py /app/
+# hadolint ignore=DL3064  # a folder, no secret
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -29,7 +33,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PORT=8319 \
     HR_HOME=/data
 WORKDIR /app
-USER router
+USER 1000
 VOLUME /data
 EXPOSE 8319
 STOPSIGNAL SIGTERM
