@@ -12,41 +12,42 @@ Contents (each section uses only the ones above it):
                2. Providers        the provider table, and base URLs
                3. Models           rating, window, price and abilities of known models
                4. Config           every setting, read once from the environment
-               5. Tokens           how large a request is
-  LANGUAGES    6. Events           server-sent events as bytes, and where they end
-               7. Chat             the one shape used inside: parse, check, look at it
-               8. Replies          what a provider's answer holds: useful, empty, error, usage
-               9. Outgoing         the body a provider gets: the client's bytes with few edits
-              10. Hub              what every translation shares: an answer's opening, sealed values
-              11. Accents          chat answers of every provider made canonical
-              12. Quirks           chat bodies fitted to what each provider accepts
-              13. Messages in      Anthropic Messages as clients speak it
-              14. Messages out     Anthropic Messages as providers speak it
-              15. Responses in     OpenAI Responses as clients speak it
-              16. Responses out    OpenAI Responses as providers speak it
-              17. Completions      the older completions endpoint
-              18. Dialects         which dialect is read how, and events on their way to the client
-  MEMORY      19. Database         SQLite files: written in batches by a thread, read by anybody
-              20. Keys             which key may be used, per (key, model)
-              21. Accounts         subscriptions whose tokens are renewed
-              22. Breakers         which provider is resting
-              23. State            what of it survives a restart
-              24. Usage            what was asked, answered, failed and spent
-              25. Traces           what became of the latest requests, for logs, metrics and why
-              26. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   27. Difficulty       how hard is this request?
-              28. Plan             which candidates, in what order, and why
-              29. Verdicts         what an outcome means, and what rests for how long
-  ACTION      30. Transport        connections to providers, cut when nobody waits any more
-              31. Upstream         one attempt: send, wait for something useful, judge
-              32. Checks           keys that a provider called dead, asked again in the background
-              33. Router           plan, try, learn, answer
-  SURFACE     34. Status           what /v1/status, /v1/models and /metrics say
-              35. Endpoints        Flask: routes, auth, errors
-              36. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              37. Crash test       how these settings fare when providers misbehave
-              38. Documents        .env.example and the printed pages of docs/
-              39. Command line     serve, check, key, status, docs ...
+               5. Files            auth.json and .env: locked, read anew, written in one step
+               6. Tokens           how large a request is
+  LANGUAGES    7. Events           server-sent events as bytes, and where they end
+               8. Chat             the one shape used inside: parse, check, look at it
+               9. Replies          what a provider's answer holds: useful, empty, error, usage
+              10. Outgoing         the body a provider gets: the client's bytes with few edits
+              11. Hub              what every translation shares: an answer's opening, sealed values
+              12. Accents          chat answers of every provider made canonical
+              13. Quirks           chat bodies fitted to what each provider accepts
+              14. Messages in      Anthropic Messages as clients speak it
+              15. Messages out     Anthropic Messages as providers speak it
+              16. Responses in     OpenAI Responses as clients speak it
+              17. Responses out    OpenAI Responses as providers speak it
+              18. Completions      the older completions endpoint
+              19. Dialects         which dialect is read how, and events on their way to the client
+  MEMORY      20. Database         SQLite files: written in batches by a thread, read by anybody
+              21. Keys             which key may be used, per (key, model)
+              22. Accounts         subscriptions whose tokens are renewed
+              23. Breakers         which provider is resting
+              24. State            what of it survives a restart
+              25. Usage            what was asked, answered, failed and spent
+              26. Traces           what became of the latest requests, for logs, metrics and why
+              27. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   28. Difficulty       how hard is this request?
+              29. Plan             which candidates, in what order, and why
+              30. Verdicts         what an outcome means, and what rests for how long
+  ACTION      31. Transport        connections to providers, cut when nobody waits any more
+              32. Upstream         one attempt: send, wait for something useful, judge
+              33. Checks           keys that a provider called dead, asked again in the background
+              34. Router           plan, try, learn, answer
+  SURFACE     35. Status           what /v1/status, /v1/models and /metrics say
+              36. Endpoints        Flask: routes, auth, errors
+              37. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              38. Crash test       how these settings fare when providers misbehave
+              39. Documents        .env.example and the printed pages of docs/
+              40. Command line     serve, check, key, status, docs ...
 
 Rooms that later releases open: Limits, Cache and Registry after Usage, Catalog after Router,
 Dashboard after Status.
@@ -80,6 +81,8 @@ if __name__ == "__main__" and sys.argv[1:] in ([], ["serve"]) and hasattr(os, "m
 import argparse
 import base64
 import bisect
+import codecs
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -112,7 +115,7 @@ from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import SplitResult, urlsplit
 
 import flask
@@ -2148,48 +2151,598 @@ def read_headers(reader: SettingsReader, row: Provider) -> tuple[tuple[str, str]
     )
 
 
-def write_private(path: Path, text: str) -> None:
-    """Replace a file atomically, readable by its owner only (0600). OSError if that fails."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+# =============================================================================
+# 5. Files
+# =============================================================================
+
+# auth.json and .env are written by the router, by `hr` and by people. Whoever writes holds the
+# file's lock, reads it anew, changes only what is meant, and replaces it in one step.
+
+
+class FileProblem(Exception):
+    """A file cannot be read or written; the text names it, and the line and column at fault."""
+
+
+class BadValue(ValueError):
+    """A value that may not be stored; `field` names it, the text does not repeat a secret."""
+
+    def __init__(self, field: str, text: str) -> None:
+        super().__init__(text)
+        self.field, self.text = field, text
+
+
+class NoSuchEntry(BadValue):
+    """Nothing, or more than one thing, is meant by what was given."""
+
+
+class FileLock:
+    """Keeps every other writer of a file away, in this process and in others.
+
+    What is locked is a file beside it, `.auth.json.lock`, which stays there: were it removed,
+    two could hold it. Raises FileProblem when the lock is not had within `patience_s` seconds.
+    """
+
+    PATIENCE_S: ClassVar[float] = 10.0
+    PAUSE_S: ClassVar[float] = 0.01
+
+    def __init__(self, path: Path, patience_s: float = PATIENCE_S) -> None:
+        self.name = path.name
+        self.path = path.with_name(f".{path.name.lstrip('.')}.lock")
+        self._patience_s = patience_s
+        self._handle = -1
+
+    def __enter__(self) -> FileLock:
+        new = not self.path.exists()
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, stat.S_IRUSR | stat.S_IWUSR)
+        try:
+            if new:
+                give_to_owner(self.path, self.path.parent)
+            self._wait(handle)
+        except BaseException:
+            os.close(handle)
+            raise
+        self._handle = handle
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)  # which unlocks it
+
+    def _wait(self, handle: int) -> None:
+        end = time.monotonic() + self._patience_s
+        while not lock_at_once(handle):
+            if time.monotonic() >= end:
+                raise FileProblem(
+                    f"{self.name} is being written by another program for {self._patience_s:g} s;"
+                    f" nothing was changed (lock: {self.path.name})"
+                )
+            time.sleep(self.PAUSE_S)
+
+
+def lock_at_once(handle: int) -> bool:
+    """Lock an open file unless somebody else holds it; OSError where files cannot be locked."""
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def give_to_owner(path: Path, like: Path) -> None:
+    """What root writes (`sudo hr ...`) gets the owner of `like`, whose router must read it."""
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        owner = like.stat()
+        with suppress(PermissionError):  # root of a container without CAP_CHOWN
+            os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def write_private(path: Path, text: str | bytes) -> None:
+    """Replace a file atomically, readable by its owner only (0600). OSError if that fails."""
+    data = text.encode() if isinstance(text, str) else text
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, stat.S_IRUSR | stat.S_IWUSR)
+        give_to_owner(temporary, path if path.exists() else path.parent)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def sweep_left(path: Path, wall: float) -> None:
+    """Remove what a program that was killed while it wrote `path` left beside it."""
+    left = re.compile(re.escape(f".{path.name}.") + r"\w{8}")
+    with suppress(OSError):
+        for file in list(path.parent.iterdir()):
+            if left.fullmatch(file.name) and file.stat().st_mtime < wall - 3600:
+                file.unlink()
+
+
+def edit_file(path: Path, change: Callable[[bytes], bytes]) -> bool:
+    """Under its lock, replace a file's content by what `change` makes of it; was it changed?
+
+    A missing file is an empty one, its folder is made. A link stays one. FileProblem if that
+    fails; the file is as it was then.
+    """
+    try:
+        real = path.resolve()
+        real.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with FileLock(real):
+            sweep_left(real, time.time())
+            old = real.read_bytes() if real.exists() else b""
+            new = change(old)
+            if new != old:
+                write_private(real, new)
+            return new != old
+    except OSError as error:
+        raise FileProblem(f"{path.name} cannot be written: {told_error(error)}") from error
+    except RuntimeError as error:  # Python < 3.13: links in a ring
+        raise FileProblem(f"{path.name} cannot be written: {error}") from error
+
+
+def told_error(error: OSError) -> str:
+    """What an OSError says, without a path; some with the way out."""
+    text = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.EBUSY:
+        text += " (if it is mounted into a container by itself, mount its folder instead)"
+    return text
+
+
+# -- JSON ------------------------------------------------------------------------
+
+Made = TypeVar("Made")
+
+
+def edit_json(path: Path, change: Callable[[Json], Made]) -> Made:
+    """Let `change` edit the object in a JSON file, read anew under its lock; what it returned.
+
+    Members that `change` does not touch stay. A file that holds something else than an object
+    is never written: FileProblem names line and column, and a copy is kept beside it.
+    """
+    made: list[Made] = []
+
+    def rewrite(old: bytes) -> bytes:
+        document = read_object(path, old)
+        before = file_bytes(document)
+        made.append(change(document))
+        after = file_bytes(document)
+        return old if after == before else after
+
+    edit_file(path, rewrite)
+    return made[0]
+
+
+def file_bytes(document: Json) -> bytes:
+    """As it stands in a file: two spaces of indent and a newline at the end."""
+    try:
+        return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
+        return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def read_object(path: Path, data: bytes) -> Json:
+    """The object that `data`, the content of `path`, holds; an empty file holds an empty one."""
+    if not data.strip():
+        return {}
+    try:
+        return parse_object(data)
+    except ValueError as error:
+        copy = keep_copy(path, data)
+        kept = f", a copy is in {copy}" if copy else ""
+        raise FileProblem(
+            f"{path.name} cannot be used: {error}; it was left as it is{kept}"
+        ) from None
+
+
+def parse_object(data: bytes) -> Json:
+    """The JSON object in the bytes of a file; ValueError says where it is broken."""
+    try:
+        document = json.loads(data.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        before = data[: error.start].split(b"\n")
+        place = f"line {len(before)}, column {len(before[-1]) + 1}"
+        raise ValueError(f"{place}: not UTF-8") from None
+    except RecursionError:
+        raise ValueError("line 1, column 1: it is nested too deeply") from None
+    if not isinstance(document, dict):
+        raise ValueError("line 1, column 1: expected an object, {...}")
+    return document
+
+
+def keep_copy(path: Path, data: bytes) -> str:
+    """Put a broken file's content beside it, once; the copy's name, "" if that fails."""
+    mark = hashlib.sha256(data).hexdigest()[:8]
+    try:
+        real = path.resolve()
+        copy = real.with_name(f"{real.name}.broken-{mark}")
+        if not copy.exists():
+            write_private(copy, data)
+    except OSError as error:
+        log.warning("no copy of %s could be kept: %s", path.name, told_error(error))
+        return ""
+    return copy.name
+
+
+# -- .env ------------------------------------------------------------------------
+
+
+def edit_env(
+    path: Path,
+    changes: Mapping[str, str | None],
+    unless: Callable[[str], object] = lambda _: False,
+) -> bool:
+    """Set lines of a .env file, or remove them (None); every other line stays. Was it changed?
+
+    A name whose value is good already, says `unless`, keeps it. Raises BadValue for what no
+    line can hold, FileProblem when the file cannot be written.
+    """
+    texts = {name: env_text(name, value) for name, value in changes.items()}
+
+    def rewrite(old: bytes) -> bytes:
+        mark = codecs.BOM_UTF8 if old.startswith(codecs.BOM_UTF8) else b""
+        lines = old[len(mark) :].decode("utf-8", "surrogateescape").splitlines(keepends=True)
+        for name, text in texts.items():
+            if not any(unless(value) for _, value in env_values(lines, name)):
+                lines = with_env_line(lines, name, text)
+        return mark + "".join(lines).encode("utf-8", "surrogateescape")
+
+    return edit_file(path, rewrite)
+
+
+def env_text(name: str, value: str | None) -> str | None:
+    """How a value is written so that `read_dotenv` gives it back; None stays None."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise BadValue(name, "a name has only letters, digits and underscores")
+    if value is None:
+        return None
+    if value.splitlines() not in ([], [value]) or "\0" in value:
+        raise BadValue(name, f"{name} must be one line of text")
+    if not is_unicode(value):
+        raise BadValue(name, f"{name} must be Unicode text")
+    for text in (value, f'"{value}"', f"'{value}'"):
+        if parse_dotenv_line(f"{name}={text}") == (name, value):
+            return text
+    raise BadValue(name, f"{name} must not hold both kinds of quotation marks")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it: half of a surrogate pair is none."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def env_values(lines: Sequence[str], name: str) -> Iterator[tuple[int, str]]:
+    """(place, value) of every line that sets a name."""
+    for at, line in enumerate(lines):
+        pair = parse_dotenv_line(line)
+        if pair and pair[0] == name:
+            yield at, pair[1]
+
+
+def with_env_line(lines: Sequence[str], name: str, text: str | None) -> list[str]:
+    """The lines with a name set once, where it stood first or at the end; None = nowhere."""
+    places = [at for at, _ in env_values(lines, name)]
+    end = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
+    made = list(lines)
+    if text is not None and places:
+        old = made[places[0]]
+        before = "export " if old.lstrip().startswith("export ") else ""
+        ending = old[len(old.rstrip("\r\n")) :]
+        made[places.pop(0)] = f"{before}{name}={text}{env_remark(old)}{ending}"
+    elif text is not None:
+        if made and not made[-1].endswith(("\n", "\r")):
+            made[-1] += end
+        made.append(f"{name}={text}{end}")
+    return [line for at, line in enumerate(made) if at not in places]
+
+
+def env_remark(line: str) -> str:
+    """The comment at the end of a line, with the blank before it."""
+    value = line.partition("=")[2].strip()
+    if value[:1] in {"'", '"'}:
+        end = value.find(value[0], 1)
+        value = value[end + 1 :] if end > 0 else ""
+    remark = re.search(r"(?:^|\s)#.*", value)
+    return " " + remark[0].strip() if remark else ""
+
+
+# -- auth.json -------------------------------------------------------------------
+
+MAX_CALLER_NAME: Final = 80  # characters of a caller's name
+MAX_KEY: Final = 8192
+MAX_LIMIT: Final = 10**15
+CALLER_LIMITS: Final = {
+    "rpm": int,
+    "req_per_day": int,
+    "tokens_per_day": int,
+    "cost_per_day": float,
+}
+
+
+def key_tail(key: str) -> str:
+    """What people may see of a key."""
+    return key[-6:] if len(key) > 12 else "*" * len(key[-3:])
+
+
+class Added(NamedTuple):
+    provider: str
+    added: bool
+    duplicate: bool
+    total: int  # keys of the provider in the file
+
+
+def key_provider(name: object) -> Provider:
+    """The provider of this name or alias, which takes keys; BadValue for any other."""
+    row = provider_named(name) if isinstance(name, str) else None
+    if row is None:
+        raise BadValue("provider", "unknown provider: " + shown_name(name))
+    if row.accounts:
+        raise BadValue("provider", f"{row.name} has no keys: import its accounts instead")
+    return row
+
+
+def shown_name(value: object) -> str:
+    """A value from outside, short and printable."""
+    text = value if isinstance(value, str) else type(value).__name__
+    return "".join(filter(str.isprintable, text))[:MAX_CALLER_NAME] or "(empty)"
+
+
+def check_key(field: str, key: object) -> str:
+    """A key without blanks around it; BadValue if no header could carry it."""
+    text = key.strip() if isinstance(key, str) else ""
+    if not text:
+        raise BadValue(field, f"{field} must be a text that is not empty")
+    if len(text) > MAX_KEY or not re.fullmatch(r"[!-~]+", text):
+        raise BadValue(
+            field, f"{field} must be one word of at most {MAX_KEY} printable ASCII letters"
+        )
+    return text
+
+
+def member_of(document: Json, name: str, kind: type[Made], place: str = "auth.json") -> Made:
+    """A member that is a `kind`, made if it is missing; BadValue if it is something else."""
+    value = document.setdefault(name, kind())
+    if not isinstance(value, kind):
+        what = "a list" if issubclass(kind, list) else "an object"
+        raise BadValue(name, f"{place}: {name} must be {what}; mend it by hand")
+    return value
+
+
+def key_lists(document: Json, row: Provider) -> list[list[Any]]:
+    """The lists of an auth.json that hold a provider's keys, under its name and its aliases."""
+    stored = document.get("providers")
+    stored = stored if isinstance(stored, dict) else {}
+    found = (stored.get(name) for name in (row.name, *row.aliases))
+    return [keys for keys in found if isinstance(keys, list)]
+
+
+def stored_keys(document: Json, row: Provider) -> list[str]:
+    """A provider's keys in an auth.json, each once."""
+    texts = (key for keys in key_lists(document, row) for key in keys if isinstance(key, str))
+    return list(dict.fromkeys(key.strip() for key in texts if key.strip()))
+
+
+def add_provider_key(document: Json, provider: object, key: object) -> Added:
+    """Put a key into an auth.json, unless it is there."""
+    row, text = key_provider(provider), check_key("key", key)
+    duplicate = text in stored_keys(document, row)
+    if not duplicate:
+        keys = member_of(member_of(document, "providers", dict), row.name, list)
+        keys[:] = [old for old in keys if not isinstance(old, str) or old.strip()]
+        keys.append(text)
+    return Added(row.name, not duplicate, duplicate, len(stored_keys(document, row)))
+
+
+def remove_provider_key(document: Json, provider: object, which: str) -> str:
+    """Take a key out of an auth.json: the one with this tail or id, or itself. Its tail."""
+    row = key_provider(provider)
+    key = find_secret(stored_keys(document, row), which, f"{row.name} key in auth.json")
+    for keys in key_lists(document, row):
+        keys[:] = [old for old in keys if not isinstance(old, str) or old.strip() != key]
+    return key_tail(key)
+
+
+def find_secret(keys: Iterable[str], which: str, what: str) -> str:
+    """The one secret that ends in `which`, has it as its id, or is it; NoSuchEntry otherwise."""
+    known, which = dict.fromkeys(keys), which.strip()
+    exact = [key for key in known if which in (key, caller_id(key))]
+    found = exact or [key for key in known if len(which) >= 4 and key.endswith(which)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ids = ", ".join(caller_id(key) for key in found[:5])
+        raise NoSuchEntry("key", f"{len(found)} {what}s end in this: say which by id ({ids})")
+    hint = "" if len(which) >= 4 else "; give at least its last 4 characters"
+    raise NoSuchEntry("key", f"no {what} ends in this{hint}")
+
+
+def check_caller(values: Mapping[str, object]) -> Json:
+    """What may be said of a proxy key, checked; None takes a member away.
+
+    Members: name, admin, allowed_providers, and CALLER_LIMITS. BadValue names the one at fault.
+    """
+    checks: dict[str, Callable[[str, object], Any]] = {
+        "name": check_name,
+        "admin": check_flag,
+        "allowed_providers": check_providers,
+        **dict.fromkeys(CALLER_LIMITS, check_limit),
+    }
+    for name in values:
+        if name not in checks:
+            raise BadValue(shown_name(name), f"unknown member: {shown_name(name)}")
+    return {
+        name: None if value is None else checks[name](name, value) for name, value in values.items()
+    }
+
+
+def check_name(field: str, value: object) -> str:
+    if not isinstance(value, str) or len(value.strip()) > MAX_CALLER_NAME:
+        raise BadValue(field, f"{field} must be a text of at most {MAX_CALLER_NAME} characters")
+    if not value.strip().isprintable():
+        raise BadValue(field, f"{field} must hold printable characters only")
+    return value.strip()
+
+
+def check_flag(field: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise BadValue(field, f"{field} must be true or false")
+    return value
+
+
+def check_providers(field: str, value: object) -> list[str]:
+    if not isinstance(value, list):
+        raise BadValue(field, f"{field} must be a list of provider names")
+    rows = [(name, provider_named(name) if isinstance(name, str) else None) for name in value]
+    for name, row in rows:
+        if row is None:
+            raise BadValue(field, f"{field}: unknown provider: {shown_name(name)}")
+    return list(dict.fromkeys(row.name for _, row in rows if row))
+
+
+def check_limit(field: str, value: object) -> int | float:
+    kind, word = (
+        CALLER_LIMITS[field],
+        "a whole number" if CALLER_LIMITS[field] is int else "a number",
+    )
+    fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not fits or not 0 <= cast(float, value) <= MAX_LIMIT:
+        raise BadValue(field, f"{field} must be {word} from 0 (no limit) to {MAX_LIMIT}")
+    return cast(float, value)
+
+
+def set_members(row: Json, values: Json) -> None:
+    """Lay checked values over a row: what is None, or an empty name or list, goes."""
+    for name, value in values.items():
+        if value is None or value in ("", []):
+            row.pop(name, None)
+        else:
+            row[name] = value
+
+
+def add_proxy_key(document: Json, values: Mapping[str, object], key: str = "") -> str:
+    """Put a key for callers into an auth.json, a new one unless it is given; the key."""
+    checked = check_caller(values)
+    rows = member_of(document, "proxy_keys", dict)
+    key = check_key("key", key) if key else new_proxy_key()
+    if key in rows:
+        raise BadValue("key", "this key is there already")
+    rows[key] = {}
+    set_members(rows[key], checked)
+    return key
+
+
+def new_proxy_key() -> str:
+    return "sk-router-" + secrets.token_urlsafe(24)
+
+
+def update_proxy_key(
+    document: Json, which: str, values: Mapping[str, object], others: Iterable[str] = ()
+) -> str:
+    """Change what an auth.json says of a key for callers: by tail, id or itself; the key.
+
+    `others` are keys that stand elsewhere (.env): one of them gets a row here.
+    """
+    checked = check_caller(values)
+    rows = member_of(document, "proxy_keys", dict)
+    key = find_secret([*rows, *others], which, "proxy key")
+    set_members(member_of(rows, key, dict, "auth.json: proxy_keys"), checked)
+    return key
+
+
+def revoke_proxy_key(document: Json, which: str, others: Iterable[str] = ()) -> str:
+    """Take a key for callers out of an auth.json: by tail, id or itself; the key.
+
+    A key of `others` has to be taken out of where it stands, too.
+    """
+    rows = member_of(document, "proxy_keys", dict)
+    key = find_secret([*rows, *others], which, "proxy key")
+    rows.pop(key, None)
+    return key
+
+
+def upsert_account(document: Json, row: Json) -> bool:
+    """Put a ChatGPT account into an auth.json, in any form that is read; was it new?
+
+    The rows of an account that is there get the new tokens and keep all else.
+    """
+    account = read_account(row)
+    if account is None:
+        raise BadValue("codex_accounts", "the sign-in has no refresh_token or no account_id")
+    identity = token_holder(row).get("id_token")
+    same = [old for old in account_rows(document) if account_id_of(old) == account.id]
+    for old in same:
+        store_tokens(old, account, identity)
+    if not same:
+        accounts = member_of(document, "codex_accounts", list)
+        accounts[:] = [old for old in accounts if not is_blank_account(old)]
+        fresh: Json = {"account_id": account.id}
+        store_tokens(fresh, account, identity)
+        accounts.append(fresh)
+    return not same
+
+
+def account_id_of(row: Json) -> str:
+    account = read_account(row)
+    return account.id if account else ""
+
+
+def is_blank_account(row: object) -> bool:
+    """As in auth.example.json: to be filled in."""
+    return isinstance(row, dict) and not any(
+        row.get(name) for name in ("account_id", "access_token", "refresh_token", "tokens")
+    )
+
+
+def store_tokens(row: Json, account: Account, identity: object) -> None:
+    """Put an account's tokens into its row, in the form the row has."""
+    holder = token_holder(row)
+    holder["access_token"] = account.access_token
+    holder["refresh_token"] = account.refresh_token
+    if "id_token" in holder and isinstance(identity, str):
+        holder["id_token"] = identity
+    row["last_refresh"] = account.last_refresh
+
+
+# -- the first key ---------------------------------------------------------------
 
 
 def with_proxy_key(config: Config) -> tuple[Config, str]:
     """The configuration with at least one caller key, and the key that was made ("" = none).
 
     A new key is written to the .env file; where that cannot be written it lives until the
-    process ends, with a warning.
+    process ends, with a warning. Of two that start at once, one makes the key for both.
     """
     if config.proxy_keys or config.auth_mode == "open":
         return config, ""
-    key = "sk-router-" + secrets.token_urlsafe(24)
-    warnings = config.warnings
+    key = new_proxy_key()
     try:
-        config.home.mkdir(parents=True, exist_ok=True)
-        old = config.env_file.read_text(encoding="utf-8") if config.env_file.exists() else ""
-        kept = [
-            x for x in old.splitlines() if (parse_dotenv_line(x) or ("",))[0] != "PROXY_API_KEYS"
-        ]
-        write_private(config.env_file, "\n".join([*kept, f"PROXY_API_KEYS={key}"]) + "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        warnings = (
-            *warnings,
-            f"the new key could not be written to {config.env_file.name}: {error}",
-        )
-    return replace(config, proxy_keys=(key,), warnings=warnings), key
+        edit_env(config.env_file, {"PROXY_API_KEYS": key}, usable_keys)
+    except FileProblem as problem:
+        warning = f"the new key could not be written: {problem}"
+        return replace(config, proxy_keys=(key,), warnings=(*config.warnings, warning)), key
+    kept = usable_keys(read_dotenv(config.env_file).get("PROXY_API_KEYS"))
+    return replace(config, proxy_keys=kept), key if key in kept else ""
+
+
+def usable_keys(text: str | None) -> tuple[str, ...]:
+    """The keys of a comma list, without those that stand in examples."""
+    return tuple(key for key in split_list(text) if key not in PLACEHOLDER_KEYS)
 
 
 # =============================================================================
-# 5. Tokens
+# 6. Tokens
 # =============================================================================
 
 # Bytes of JSON body per token of o200k_base: dense scripts and base64-like text, English prose with
@@ -2339,7 +2892,7 @@ class Encoder:
 
 
 # =============================================================================
-# 6. Events
+# 7. Events
 # =============================================================================
 
 # WHATWG server-sent events: lines end in LF, CRLF or CR; a blank line ends an event; the
@@ -2419,7 +2972,7 @@ def dump_json(value: object) -> bytes:
 
 
 # =============================================================================
-# 7. Chat
+# 8. Chat
 # =============================================================================
 
 MAX_NESTING = 100  # lists and objects inside one another; real requests stay below 20
@@ -2850,7 +3403,7 @@ def wants_json(chat: Mapping[str, Any]) -> bool:
 
 
 # =============================================================================
-# 8. Replies
+# 9. Replies
 # =============================================================================
 
 # Where a chat message or a delta may carry something worth having (docs/architecture.md:
@@ -3482,7 +4035,7 @@ def chunks_from_reply(reply: Json) -> list[Json]:
 
 
 # =============================================================================
-# 9. Outgoing
+# 10. Outgoing
 # =============================================================================
 
 DROP: Final = object()  # an edit that removes a member
@@ -3545,7 +4098,7 @@ def output_edits(body: Json, reserve: int, ceiling: int) -> dict[str, object]:
 
 
 # =============================================================================
-# 10. Hub
+# 11. Hub
 # =============================================================================
 
 SEAL: Final = "hr1."
@@ -3579,7 +4132,7 @@ def unseal(text: str) -> tuple[str, str]:
 
 
 # =============================================================================
-# 11. Accents
+# 12. Accents
 # =============================================================================
 
 # Every OpenAI-compatible provider speaks Chat with an accent. A ChatReader takes all of them;
@@ -4554,7 +5107,7 @@ def is_odd_call(call: Any, whole: bool) -> bool:
 
 
 # =============================================================================
-# 12. Quirks
+# 13. Quirks
 # =============================================================================
 
 
@@ -6216,7 +6769,7 @@ def named_choice(choice: Json, custom: bool) -> object:
 
 
 # =============================================================================
-# 13. Messages in
+# 14. Messages in
 # =============================================================================
 
 # The client's side of Anthropic Messages (platform.claude.com/docs/en/api/messages and what Claude
@@ -7543,7 +8096,7 @@ def count_all_tokens(chat: Json, encoder: Encoder | None = None) -> int:
 
 
 # =============================================================================
-# 14. Messages out
+# 15. Messages out
 # =============================================================================
 
 # The provider side of Anthropic Messages. What the API answers 400 to is written down as an
@@ -9014,7 +9567,7 @@ def events_of(reply: Json) -> Iterator[Json]:
 
 
 # =============================================================================
-# 15. Responses in
+# 16. Responses in
 # =============================================================================
 
 JSON_TEXT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -10702,7 +11255,7 @@ def unknown_response(own: str) -> BadRequest:
 
 
 # =============================================================================
-# 16. Responses out
+# 17. Responses out
 # =============================================================================
 
 # OpenAI's Responses API and Codex (the same wire under a ChatGPT plan), as providers.
@@ -11561,7 +12114,7 @@ def is_sealed_item(item: object) -> bool:
 
 
 # =============================================================================
-# 17. Completions
+# 18. Completions
 # =============================================================================
 
 # The legacy endpoint, for clients that still ask for text_completion: the prompt becomes one
@@ -11703,7 +12256,7 @@ class CompletionsWriter:
 
 
 # =============================================================================
-# 18. Dialects
+# 19. Dialects
 # =============================================================================
 
 
@@ -12702,7 +13255,7 @@ def masked(data: bytes, secret: bytes) -> bytes:
 
 
 # =============================================================================
-# 19. Database
+# 20. Database
 # =============================================================================
 
 
@@ -12843,7 +13396,7 @@ class Database:
 
 
 # =============================================================================
-# 20. Keys
+# 21. Keys
 # =============================================================================
 
 # Rests that a last round may overlook when nothing else is left: guesses about health,
@@ -12879,11 +13432,6 @@ class Lease(NamedTuple):
 class Rest(NamedTuple):
     until: float  # on the pool's clock
     why: str
-
-
-def key_tail(key: str) -> str:
-    """What people may see of a key."""
-    return key[-6:] if len(key) > 12 else "*" * len(key[-3:])
 
 
 class KeyPool:
@@ -13049,7 +13597,7 @@ class KeyPool:
 
 
 # =============================================================================
-# 21. Accounts
+# 22. Accounts
 # =============================================================================
 
 # ChatGPT accounts that Codex runs on, signed in elsewhere (`codex login`): an access token
@@ -13091,8 +13639,8 @@ def token_end(token: str) -> float:
 class Accounts:
     """The access token of each account, renewed by one thread while the others wait.
 
-    One lock, for the dictionaries and the rare rewrite of auth.json; never held while the
-    token endpoint is asked. `post` may raise what the transport raises; `wall` gives unix
+    One lock, for the dictionaries: not held while the token endpoint is asked, nor while
+    auth.json is written. `post` may raise what the transport raises; `wall` gives unix
     seconds.
     """
 
@@ -13162,9 +13710,12 @@ class Accounts:
 
     def _from_file(self, id: str) -> str:
         """The token of a newer sign-in, if auth.json holds one since it was last read."""
+        try:
+            found = read_accounts(parse_object(self._path.read_bytes()))
+        except (OSError, ValueError):  # told when the new tokens cannot be written
+            found = ()
         with self._lock:
-            document, _ = self._read_file()
-            for account in read_accounts(document):
+            for account in found:
                 if account.id == id and account.refresh_token != self._stored[id]:
                     self._keep(account, token_end(account.access_token))
                     self._stored[id] = account.refresh_token
@@ -13196,44 +13747,40 @@ class Accounts:
         rotated = answer.get("refresh_token")
         rotated = rotated if isinstance(rotated, str) and rotated else old.refresh_token
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+        account = Account(id, rotated, token, stamp)
         with self._lock:
-            self._keep(Account(id, rotated, token, stamp), end)
-            self._save(id, answer.get("id_token"))
+            self._keep(account, end)
+        self._save(account, answer.get("id_token"))
         return token
 
-    def _read_file(self) -> tuple[Json, str]:
-        """(what auth.json holds now, "" or why it cannot be used)."""
-        try:
-            document = json.loads(self._path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
-            return {}, type(error).__name__
-        return (document, "") if isinstance(document, dict) else ({}, "it holds no object")
-
-    def _save(self, id: str, identity: object) -> None:
+    def _save(self, account: Account, identity: object) -> None:
         """Put new tokens into the account's rows of auth.json, read anew: all else stays.
 
         A row that meanwhile got another refresh token is newer than ours and is left alone, as
-        is a file that is gone or broken; the tokens then live until the process ends.
+        is a file that is gone or broken; the tokens then live until the process ends. One thread
+        at a time does this for an account: the one that renews it.
         """
-        account, (document, problem) = self._accounts[id], self._read_file()
-        rows = [row for row in account_rows(document) if is_row_of(row, id, self._stored[id])]
-        for row in rows:
-            holder = token_holder(row)
-            holder["access_token"] = account.access_token
-            holder["refresh_token"] = account.refresh_token
-            if "id_token" in holder and isinstance(identity, str):
-                holder["id_token"] = identity
-            row["last_refresh"] = account.last_refresh
+        with self._lock:
+            stored = self._stored[account.id]
+
+        def change(document: Json) -> bool:
+            rows = [r for r in account_rows(document) if is_row_of(r, account.id, stored)]
+            for row in rows:
+                store_tokens(row, account, identity)
+            return bool(rows)
+
         try:
-            if rows:
-                text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-                write_private(self._path.resolve(), text)
-                self._stored[id] = account.refresh_token
-        except (OSError, ValueError) as error:  # ValueError: half a surrogate pair in a text
-            problem = type(error).__name__
-        if problem:
-            name, tail = self._path.name, key_tail(id)
-            log.error("%s: new tokens of codex account %s not stored: %s", name, tail, problem)
+            if not self._path.exists():
+                raise FileProblem(f"{self._path.name} is gone")
+            kept = edit_json(self._path, change)
+        except FileProblem as problem:
+            log.error(
+                "new tokens of codex account %s not stored: %s", key_tail(account.id), problem
+            )
+            return
+        if kept:
+            with self._lock:
+                self._stored[account.id] = account.refresh_token
 
 
 def is_row_of(row: Json, id: str, refresh_token: str) -> bool:
@@ -13316,7 +13863,7 @@ def finite_number(value: object) -> float | None:
 
 
 # =============================================================================
-# 22. Breakers
+# 23. Breakers
 # =============================================================================
 
 
@@ -13479,7 +14026,7 @@ class Breakers:
 
 
 # =============================================================================
-# 23. State
+# 24. State
 # =============================================================================
 
 STATE_MARK: Final = "hermes_router_state"  # a member that holds the version of the file's form
@@ -13614,7 +14161,7 @@ class StateFile:
             return
         try:
             self._path = self._path.resolve()  # a link stays one
-            self._sweep(self._path)
+            sweep_left(self._path, self._wall())
             document = self._read(self._path)
             rests, circuits = self._restore(document)
         except (FileNotFoundError, NotADirectoryError):
@@ -13625,14 +14172,6 @@ class StateFile:
         self._kept = self._seen()
         if rests or circuits:
             log.info("%s: %d rests, %d breakers go on", self._path.name, rests, circuits)
-
-    def _sweep(self, path: Path) -> None:
-        """Remove what a router that was killed while writing left beside the file."""
-        left = re.compile(re.escape(f".{path.name}.") + r"\w{8}")
-        with suppress(OSError):
-            for file in list(path.parent.iterdir()):
-                if left.fullmatch(file.name) and file.stat().st_mtime < self._wall() - 3600:
-                    file.unlink()
 
     def _read(self, path: Path) -> Json:
         """The document; ValueError when it is none of ours."""
@@ -13719,7 +14258,7 @@ class StateFile:
 
 
 # =============================================================================
-# 24. Usage
+# 25. Usage
 # =============================================================================
 
 
@@ -13786,7 +14325,7 @@ class Usage:
 
 
 # =============================================================================
-# 25. Traces
+# 26. Traces
 # =============================================================================
 
 LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -13879,7 +14418,7 @@ def trace_line(trace: Trace) -> str:
 
 
 # =============================================================================
-# 26. Lessons
+# 27. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -14710,7 +15249,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 27. Difficulty
+# 28. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -14839,7 +15378,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 28. Plan
+# 29. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -15191,7 +15730,7 @@ class Directory:
 
 
 # =============================================================================
-# 29. Verdicts
+# 30. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -15583,7 +16122,7 @@ def next_sunday(date: datetime) -> float:
 
 
 # =============================================================================
-# 30. Transport
+# 31. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -16156,7 +16695,7 @@ class Transport:
 
 
 # =============================================================================
-# 31. Upstream
+# 32. Upstream
 # =============================================================================
 
 MAX_HELD_BYTES: Final = 1 << 20  # of a stream before its first useful event
@@ -16698,7 +17237,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 32. Checks
+# 33. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -16897,7 +17436,7 @@ class KeyChecks:
 
 
 # =============================================================================
-# 33. Router
+# 34. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -17649,7 +18188,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 34. Status
+# 35. Status
 # =============================================================================
 
 
@@ -17986,7 +18525,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 35. Endpoints
+# 36. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -18495,7 +19034,7 @@ def crash(router: Router, error: Exception) -> flask.Response:
 
 
 # =============================================================================
-# 36. Server
+# 37. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -18939,7 +19478,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 37. Crash test
+# 38. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -19725,7 +20264,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 38. Documents
+# 39. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -19889,7 +20428,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 39. Command line
+# 40. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
