@@ -42,12 +42,13 @@ Contents (each section uses only the ones above it):
               32. Upstream         one attempt: send, wait for something useful, judge
               33. Checks           keys that a provider called dead, asked again in the background
               34. Router           plan, try, learn, answer
-  SURFACE     35. Status           what /v1/status, /v1/models and /metrics say
-              36. Endpoints        Flask: routes, auth, errors
-              37. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              38. Crash test       how these settings fare when providers misbehave
-              39. Documents        .env.example and the printed pages of docs/
-              40. Command line     serve, check, key, status, docs ...
+              35. Reload           changed settings taken over while requests go on
+  SURFACE     36. Status           what /v1/status, /v1/models and /metrics say
+              37. Endpoints        Flask: routes, auth, errors
+              38. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              39. Crash test       how these settings fare when providers misbehave
+              40. Documents        .env.example and the printed pages of docs/
+              41. Command line     serve, check, key, status, docs ...
 
 Rooms that later releases open: Limits, Cache and Registry after Usage, Catalog after Router,
 Dashboard after Status.
@@ -1444,7 +1445,8 @@ def setting(default: Any, env: str, group: str, help: str, **extra: Any) -> Any:
     """One row of the settings table; the field's annotation says how the text is read.
 
     `also` names older variables that are read when `env` is unset, `low`/`high` bound a
-    number, `choices` lists the words allowed, `blank` lets an empty text stand.
+    number, `choices` lists the words allowed, `blank` lets an empty text stand, `restart` says
+    that a running router cannot change it.
     """
     shown = not extra.get("secret", False)
     row = {"env": env, "group": group, "help": help, **extra}
@@ -1512,8 +1514,12 @@ ITSELF: Final = Caller("router", "router")  # the router asks for reasons of its
 class Config:
     """Every setting. `from_env` is the only reader of the environment."""
 
-    host: str = setting("127.0.0.1", "HOST", "Server", "address to bind; 0.0.0.0 = every interface")
-    port: int = setting(8319, "PORT", "Server", "port to listen on; 0 = any free one", high=65535)
+    host: str = setting(
+        "127.0.0.1", "HOST", "Server", "address to bind; 0.0.0.0 = every interface", restart=True
+    )
+    port: int = setting(
+        8319, "PORT", "Server", "port to listen on; 0 = any free one", high=65535, restart=True
+    )
     proxy_keys: tuple[str, ...] = setting(
         (),
         "PROXY_API_KEYS",
@@ -1552,6 +1558,7 @@ class Config:
         "LOG_PATH",
         "Files",
         "file that gets a line per request as well, a new one each day, 7 kept (HR_HOME)",
+        restart=True,
     )
     request_log_size: int = setting(
         500,
@@ -1571,6 +1578,7 @@ class Config:
         "rests, dead keys and breakers, kept over a restart (HR_HOME); set to nothing = not kept",
         also=("STATE_FILE",),
         blank=True,
+        restart=True,
     )
     models_file: str = setting(
         "models.json", "MODELS_FILE", "Files", "JSON file that adds or overrides model rows"
@@ -1585,6 +1593,7 @@ class Config:
         "threads kept when idle; more start on demand",
         low=1,
         high=512,
+        restart=True,
     )
     max_streams: int = setting(
         1000,
@@ -1726,6 +1735,8 @@ class Config:
     home: Path = Path(".")
     env_file: Path = Path(".env")
     warnings: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()  # files that are there but cannot be read, and why
+    given: Mapping[str, str] = field(default_factory=dict, repr=False)  # the environment read
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Config:
@@ -1745,8 +1756,7 @@ class Config:
         rows = read_key_rows(auth)
         known = (*values["proxy_keys"], *rows, *values["admin_keys"])
         values["proxy_keys"] = tuple(dict.fromkeys(k for k in known if k not in PLACEHOLDER_KEYS))
-        if values["auth_mode"] == "open" and values["host"] not in LOOPBACK:
-            reader.problems.append("AUTH_MODE=open needs a loopback HOST (127.0.0.1)")
+        reader.problems += open_to_all(values["auth_mode"], values["host"])
         reader.warnings += [
             f"MODEL_ALIASES: {row!r} is not pattern=provider/model"
             for row in values["model_aliases"]
@@ -1764,7 +1774,18 @@ class Config:
             home=home,
             env_file=env_file,
             warnings=tuple(reader.warnings),
+            broken=tuple(reader.broken),
+            given=MappingProxyType(dict(given)),
         )
+
+    @property
+    def auth_path(self) -> Path:
+        return self.home / Path(self.auth_file).expanduser()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What people and programs edit while the router runs."""
+        return self.env_file, self.auth_path, self.home / Path(self.models_file).expanduser()
 
     @property
     def callers(self) -> tuple[Caller, ...]:
@@ -1777,10 +1798,37 @@ class Config:
                 id=caller_id(key),
                 key=key,
                 scope=read_scope(row.get("allowed_providers")),
-                admin=key in admins if admins else n == 1,
+                admin=key in admins if admins else n == 1 and self.auth_mode == "keys",
             )
             for n, (key, row) in enumerate(rows, 1)
         )
+
+
+def open_to_all(auth_mode: str, host: str) -> list[str]:
+    """The problem with letting everybody in who reaches this host, if there is one."""
+    unsafe = auth_mode == "open" and host not in LOOPBACK
+    return ["AUTH_MODE=open needs a loopback HOST (127.0.0.1)"] if unsafe else []
+
+
+def waiting_for_restart(running: Config, wanted: Config) -> tuple[str, ...]:
+    """Names of settings that differ and that a running router cannot change."""
+    return tuple(
+        row.metadata["env"]
+        for row in fields(Config)
+        if row.metadata.get("restart") and getattr(running, row.name) != getattr(wanted, row.name)
+    )
+
+
+def as_running(running: Config, wanted: Config) -> Config:
+    """What a running router takes over: all but what needs a restart."""
+    fixed = [row.name for row in fields(Config) if row.metadata.get("restart")]
+    return replace(wanted, **{name: getattr(running, name) for name in fixed})
+
+
+def staying(old: Config, new: Config) -> frozenset[str]:
+    """The providers that both have at the same URL: what was learnt of them holds on."""
+    places = {(service.name, service.url) for service in old.services}
+    return frozenset(s.name for s in new.services if (s.name, s.url) in places)
 
 
 def read_dotenv(path: Path) -> dict[str, str]:
@@ -1814,6 +1862,7 @@ class SettingsReader:
         self.env = env
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        self.broken: list[str] = []
 
     def text(self, *names: str) -> str | None:
         """The first of `names` that is set to something."""
@@ -1887,11 +1936,15 @@ class SettingsReader:
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, RecursionError) as error:
-            self.warnings.append(f"{path.name} is ignored, it cannot be read: {error}")
-            return {}
+            return self.ignore(path, f"it cannot be read: {error}")
         if isinstance(data, dict):
             return data
-        self.warnings.append(f"{path.name} is ignored, it does not hold a JSON object")
+        return self.ignore(path, "it does not hold a JSON object")
+
+    def ignore(self, path: Path, why: str) -> Json:
+        """Go on without a file; a running router keeps its settings instead."""
+        self.warnings.append(f"{path.name} is ignored, {why}")
+        self.broken.append(f"{path.name}: {why}")
         return {}
 
     def check_overrides(self, overrides: Json) -> None:
@@ -13456,6 +13509,17 @@ class KeyPool:
         self._now = now
         self._lock = threading.Lock()
 
+    def adopt(self, config: Config, stay: frozenset[str]) -> None:
+        """Hold other keys; rests and counts stay with keys that stay."""
+        held = {service.name: service.keys for service in config.services}
+        with self._lock:
+            old = {(p, key) for p in stay for key in (*self._keys.get(p, ()), ANY)}
+            kept = old & {(p, key) for p, keys in held.items() for key in (*keys, ANY)}
+            self._rests = {at: rest for at, rest in self._rests.items() if at[:2] in kept}
+            self._handed = {at: count for at, count in self._handed.items() if at in kept}
+            self._turns = {p: self._turns.get(p, 0) if p in stay else 0 for p in held}
+            self._keys, self._rotate = held, config.rotation_mode != "sequential"
+
     def lease(
         self,
         provider: str,
@@ -13463,10 +13527,15 @@ class KeyPool:
         *,
         tried: Iterable[str] = (),
         ignoring: frozenset[str] = frozenset(),
+        among: Sequence[str] | None = None,
     ) -> Lease | None:
-        """A ready key that is not among `tried`; rests for a reason in `ignoring` do not count."""
+        """A ready key that is not among `tried`; rests for a reason in `ignoring` do not count.
+
+        `among` (here and below): the provider's keys as the request found them when it began;
+        None = those of now.
+        """
         with self._lock:
-            keys = self._keys.get(provider, ())
+            keys = self._among(provider, among)
             start = self._turns.get(provider, 0) if self._rotate else 0
             for offset in range(len(keys)):
                 key = keys[(start + offset) % len(keys)]
@@ -13477,12 +13546,14 @@ class KeyPool:
                 return Lease(provider, key, model)
         return None
 
-    def another(self, provider: str, model: str, tried: Iterable[str]) -> bool:
+    def another(
+        self, provider: str, model: str, tried: Iterable[str], among: Sequence[str] | None = None
+    ) -> bool:
         """Whether a key that is not among `tried` is ready."""
         with self._lock:
             return any(
                 key not in tried and not self._resting(provider, key, model, frozenset())
-                for key in self._keys.get(provider, ())
+                for key in self._among(provider, among)
             )
 
     def rest(self, provider: str, key: str, model: str, seconds: float, why: str) -> None:
@@ -13520,7 +13591,7 @@ class KeyPool:
         return [
             (provider, key)
             for (provider, key, model), rest in self.rests().items()
-            if rest.why in DEAD and model == ANY and key != ANY
+            if rest.why in DEAD and model == ANY and key in self._keys.get(provider, ())
         ]
 
     def revive(self, provider: str, key: str) -> None:
@@ -13531,22 +13602,26 @@ class KeyPool:
                 del self._rests[provider, key, ANY]
 
     def soonest(
-        self, provider: str, model: str, tried: Iterable[str] = frozenset()
+        self,
+        provider: str,
+        model: str,
+        tried: Iterable[str] = frozenset(),
+        among: Sequence[str] | None = None,
     ) -> float | None:
         """Seconds until some key of the provider is ready for the model; None without keys."""
         with self._lock:
             waits = [
                 max((r.until for r in self._over(provider, key, model)), default=0.0) - self._now()
-                for key in self._keys.get(provider, ())
+                for key in self._among(provider, among)
                 if key not in tried
             ]
         return max(0.0, min(waits)) if waits else None
 
-    def why(self, provider: str, model: str) -> str:
+    def why(self, provider: str, model: str, among: Sequence[str] | None = None) -> str:
         """Why no key is ready: the reason that keeps the key that is ready first."""
         with self._lock:
             now = self._now()
-            over = (self._over(provider, key, model) for key in self._keys.get(provider, ()))
+            over = (self._over(provider, key, model) for key in self._among(provider, among))
             last = [max(live) for rests in over if (live := [r for r in rests if r.until > now])]
         return min(last).why if last else ""
 
@@ -13554,6 +13629,9 @@ class KeyPool:
         """Per key: the worst state over the provider's models, and hand-outs."""
         with self._lock:
             return [self._key_state(provider, key, models) for key in self._keys.get(provider, ())]
+
+    def _among(self, provider: str, among: Sequence[str] | None) -> Sequence[str]:
+        return self._keys.get(provider, ()) if among is None else among
 
     def _key_state(self, provider: str, key: str, models: Sequence[str]) -> Json:
         now = self._now()
@@ -13658,6 +13736,25 @@ class Accounts:
         self._stored = {a.id: a.refresh_token for a in self._accounts.values()}
         self._ends = {a.id: token_end(a.access_token) for a in self._accounts.values()}
         self._flights: dict[str, Flight] = {}
+        self._leaving: set[str] = set()  # accounts that were taken out
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        """Take over the accounts of auth.json; tokens that were renewed since stay.
+
+        Those that were taken out go with the change after that: requests may be using them.
+        """
+        with self._lock:
+            self._path, self._url = config.auth_path, config.codex_token_url
+            for account in config.accounts:
+                ours = self._accounts.get(account.id)
+                known = {self._stored.get(account.id), ours and ours.refresh_token}
+                if account.refresh_token not in known:
+                    self._keep(account, token_end(account.access_token))
+                    self._stored[account.id] = account.refresh_token
+            gone = self._accounts.keys() - {account.id for account in config.accounts}
+            for id in gone & self._leaving - self._flights.keys():
+                del self._accounts[id], self._stored[id], self._ends[id]
+            self._leaving = gone
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -13898,10 +13995,27 @@ class Breakers:
         cooldown: float = 60.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._window, self._min, self._rate = window, min(min_samples, window), error_rate
-        self._cooldown, self._now = cooldown, now
+        self._now = now
         self._circuits: dict[str, Circuit] = {}
         self._lock = threading.Lock()
+        self._judge_by(window, min_samples, error_rate, cooldown)
+
+    def adopt(self, config: Config, stay: frozenset[str]) -> None:
+        """Judge by other numbers from now on; open circuits stay open as long as they were told."""
+        with self._lock:
+            self._judge_by(
+                config.breaker_window,
+                config.breaker_min_samples,
+                config.breaker_error_rate,
+                config.breaker_cooldown,
+            )
+            self._circuits = {name: c for name, c in self._circuits.items() if name in stay}
+            for circuit in self._circuits.values():
+                circuit.outcomes = deque(circuit.outcomes, self._window)
+
+    def _judge_by(self, window: int, min_samples: int, error_rate: float, cooldown: float) -> None:
+        self._window, self._min, self._rate = window, min(min_samples, window), error_rate
+        self._cooldown = cooldown
 
     def note(self, provider: str, ok: bool, owner: object = None) -> None:
         """Record one outcome; 429s and client faults are no outcome and are not noted.
@@ -14285,6 +14399,11 @@ class Usage:
         self._now, self._lock = now, threading.Lock()
         self.started = now()
 
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        names = {service.name for service in config.services}
+        with self._lock:
+            self._tallies = {name: row for name, row in self._tallies.items() if name in names}
+
     def attempt(self, provider: str, ok: bool, seconds: float) -> None:
         with self._lock:
             tally = self._tallies.setdefault(provider, Tally())
@@ -14362,6 +14481,14 @@ class Traces:
             "time_to_first_token_seconds": Histogram(LATENCY_BUCKETS_S),
             "prompt_tokens": Histogram(TOKEN_BUCKETS),
         }
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        """Keep as many as REQUEST_LOG_SIZE says, the newest ones."""
+        size = max(0, config.request_log_size)
+        with self._lock:
+            if size != self._kept.maxlen:
+                self._kept = deque(self._kept, maxlen=size)
+                self._by_id = {trace.id: trace for trace in self._kept}
 
     def keep(self, trace: Trace) -> None:
         """A request that has ended."""
@@ -15162,6 +15289,13 @@ class Lessons:
         self._mends: dict[tuple[str, str, str], dict[Mend, float]] = {}
         self._windows: dict[tuple[str, str], tuple[int, float]] = {}  # tokens, until
         self._cuts: dict[tuple[str, str], float] = {}  # cut prompts were told of, until
+
+    def adopt(self, _config: Config, stay: frozenset[str]) -> None:
+        """Forget what was learnt of providers that left or moved."""
+        with self._lock:
+            self._mends = {at: known for at, known in self._mends.items() if at[0] in stay}
+            self._windows = {at: known for at, known in self._windows.items() if at[0] in stay}
+            self._cuts = {at: until for at, until in self._cuts.items() if at[0] in stay}
 
     def mends(self, provider: str, model: str, dialect: str) -> tuple[Mend, ...]:
         """What to change in every body before it is sent, in the order it was learnt."""
@@ -16563,15 +16697,30 @@ class Transport:
         self._pools: dict[str, Any] = {}
         self._lock = threading.Lock()
 
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        """Connections to where no provider is any more are not kept."""
+        self._connect_timeout = config.connect_timeout
+        used = {service.url for service in config.services}
+        with self._lock:
+            unused = self._origins.keys() - used
+        self._let_go(unused)
+
     def origin(self, url: str) -> Origin:
         with self._lock:
             return self._origins.setdefault(url, Origin(url))
 
     def close(self) -> None:
         """Close the kept connections; those in use close when their answer ends."""
-        for origin in list(self._origins.values()):
-            while origin.idle:
-                origin.idle.pop().close()
+        with self._lock:
+            every = list(self._origins)
+        self._let_go(every)
+
+    def _let_go(self, urls: Iterable[str]) -> None:
+        for url in urls:
+            idle = self._origins[url].idle
+            while idle:
+                with suppress(IndexError):  # taken meanwhile
+                    idle.pop().close()
 
     def post(
         self, origin: Origin, path: str, headers: bytes, body: bytes, guard: Guard
@@ -16888,8 +17037,12 @@ class Upstream:
     ) -> None:
         self._config, self._transport, self._now = config, transport, now
         self._accounts, self.lessons = accounts, lessons or Lessons(now)
-        self._heads: dict[tuple[str, str, str], bytes] = {}
+        self._heads: dict[tuple[str, str, str, object], bytes] = {}
         self._lacking: set[tuple[str, str]] = set()  # (service, dialect) that it does not speak
+
+    def adopt(self, config: Config, stay: frozenset[str]) -> None:
+        self._config, self._heads = config, {}
+        self._lacking = {place for place in self._lacking if place[0] in stay}
 
     def send(
         self, target: Target, lease: Lease, ask: Ask, deadline: float, last: bool = True
@@ -17061,14 +17214,15 @@ class Upstream:
 
     def _headers(self, service: Service, key: str, dialect: str) -> bytes:
         """Header lines for one (service, key), made once where they do not change."""
-        made = self._heads.get((service.name, key, dialect))
+        place = (service.name, key, dialect, service.headers)
+        made = self._heads.get(place)
         if made is None:
             lines = {**COMMON_HEADERS, **dict(service.headers)}
             if key and dialect == "messages":
                 lines["x-api-key"] = key
             elif key:
                 lines["Authorization"] = f"Bearer {key}"
-            made = self._heads[service.name, key, dialect] = header_lines(lines)
+            made = self._heads[place] = header_lines(lines)
         return made
 
     @staticmethod
@@ -17275,7 +17429,7 @@ class KeyProbe:
     def __init__(
         self,
         upstream: Upstream,
-        directory: Directory,
+        directory: Callable[[], Directory],
         watchdog: Watchdog,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -17283,7 +17437,7 @@ class KeyProbe:
         self._now, self._guard = now, Guard()
 
     def ask(self, provider: str, key: str, by_chat: bool = False) -> Standing:
-        service = self._directory.services.get(provider)
+        service = self._directory().services.get(provider)
         if service is None:
             return "unclear"
         deadline = self._now() + self.LIMIT_S
@@ -17313,7 +17467,7 @@ class KeyProbe:
 
     def _chat(self, service: Service, key: str) -> Outcome | None:
         """One token from the provider's cheapest model; None without a model."""
-        targets = [t for t in self._directory.targets if t.provider == service.name]
+        targets = [t for t in self._directory().targets if t.provider == service.name]
         if not targets:
             return None
         # Not as a reasoning model: those get thousands of tokens more to think with.
@@ -17357,6 +17511,12 @@ class KeyChecks:
         self._bell, self._lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
         self._on = self._closed = False
+        self._wanted = True  # KEY_RECHECK
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._wanted = config.key_recheck
+        if self._on and self._keys.dead():
+            self.wake()
 
     def start(self) -> None:
         self._on = True
@@ -17365,7 +17525,7 @@ class KeyChecks:
 
     def wake(self) -> None:
         """A key has just been found dead."""
-        if not self._on:
+        if not (self._on and self._wanted):
             return
         with self._lock:
             if self._thread is None:
@@ -17391,6 +17551,8 @@ class KeyChecks:
 
     def run_due(self) -> float | None:
         """Ask what is due now; seconds until the next question, None while no key is dead."""
+        if not self._wanted:
+            return None
         self._take_stock()
         now = self._now()
         due = [place for place, case in self._cases.items() if case.due <= now]
@@ -17570,6 +17732,9 @@ class Gate:
         self.inside = 0
         self.closed = False  # the router is on its way out
 
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._most = config.max_streams
+
     def enter(self) -> None:
         with self._lock:
             if self.closed:
@@ -17583,6 +17748,20 @@ class Gate:
             self.inside -= 1
 
 
+class Part(Protocol):
+    """Whatever depends on settings. `stay` names the providers whose memory holds on."""
+
+    def adopt(self, config: Config, stay: frozenset[str], /) -> None: ...
+
+
+class Loaded(NamedTuple):
+    """How the settings were read: when, why not since then, and what waits for a restart."""
+
+    at: float  # unix seconds
+    error: str = ""
+    restart: tuple[str, ...] = ()
+
+
 class Router:
     """All state of one running router. Time and transport are passed in."""
 
@@ -17594,16 +17773,11 @@ class Router:
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.config, self.now, self.sleep = config, now, sleep
-        self.directory = Directory(config)
-        self.keys = KeyPool({s.name: s.keys for s in config.services}, config.rotation_mode, now)
-        self.breakers = Breakers(
-            config.breaker_window,
-            config.breaker_min_samples,
-            config.breaker_error_rate,
-            config.breaker_cooldown,
-            now,
-        )
+        self.now, self.sleep = now, sleep
+        self.config, self.directory = config, Directory(config)
+        self.loaded = Loaded(time.time())
+        self.keys = KeyPool({}, now=now)
+        self.breakers = Breakers(now=now)
         self.usage = Usage(now)
         self.traces = Traces(config.request_log_size)
         self.lessons = Lessons(now)
@@ -17611,26 +17785,32 @@ class Router:
         self.watchdog = Watchdog(now)
         self.encoder = Encoder()
         self.transport = transport or Transport(config.connect_timeout)
-        self.accounts = Accounts(
-            config.accounts,
-            config.home / config.auth_file,
-            self.transport.post_json,
-            time.time,
-            config.codex_token_url,
-        )
+        self.accounts = Accounts((), config.auth_path, self.transport.post_json, time.time)
         self.upstream = Upstream(config, self.transport, now, self.accounts, self.lessons)
-        self.probe = KeyProbe(self.upstream, self.directory, self.watchdog, now)
+        self.probe = KeyProbe(self.upstream, lambda: self.directory, self.watchdog, now)
         self.checks = KeyChecks(self.keys, self.probe.ask, now)
         name = config.state_file
         path = config.home / Path(name).expanduser() if name else None
         self.state = StateFile(path, self.keys, self.breakers, now)
         self.responses = ResponseStore(now=now)
+        self.parts: list[Part] = [
+            self.keys,
+            self.breakers,
+            self.usage,
+            self.traces,
+            self.lessons,
+            self.gate,
+            self.transport,
+            self.accounts,
+            self.upstream,
+            self.checks,
+        ]
+        self.adopt(config)
 
     def start(self) -> None:
         """What goes on beside requests: health is kept in a file, dead keys are asked again."""
         self.state.start()
-        if self.config.key_recheck:
-            self.checks.start()
+        self.checks.start()
 
     def close(self) -> None:
         """Stop what `start` began, and let go of the connections to providers."""
@@ -17639,11 +17819,30 @@ class Router:
         self.state.close()
         self.transport.close()
 
+    # -- settings --------------------------------------------------------------------------
+
+    def adopt(self, config: Config) -> None:
+        """Take over other settings while requests go on: those under way end as they began.
+
+        What was learnt is kept of keys and providers that stay where they are. One caller at a
+        time (Reloader); a request looks at `directory` once.
+        """
+        stay = staying(self.config, config)
+        self.config, self.directory = config, Directory(config)
+        for part in self.parts:
+            part.adopt(config, stay)
+
+    def follow(self, part: Part) -> None:
+        """Tell a part of the settings, now and whenever they change."""
+        part.adopt(self.config, frozenset())
+        self.parts.append(part)
+
     # -- one request -----------------------------------------------------------------------
 
     def complete(self, ask: Ask, profile: str = "") -> Answer:
         """Answer a chat request, or raise the RouterError that says why not."""
-        choice = self.directory.choose(ask.chat.get("model") or "", ask.fallback)
+        directory = self.directory
+        choice = directory.choose(ask.chat.get("model") or "", ask.fallback)
         tokens = ask.tokens = self.size(ask)
         if choice.echo or self.echoes:
             return echo_answer(ask)
@@ -17657,7 +17856,7 @@ class Router:
             0 < tokens < threshold,
             ask.caller.scope,
         )
-        groups, turn = self.directory.arranged(traits)
+        groups, turn = directory.arranged(traits)
         lead = [t for t in choice.lead if ask.caller.may_use(t.provider)]
         if choice.lead and not choice.spill:
             groups = ()
@@ -17752,7 +17951,8 @@ class Router:
             pause = attempt.outcome.retry_after or verdict.rest_s
         if pause > MAX_PAUSE_S or attempt.seconds > MAX_PAUSE_S or self.now() + pause > deadline:
             return False
-        if self.keys.another(target.provider, target.model, walk.keys[target.label]):
+        keys, tried = target.service.keys, walk.keys[target.label]
+        if self.keys.another(target.provider, target.model, tried, keys):
             return False  # its other keys come next
         walk.repeated = True
         ask.trace.note(step_of(target, lease, attempt))
@@ -17813,8 +18013,7 @@ class Router:
         waits = [
             wait
             for t in targets
-            if not walk.ruled_out(t)
-            and (wait := self.keys.soonest(t.provider, t.model, walk.keys[t.label])) is not None
+            if not walk.ruled_out(t) and (wait := self.wait_for(t, walk.keys[t.label])) is not None
         ]
         # A breaker's probe may be under way: its end is nothing that could be known.
         pause = max(min(waits, default=math.inf), QUICK_PAUSE_S)
@@ -17822,6 +18021,10 @@ class Router:
             return False
         self.sleep(min(pause, 0.25))
         return not owner.gone
+
+    def wait_for(self, target: Target, tried: Iterable[str] = frozenset()) -> float | None:
+        """Seconds until one of the keys that the target began with is ready."""
+        return self.keys.soonest(target.provider, target.model, tried, target.service.keys)
 
     def leases(
         self,
@@ -17842,15 +18045,17 @@ class Router:
                     walk.waits.append(self.breakers.wait(provider))
                     walk.skipped.append(f"{target.label}: resting, its breaker is open")
                 return
-            lease = self.keys.lease(provider, target.model, tried=tried, ignoring=ignoring)
+            lease = self.keys.lease(
+                provider, target.model, tried=tried, ignoring=ignoring, among=target.service.keys
+            )
             if lease is None:
                 self.breakers.leave(provider, owner)
                 break
             tried.add(lease.key)
             yield target, lease
         if not tried and not ignoring:
-            wait = self.keys.soonest(target.provider, target.model) or 0.0
-            why = self.keys.why(target.provider, target.model)
+            wait = self.wait_for(target) or 0.0
+            why = self.keys.why(provider, target.model, target.service.keys)
             walk.waits.append(wait)
             walk.whys.append((target.provider, why))
             walk.skipped.append(f"{target.label}: resting {math.ceil(wait)} s ({why})")
@@ -18188,7 +18393,129 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 35. Status
+# 35. Reload
+# =============================================================================
+
+
+class Reloader:
+    """Takes over changed settings while requests go on; a file that cannot be used changes none.
+
+    A thread looks at the files every POLL_S seconds; what changed is read once it has stayed the
+    same from one look to the next, because editors write in pieces. `poke` and `reload` do not
+    wait for that. The lock is held while settings are taken over, not while they are read.
+    """
+
+    POLL_S: ClassVar[float] = 0.5
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._lock = threading.Lock()
+        self._begun = self._done = 0  # readings; one that began later is newer
+        self._taken: object = None  # how the files looked that were read
+        self._bell = threading.Event()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="reload", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed = True
+        self._bell.set()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def poke(self) -> None:
+        """Read the settings anew, soon; from any thread, or a signal's handler."""
+        self._bell.set()
+
+    def reload(self) -> str:
+        """Read the settings anew and take them over; "", or why the old ones stay."""
+        with self._lock:
+            self._begun += 1
+            turn = self._begun
+        seen = self._seen()
+        read, problem = self._read()
+        with self._lock:
+            if turn > self._done:  # else what was read later is in use already
+                self._done, self._taken = turn, seen
+                self._settle(read, problem)
+        return problem
+
+    def _run(self) -> None:
+        before: object = None
+        while True:
+            poked = self._bell.wait(self.POLL_S)
+            self._bell.clear()
+            if self._closed:
+                return
+            seen = self._seen()
+            if poked or before == seen != self._taken:
+                try:
+                    self.reload()
+                except Exception:  # the next change must still be seen
+                    log.exception("the settings could not be read")
+                    self._taken = seen
+            before = seen
+
+    def _seen(self) -> object:
+        return [file_mark(path) for path in self._router.config.files]
+
+    def _read(self) -> tuple[Config | None, str]:
+        """The settings as they are now, or what is wrong with them."""
+        old = self._router.config
+        try:
+            read = Config.from_env(old.given)
+        except ConfigError as error:
+            return None, str(error)
+        problems = [*read.broken, *open_to_all(read.auth_mode, old.host)]
+        if problems:
+            return None, "; ".join(problems)
+        return self._with_callers(read, old), ""
+
+    @staticmethod
+    def _with_callers(read: Config, old: Config) -> Config:
+        """Without any key for callers those of before stay: nobody could come in."""
+        if read.proxy_keys or read.auth_mode == "open":
+            return read
+        if not old.proxy_keys:
+            return with_proxy_key(read)[0]
+        return replace(read, proxy_keys=old.proxy_keys, key_rows=old.key_rows)
+
+    def _settle(self, read: Config | None, problem: str) -> None:
+        router = self._router
+        old = router.config
+        if read is None:
+            if problem != router.loaded.error:
+                log.error("the settings were not taken over, the old ones stay: %s", problem)
+            router.loaded = router.loaded._replace(error=problem)
+            return
+        restart = waiting_for_restart(old, read)
+        config = as_running(old, read)
+        if config != old:
+            router.adopt(config)
+            names = ", ".join(router.directory.services) or "none"
+            log.info("settings taken over; providers: %s", names)
+        for warning in config.warnings:
+            if warning not in old.warnings:
+                log.warning("%s", warning)
+        if restart and restart != router.loaded.restart:
+            log.warning("at the next start: %s", ", ".join(restart))
+        router.loaded = Loaded(time.time(), "", restart)
+
+
+def file_mark(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file does; None = there is none that can be looked at."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+# =============================================================================
+# 36. Status
 # =============================================================================
 
 
@@ -18216,6 +18543,11 @@ def snapshot(router: Router) -> Json:
         },
         "tokenizer": "exact" if router.encoder.ready else "estimate",
         "warnings": list(config.warnings),
+        "config": {
+            "loaded_at": round(router.loaded.at, 3),
+            "error": router.loaded.error or None,
+            "restart_required": list(router.loaded.restart),
+        },
     }
 
 
@@ -18525,7 +18857,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 36. Endpoints
+# 37. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -18550,8 +18882,9 @@ def create_app(config: Config, **parts: Any) -> flask.Flask:
     """A fresh WSGI app around a fresh Router; `parts` (transport, now) go to the Router."""
     app = flask.Flask("hermes-router", static_folder=None)
     router = Router(config, **parts)
-    app.extensions["router"] = router
-    door = Door(config)
+    app.extensions["router"], app.extensions["reloader"] = router, Reloader(router)
+    door = Door()
+    router.follow(door)
     app.before_request(lambda: door.check(current_request()))
     app.register_error_handler(RouterError, lambda error: error_response(router, error))
     app.register_error_handler(HTTPException, lambda error: http_error(router, error))
@@ -18631,7 +18964,7 @@ def request_id(request: flask.Request) -> str:
 class Door:
     """Who may come in."""
 
-    def __init__(self, config: Config) -> None:
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
         self._open = config.auth_mode == "open"
         self._public = PUBLIC if config.metrics_require_auth else PUBLIC | {"/metrics"}
         self._callers = [(caller.key.encode(), caller) for caller in config.callers]
@@ -19034,7 +19367,7 @@ def crash(router: Router, error: Exception) -> flask.Response:
 
 
 # =============================================================================
-# 37. Server
+# 38. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -19049,7 +19382,7 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
 
     def __init__(self, keep: int, most: int) -> None:
         super().__init__()
-        self._keep, self._most = keep, most
+        self._keep, self.most = keep, most
         self._tasks: deque[Any] = deque()
         self._idle: list[threading.Lock] = []  # each released to wake its thread
         self._count = 0
@@ -19066,7 +19399,7 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
             if self._idle:
                 self._idle.pop().release()
                 return
-            if self._count >= self._most:
+            if self._count >= self.most:
                 return
             self._count += 1
         try:
@@ -19416,7 +19749,7 @@ def make_server(app: flask.Flask, config: Config) -> Any:
         threads=config.worker_threads,
         max_request_body_size=config.max_request_bytes,
         asyncore_use_poll=True,
-        connection_limit=4 * (config.max_streams + 256),
+        connection_limit=most_connections(config),
         backlog=1024,
         channel_timeout=120,
         cleanup_interval=15,
@@ -19432,14 +19765,31 @@ def make_server(app: flask.Flask, config: Config) -> Any:
             part.channel_class = Channel
     if isinstance(sockets, Sockets):
         server.asyncore = sockets  # whose `loop` it runs
+    app.extensions["router"].follow(Ceilings(server.adj, workers))
     return server
+
+
+class Ceilings:
+    """What of the server's settings may change while it runs."""
+
+    def __init__(self, adjustments: Any, workers: Workers) -> None:
+        self._adjustments, self._workers = adjustments, workers
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._adjustments.max_request_body_size = config.max_request_bytes
+        self._adjustments.connection_limit = most_connections(config)
+        self._workers.most = config.max_streams + RESERVED_THREADS
+
+
+def most_connections(config: Config) -> int:
+    return 4 * (config.max_streams + 256)
 
 
 class Drain:
     """Stops the server once its requests have ended; a second signal stops it at once."""
 
-    def __init__(self, router: Router, server: Any, patience_s: float) -> None:
-        self._router, self._server, self._patience_s = router, server, patience_s
+    def __init__(self, router: Router, server: Any) -> None:
+        self._router, self._server = router, server
         self._main = threading.current_thread()
 
     def on_signal(self, number: int, _frame: object) -> None:
@@ -19448,7 +19798,8 @@ class Drain:
         if gate.closed or not gate.inside:
             sys.exit(0)
         gate.closed = True
-        log.info("stopping: %d requests may end within %g s", gate.inside, self._patience_s)
+        patience_s = self._router.config.drain_timeout
+        log.info("stopping: %d requests may end within %g s", gate.inside, patience_s)
         self._refuse_connections()
         threading.Thread(target=self._wait, args=(number,), name="drain", daemon=True).start()
 
@@ -19459,7 +19810,7 @@ class Drain:
                 waitress.wasyncore.dispatcher.close(part)
 
     def _wait(self, number: int) -> None:
-        end = time.monotonic() + self._patience_s
+        end = time.monotonic() + self._router.config.drain_timeout
         while self._router.gate.inside and time.monotonic() < end:
             time.sleep(0.05)
         time.sleep(0.1)  # for the last bytes
@@ -19478,7 +19829,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 38. Crash test
+# 39. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -20264,7 +20615,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 39. Documents
+# 40. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -20291,7 +20642,9 @@ def setting_rows() -> list[tuple[str, str, str, str]]:
             f.metadata["group"],
             f.metadata["env"],
             default_text(f.default),
-            f.metadata["help"] + "".join(f"; also read: {n}" for n in f.metadata.get("also", ())),
+            f.metadata["help"]
+            + "".join(f"; also read: {n}" for n in f.metadata.get("also", ()))
+            + ("; needs a restart" if f.metadata.get("restart") else ""),
         )
         for f in fields(Config)
         if "env" in f.metadata
@@ -20346,7 +20699,8 @@ def describe_configuration() -> str:
         "Printed by `python router.py docs configuration`; do not edit by hand.",
         "",
         "Every setting is an environment variable or a line in `.env` (the environment wins)."
-        " A value that cannot be used stops the start, and every such value is named at once.",
+        " A value that cannot be used stops the start, and every such value is named at once. A"
+        " running router takes changes over within two seconds, except where a restart is named.",
     ]
     for group, rows in itertools.groupby(
         sorted(setting_rows(), key=lambda r: r[0]), lambda r: r[0]
@@ -20428,7 +20782,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 40. Command line
+# 41. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -20462,18 +20816,43 @@ def cmd_serve(_: argparse.Namespace) -> int:
     router: Router = app.extensions["router"]
     threading.stack_size(4 << 20)  # Python 3.13 dies on deep JSON in a smaller one (musl, Windows)
     allow_many_files()
-    drain = Drain(router, server, config.drain_timeout)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, drain.on_signal)
+    reloader: Reloader = app.extensions["reloader"]
+    router.follow(LogLevel())
+    listen_to_signals(Drain(router, server), reloader)
     try:
         router.start()
+        reloader.start()
         tell_start(config, router, getattr(server, "effective_port", config.port))
         server.run()
     finally:
         server.close()
+        reloader.close()
         router.close()
         close_log()
     return DONE_OK
+
+
+def listen_to_signals(drain: Drain, reloader: Reloader) -> None:
+    """SIGTERM and SIGINT stop the router; SIGHUP has it read its settings anew."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, drain.on_signal)
+    if sys.platform == "win32":
+        return
+    at_terminal = os.isatty(0)
+
+    def on_hangup(number: int, frame: object) -> None:
+        if at_terminal and not os.isatty(0):  # its window was closed
+            drain.on_signal(number, frame)
+        reloader.poke()
+
+    signal.signal(signal.SIGHUP, on_hangup)
+
+
+class LogLevel:
+    """How much is logged, by LOG_LEVEL."""
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        logging.getLogger().setLevel(config.log_level)
 
 
 def start_logging(config: Config) -> None:
