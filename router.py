@@ -43,12 +43,13 @@ Contents (each section uses only the ones above it):
               33. Checks           keys that a provider called dead, asked again in the background
               34. Router           plan, try, learn, answer
               35. Reload           changed settings taken over while requests go on
-  SURFACE     36. Status           what /v1/status, /v1/models and /metrics say
-              37. Endpoints        Flask: routes, auth, errors
-              38. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              39. Crash test       how these settings fare when providers misbehave
-              40. Documents        .env.example and the printed pages of docs/
-              41. Command line     serve, check, key, status, docs ...
+  SURFACE     36. Configuration    what admins see and change over HTTP
+              37. Status           what /v1/status, /v1/models and /metrics say
+              38. Endpoints        Flask: routes, auth, errors
+              39. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              40. Crash test       how these settings fare when providers misbehave
+              41. Documents        .env.example and the printed pages of docs/
+              42. Command line     serve, check, key, status, docs ...
 
 Rooms that later releases open: Limits, Cache and Registry after Usage, Catalog after Router,
 Dashboard after Status.
@@ -89,6 +90,7 @@ import functools
 import hashlib
 import hmac
 import http.server
+import ipaddress
 import itertools
 import json
 import logging
@@ -189,6 +191,18 @@ class NotFound(RouterError):
 
 class MethodNotAllowed(RouterError):
     status, kind, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class Conflict(RouterError):
+    """What is asked does not fit how things stand here, such as a variable of the process."""
+
+    status, kind, code = 409, "invalid_request_error", "conflict"
+
+
+class NotStored(RouterError):
+    """A file could not be written: nothing was changed."""
+
+    status, kind, code = 500, "router_error", "not_stored"
 
 
 class TooLarge(RouterError):
@@ -917,6 +931,45 @@ def split_http_url(url: str) -> SplitResult:
     if parts.query or parts.fragment:
         raise ValueError("must end with its path, without ? or #")
     return parts
+
+
+# Where clouds tell their machines who they are, keys and all: no provider is there.
+METADATA_HOSTS: Final = frozenset({"metadata", "metadata.google.internal", "instance-data"})
+METADATA_NETS: Final = (
+    "169.254.0.0/16", "fe80::/10", "fd00:ec2::/64", "100.100.100.200/32", "168.63.129.16/32",
+    "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8",
+)  # fmt: skip
+
+
+def safe_url(url: str) -> str:
+    """The URL, if a person at a distance may point the router there; ValueError says why not.
+
+    An http(s) address without credentials. This machine and private networks are allowed, model
+    servers stand there; link-local and metadata addresses are not, however they are spelt.
+    """
+    host = (split_http_url(url).hostname or "").rstrip(".").partition("%")[0]
+    if not host.isascii() or "%" in url.partition("://")[2].partition("/")[0]:
+        raise ValueError("must have a plain ASCII host")
+    address = host_address(host)
+    nets = [ipaddress.ip_network(net) for net in METADATA_NETS]
+    hidden = address is not None and any(address in net for net in nets)
+    if hidden or host.lower() in METADATA_HOSTS:
+        raise ValueError("must not be a link-local or metadata address")
+    return url
+
+
+def host_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is, in any spelling that a resolver takes; None for a name."""
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            return ipaddress.IPv4Address(socket.inet_aton(host))  # 2852039166, 0xA9.254.43518
+        except OSError:
+            return None
+    if isinstance(found, ipaddress.IPv6Address):
+        return found.ipv4_mapped or found.sixtofour or found
+    return found
 
 
 # =============================================================================
@@ -1739,15 +1792,18 @@ class Config:
     given: Mapping[str, str] = field(default_factory=dict, repr=False)  # the environment read
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None) -> Config:
+    def from_env(
+        cls, env: Mapping[str, str] | None = None, lines: Mapping[str, str] | None = None
+    ) -> Config:
         """Read `env` (the process environment by default), HR_HOME/.env and auth.json.
 
-        Raises ConfigError naming every setting that cannot be used.
+        `lines` stands in for what .env holds. Raises ConfigError naming every setting that
+        cannot be used.
         """
         given = os.environ if env is None else env
         home = Path(given.get("HR_HOME") or Path(__file__).resolve().parent).expanduser()
         env_file = home / Path(given.get("HR_ENV_FILE") or ".env").expanduser()
-        reader = SettingsReader({**read_dotenv(env_file), **given})
+        reader = SettingsReader({**(read_dotenv(env_file) if lines is None else lines), **given})
         values = {f.name: reader.value(f) for f in fields(cls) if "env" in f.metadata}
         auth = reader.document(home / Path(values["auth_file"]).expanduser())
         overrides = reader.document(home / Path(values["models_file"]).expanduser())
@@ -18515,7 +18571,612 @@ def file_mark(path: Path) -> tuple[int, int, int] | None:
 
 
 # =============================================================================
-# 36. Status
+# 36. Configuration
+# =============================================================================
+
+# -- features --------------------------------------------------------------------
+
+CORE_FEATURES: Final = (
+    "auth", "credential_pool", "key_rotation", "failover", "circuit_breaker", "smart_routing",
+    "protocol_translation", "capability_probing", "token_counting", "request_guardrails",
+    "usage_cost_tracking",
+)  # fmt: skip
+
+
+class Feature(NamedTuple):
+    """What may be turned on: by one variable (`flag`), by settings of its own, or always there."""
+
+    name: str
+    title: str
+    kind: Literal["flag", "config", "builtin"]
+    about: str  # of a flag what it does, else how it is managed
+    env: str = ""
+    on: str = ""
+    off: str = "0"
+
+
+FEATURES: Final = (
+    Feature("response_cache", "Response cache", "flag",
+            "the same question of the same caller is answered again", "CACHE_TTL_SECONDS", "300"),
+    Feature("semantic_cache", "Semantic cache", "flag",
+            "a question that means the same is answered again", "SEMANTIC_CACHE", "1"),
+    Feature("persistent_cache", "Persistent cache", "flag",
+            "cached answers survive a restart", "CACHE_PERSIST", "1"),
+    Feature("fast_routing", "Fast routing", "flag",
+            "short requests prefer fast providers", "FAST_ROUTE_THRESHOLD", "200"),
+    Feature("model_discovery", "Model discovery", "flag",
+            "models that a provider lists are used", "AUTO_DISCOVER_MODELS", "1"),
+    Feature("metrics_auth", "Metrics need a key", "flag",
+            "/metrics asks for one of the callers' keys", "METRICS_REQUIRE_AUTH", "1"),
+    Feature("cost_currency", "Second currency", "flag",
+            "costs are told in COST_CURRENCY as well, at this rate", "COST_FX_RATE", "83"),
+    Feature("request_log", "Request log", "flag",
+            "the latest requests for /v1/logs and /v1/why", "REQUEST_LOG_SIZE", "500"),
+    Feature("key_budgets", "Budgets of callers", "config",
+            "set limits of a caller's key: POST /v1/config/proxy-keys/<id>, or `hr limit`"),
+    Feature("local_model", "Local models", "config", "set LOCAL_BASE_URL and LOCAL_MODEL"),
+    Feature("dashboard", "Dashboard", "builtin", "open /dashboard in a browser"),
+)  # fmt: skip
+
+
+def setting_fields() -> dict[str, Any]:
+    """Variable -> its field of Config."""
+    return {row.metadata["env"]: row for row in fields(Config) if "env" in row.metadata}
+
+
+def known_features() -> dict[str, Feature]:
+    """Those whose variable is a setting, and those that need none."""
+    known = setting_fields()
+    return {row.name: row for row in FEATURES if not row.env or row.env in known}
+
+
+def is_enabled(feature: Feature, config: Config) -> bool:
+    if feature.env:
+        return bool(getattr(config, setting_fields()[feature.env].name))
+    if feature.name == "key_budgets":
+        return any(row.get(name) for row in config.key_rows.values() for name in CALLER_LIMITS)
+    if feature.name == "local_model":
+        return any(service.provider.tier == "local" for service in config.services)
+    return True
+
+
+def feature_report(config: Config) -> Json:
+    """What is always on, and what may be."""
+    return {
+        "core": list(CORE_FEATURES),
+        "addons": [
+            {
+                "name": row.name,
+                "title": row.title,
+                "kind": row.kind,
+                "enabled": is_enabled(row, config),
+                "env": row.env or None,
+                "on": row.on or None,
+                "off": row.off if row.env else None,
+                "desc" if row.env else "manage": row.about,
+            }
+            for row in known_features().values()
+        ],
+    }
+
+
+# -- single settings -------------------------------------------------------------
+
+# Of each provider; `text` is how a value is looked at before the whole configuration is.
+PROVIDER_SETTINGS: Final = frozenset(
+    {
+        "BASE_URL",
+        "MODEL",
+        "EXCLUDE_MODELS",
+        "EMBED_MODEL",
+        "SKIP_TOKENS_OVER",
+        "MAX_OUTPUT_TOKENS",
+        "SUPPORTS_TOOLS",
+        "REASONING",
+    }
+)
+MAX_SETTING: Final = 10_000  # characters
+
+
+def provider_of_setting(name: str) -> Provider | None:
+    """The provider that <PROVIDER>_<PART> is about."""
+    for row in PROVIDERS:
+        prefix = row.name.upper() + "_"
+        if name.startswith(prefix) and name.removeprefix(prefix) in PROVIDER_SETTINGS:
+            return row
+    return None
+
+
+def setting_text(name: str, value: object) -> str | None:
+    """A value of a setting as a line of .env holds it; None = the default again.
+
+    BadValue for a name that is no setting or may not be set from afar: secrets have places of
+    their own, and paths are nothing for whoever does not sit at the machine.
+    """
+    row = setting_fields().get(name)
+    meta = row.metadata if row else {}
+    if row is None and provider_of_setting(name) is None:
+        raise BadValue(shown_name(name), f"{shown_name(name)} is not a setting")
+    if meta.get("secret"):
+        raise BadValue(name, f"{name} is set through /v1/config/proxy-keys or in .env")
+    if meta.get("group") == "Files":
+        raise BadValue(name, f"{name} is a path: set it in .env")
+    text = env_value(name, value)
+    if text and name.endswith("_URL"):
+        try:
+            safe_url(text)
+        except ValueError as error:
+            raise BadValue(name, f"{name} {error}") from None
+    return text
+
+
+def env_value(name: str, value: object) -> str | None:
+    """A JSON value as text: true is 1, a list is joined by commas."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = ",".join(value)
+    if isinstance(value, bool):
+        value = int(value)
+    if isinstance(value, int | float):
+        value = f"{value:g}" if isinstance(value, float) else str(value)
+    if value is not None and not isinstance(value, str):
+        raise BadValue(name, f"{name} must be a text, a number, true, false or null")
+    if value is not None and len(value) > MAX_SETTING:
+        raise BadValue(name, f"{name} is longer than {MAX_SETTING} characters")
+    return value.strip() if value else None
+
+
+def try_out(config: Config, changes: Mapping[str, str | None]) -> None:
+    """Would these lines of .env make a configuration that can be used? BadValue names what not."""
+    kept = {k: v for k, v in read_dotenv(config.env_file).items() if k not in changes}
+    added = {name: text for name, text in changes.items() if text is not None}
+    try:
+        found = Config.from_env(config.given, {**kept, **added})
+    except ConfigError as error:
+        problems = error.problems
+    else:
+        problems = (*open_to_all(found.auth_mode, config.host), *found.warnings)
+        problems = tuple(p for p in problems if mentions(p, changes))
+    if problems:
+        names = [name for name in changes if mentions(problems[0], [name])]
+        name = next(iter(names or changes))
+        raise BadValue(name, "; ".join(problems))
+
+
+def mentions(problem: str, names: Iterable[str]) -> bool:
+    """Whether a problem is about one of these variables: it begins with its name."""
+    return any(re.match(rf"{re.escape(name)}\b", problem) for name in names)
+
+
+def setting_source(config: Config, lines: Mapping[str, str], names: Iterable[str]) -> str:
+    """Where a setting comes from; `lines` are those of .env."""
+    for name in names:
+        if config.given.get(name, "").strip():
+            return "environment"
+        if lines.get(name, "").strip():
+            return config.env_file.name
+    return "default"
+
+
+def setting_states(config: Config) -> list[Json]:
+    """Every setting as it is in effect, and where it comes from; of secrets the tails."""
+    lines = read_dotenv(config.env_file)
+    found = []
+    for name, row in setting_fields().items():
+        meta, value = row.metadata, getattr(config, row.name)
+        source = setting_source(config, lines, (name, *meta.get("also", ())))
+        if name == "PROXY_API_KEYS" and source == "default" and config.key_rows:
+            source = config.auth_path.name
+        secret = bool(meta.get("secret"))
+        found.append(
+            {
+                "name": name,
+                "value": [key_tail(key) for key in value] if secret else plain_json(value),
+                "default": [] if secret else plain_json(row.default),
+                "source": source,
+                "group": meta["group"],
+                "help": meta["help"],
+                "secret": secret,
+                "restart_required": bool(meta.get("restart")),
+                "changeable": source != "environment" and not secret and meta["group"] != "Files",
+            }
+        )
+    return [*found, *provider_states(config, lines)]
+
+
+def provider_states(config: Config, lines: Mapping[str, str]) -> Iterator[Json]:
+    """Settings of providers, where they are set."""
+    for name in sorted({*lines, *config.given}):
+        source = setting_source(config, lines, [name])
+        if source != "default" and (row := provider_of_setting(name)):
+            yield {
+                "name": name,
+                "value": shown_url({**lines, **config.given}[name]),
+                "default": "",
+                "source": source,
+                "group": "Providers",
+                "help": f"of {row.title}",
+                "secret": False,
+                "restart_required": False,
+                "changeable": source != "environment",
+            }
+
+
+def plain_json(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def shown_url(text: str) -> str:
+    """A value without the password that a URL may hold."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+# -- what an admin asks for ------------------------------------------------------
+
+ROTATION_WORDS: Final = {
+    "round-robin": "round-robin",
+    "roundrobin": "round-robin",
+    "round_robin": "round-robin",
+    "rr": "round-robin",
+    "sequential": "sequential",
+    "seq": "sequential",
+}
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where an admin changes settings: checked, stored, and taken over before the answer.
+
+    `again` restarts this process once its requests have ended; None where it cannot.
+    """
+
+    router: Router
+    reloader: Reloader
+    caller: Caller
+    again: Callable[[], None] | None = None
+
+    @property
+    def config(self) -> Config:
+        return self.router.config
+
+    def store(self, changes: Mapping[str, str | None]) -> Json:
+        """Put lines into .env and take them over; whether a restart is needed."""
+        for name in changes:
+            if name in self.config.given:
+                raise Conflict(
+                    f"{name} is set in the environment of the process, which wins over"
+                    f" {self.config.env_file.name}: change it there",
+                    param=name,
+                )
+        try_out(self.config, changes)
+        edit_env(self.config.env_file, changes)
+        return self.take_over(changes)
+
+    def take_over(self, names: Iterable[str] = ()) -> Json:
+        problem = self.reloader.reload()
+        waiting = set(names) & set(self.router.loaded.restart)
+        return {"restart_required": bool(waiting), **({"error": problem} if problem else {})}
+
+    def change_auth(self, change: Callable[[Json], Made]) -> Made:
+        return edit_json(self.config.auth_path, change)
+
+
+def only(body: Json, *names: str) -> None:
+    """BadValue for a member that is none of these: it would be ignored."""
+    for name in body:
+        if name not in names:
+            raise BadValue(shown_name(name), f"unknown member: {shown_name(name)}")
+
+
+def some_provider(name: str) -> Provider:
+    row = provider_named(name)
+    if row is None:
+        raise BadValue("provider", "unknown provider: " + shown_name(name))
+    return row
+
+
+def list_providers(desk: Desk, _body: Json) -> Json:
+    services = {service.name: service for service in desk.config.services}
+    takers = [row.name for row in PROVIDERS if not row.accounts]
+    return {
+        "key_settable": takers,
+        "model_settable": [row.name for row in PROVIDERS],
+        "defaults": {row.name: ",".join(row.models) for row in PROVIDERS},
+        "key_counts": {
+            name: len([key for key in services[name].keys if key]) if name in services else 0
+            for name in takers
+        },
+        "keys": {
+            name: [
+                {"key_tail": key_tail(key), "id": caller_id(key), "source": source}
+                for key, source in zip(service.keys, service.key_sources, strict=True)
+                if key
+            ]
+            for name, service in services.items()
+        },
+    }
+
+
+def add_key(desk: Desk, body: Json, provider: str) -> Json:
+    only(body, "key")
+    row, key = key_provider(provider), check_key("key", body.get("key"))
+    held = desk.router.keys.held().get(row.name, ())
+    added = key not in held  # in the environment, or in the file
+    if added:
+        added = desk.change_auth(lambda document: add_provider_key(document, row.name, key)).added
+    told = desk.take_over()
+    total = len(desk.router.keys.held().get(row.name, ()))
+    return {
+        "provider": row.name,
+        "added": added,
+        "duplicate": not added,
+        "key_tail": key_tail(key),
+        "total_keys": total,
+        **told,
+    }
+
+
+def remove_key(desk: Desk, _body: Json, provider: str, which: str) -> Json:
+    row = key_provider(provider)
+    service = next((s for s in desk.config.services if s.name == row.name), None)
+    sources = dict(zip(service.keys, service.key_sources, strict=True)) if service else {}
+    key = find_secret(sources, which, f"{row.name} key")
+    if sources[key] != desk.config.auth_path.name and sources[key] != "auth.json":
+        raise Conflict(f"this key stands in {sources[key]}: take it out there", param="key")
+    desk.change_auth(lambda document: remove_provider_key(document, row.name, key))
+    told = desk.take_over()
+    total = len(desk.router.keys.held().get(row.name, ()))
+    return {
+        "provider": row.name,
+        "removed": True,
+        "key_tail": key_tail(key),
+        "total_keys": total,
+        **told,
+    }
+
+
+def set_model(desk: Desk, body: Json, provider: str) -> Json:
+    only(body, "model")
+    row = some_provider(provider)
+    models = split_list(env_value("model", body.get("model")))
+    if not models:
+        raise BadValue("model", "model must be a model id, or several with commas between them")
+    for model in models:
+        if not re.fullmatch(r"[\w.\-:/@+]{1,200}", model, re.ASCII):
+            raise BadValue("model", f"{shown_name(model)} is not a model id")
+    told = desk.store({f"{row.name.upper()}_MODEL": ",".join(models)})
+    return {"provider": row.name, "model": ",".join(models), **told}
+
+
+def reset_model(desk: Desk, _body: Json, provider: str) -> Json:
+    row = some_provider(provider)
+    told = desk.store({f"{row.name.upper()}_MODEL": None})
+    return {"provider": row.name, "reset": True, **told}
+
+
+def list_features(desk: Desk, _body: Json) -> Json:
+    return feature_report(desk.config)
+
+
+def set_feature(desk: Desk, body: Json, name: str) -> Json:
+    only(body, "enabled")
+    feature = known_features().get(name)
+    if feature is None:
+        raise NotFound(f"there is no feature {shown_name(name)}", param="name")
+    if feature.kind != "flag":
+        raise BadValue("name", f"{name} is not turned on or off here: {feature.about}")
+    enabled = check_flag("enabled", body.get("enabled"))
+    told: Json = {"restart_required": False}
+    if enabled != is_enabled(feature, desk.config):
+        told = desk.store({feature.env: feature.on if enabled else feature.off})
+    return {"name": name, "enabled": enabled, **told}
+
+
+def show_rotation(desk: Desk, _body: Json) -> Json:
+    return {"mode": desk.config.rotation_mode, "modes": ["round-robin", "sequential"]}
+
+
+def set_rotation(desk: Desk, body: Json) -> Json:
+    only(body, "mode")
+    word = body.get("mode")
+    mode = ROTATION_WORDS.get(word.strip().lower()) if isinstance(word, str) else None
+    if mode is None:
+        raise BadValue("mode", "mode must be round-robin or sequential")
+    return {"mode": mode, **desk.store({"ROTATION_MODE": mode})}
+
+
+def list_settings(desk: Desk, _body: Json) -> Json:
+    return {
+        "settings": setting_states(desk.config),
+        "restart_required": list(desk.router.loaded.restart),
+        "error": desk.router.loaded.error or None,
+    }
+
+
+def set_settings(desk: Desk, body: Json) -> Json:
+    if not body:
+        raise BadValue("body", 'name at least one setting: {"NAME": value}')
+    changes = {name: setting_text(name, value) for name, value in body.items()}
+    return {"changed": sorted(changes), **desk.store(changes)}
+
+
+def restart_router(desk: Desk, body: Json) -> Json:
+    """Begin anew, where this process can; else only the settings are read again."""
+    only(body)
+    fresh_config(desk.config)  # nobody wants to begin anew with what cannot be used
+    if desk.again is None:
+        told = desk.take_over()
+        waiting = ", ".join(desk.router.loaded.restart)
+        why = "this process cannot restart itself; the settings were read anew instead"
+        return {
+            "status": "reloaded",
+            "message": f"{why}; still waiting for a restart: {waiting}" if waiting else why,
+            **told,
+        }
+    desk.again()
+    return {
+        "status": "restarting",
+        "message": "requests under way may end first; new ones are served in a moment",
+    }
+
+
+# -- keys of callers -------------------------------------------------------------
+
+
+def caller_row(config: Config, caller: Caller) -> Json:
+    """A caller's key for people: its tail, never itself."""
+    row = config.key_rows.get(caller.key, {})
+    return {
+        "key_tail": key_tail(caller.key),
+        "id": caller.id,
+        "name": caller.name,
+        "admin": caller.admin,
+        "limits": {name: row.get(name) for name in CALLER_LIMITS},
+        "allowed_providers": sorted(caller.scope),
+    }
+
+
+def list_proxy_keys(desk: Desk, _body: Json) -> Json:
+    return {
+        "keys": [
+            {**caller_row(desk.config, caller), "usage": {}, "pending_restart": False}
+            for caller in desk.config.callers
+        ]
+    }
+
+
+def has_named_admin(config: Config) -> bool:
+    """Whether somebody is an admin by name, and not for want of one."""
+    rows = (config.key_rows.get(key, {}) for key in config.proxy_keys)
+    return bool(config.admin_keys) or any(row.get("admin") is True for row in rows)
+
+
+def new_caller(desk: Desk, body: Json) -> Json:
+    """A new key for callers: this is the only time that it is told."""
+    config, acting = desk.config, desk.caller.key
+
+    def change(document: Json) -> str:
+        key = add_proxy_key(document, body)
+        if body.get("admin") is True and acting and not has_named_admin(config):
+            # The first key is the admin only while there is none by name.
+            update_proxy_key(document, acting, {"admin": True}, config.proxy_keys)
+        return key
+
+    key = desk.change_auth(change)
+    told = desk.take_over()
+    made = next((c for c in desk.config.callers if c.key == key), None)
+    row = caller_row(desk.config, made) if made else {"key_tail": key_tail(key)}
+    return {"key": key, **row, **told}
+
+
+def change_caller(desk: Desk, body: Json, which: str) -> Json:
+    config = desk.config
+    if not body:
+        raise BadValue("body", "name at least one member to change")
+
+    def change(document: Json) -> str:
+        key = update_proxy_key(document, which, body, config.proxy_keys)
+        if "admin" in body and body["admin"] is not True:
+            keep_an_admin(fresh_config(config), key)
+        acting = desk.caller.key
+        if body.get("admin") is True and acting not in ("", key) and not has_named_admin(config):
+            update_proxy_key(document, acting, {"admin": True}, config.proxy_keys)
+        return key
+
+    key = desk.change_auth(change)
+    told = desk.take_over()
+    made = next((c for c in desk.config.callers if c.key == key), None)
+    return {**(caller_row(desk.config, made) if made else {"key_tail": key_tail(key)}), **told}
+
+
+def revoke_caller(desk: Desk, _body: Json, which: str) -> Json:
+    config = desk.config
+
+    def change(document: Json) -> str:
+        fresh = fresh_config(config)
+        key = revoke_proxy_key(document, which, fresh.proxy_keys)
+        if set(fresh.proxy_keys) <= {key}:
+            raise BadValue("key", "this is the last key: nobody could come in any more")
+        keep_an_admin(fresh, key)
+        take_out_of_env(config, key)
+        return key
+
+    key = desk.change_auth(change)
+    return {"key_tail": key_tail(key), "revoked": True, **desk.take_over()}
+
+
+def fresh_config(config: Config) -> Config:
+    """The settings as the files hold them at this moment; ConfigError if they cannot be used."""
+    return Config.from_env(config.given)
+
+
+def keep_an_admin(config: Config, key: str) -> None:
+    """BadValue if nobody but the owner of `key` may change settings."""
+    admins = {caller.key for caller in config.callers if caller.admin}
+    if admins <= {key}:
+        raise BadValue("admin", "no other key may change settings: make another one an admin first")
+
+
+def take_out_of_env(config: Config, key: str) -> None:
+    """Take a caller's key out of the lines of .env that hold it."""
+    rows = setting_fields()
+    names = [n for row in ("PROXY_API_KEYS", "ADMIN_KEYS") for n in env_names(rows[row])]
+    for name in names:
+        if key in split_list(config.given.get(name)):
+            raise Conflict(
+                f"this key stands in {name} of the environment of the process: take it out there",
+                param="key",
+            )
+    lines = read_dotenv(config.env_file)
+    changes = {
+        name: ",".join(k for k in split_list(lines[name]) if k != key) or None
+        for name in names
+        if key in split_list(lines.get(name))
+    }
+    if changes:
+        edit_env(config.env_file, changes)
+
+
+def env_names(row: Any) -> tuple[str, ...]:
+    return row.metadata["env"], *row.metadata.get("also", ())
+
+
+Errand = Callable[..., Json]
+ERRANDS: Final[tuple[tuple[str, str, Errand], ...]] = (
+    ("GET", "providers", list_providers),
+    ("POST", "keys/<provider>", add_key),
+    ("DELETE", "keys/<provider>/<which>", remove_key),
+    ("POST", "model/<provider>", set_model),
+    ("DELETE", "model/<provider>", reset_model),
+    ("GET", "features", list_features),
+    ("POST", "features/<name>", set_feature),
+    ("GET", "rotation", show_rotation),
+    ("POST", "rotation", set_rotation),
+    ("GET", "settings", list_settings),
+    ("POST", "settings", set_settings),
+    ("GET", "proxy-keys", list_proxy_keys),
+    ("POST", "proxy-keys", new_caller),
+    ("POST", "proxy-keys/<which>", change_caller),
+    ("DELETE", "proxy-keys/<which>", revoke_caller),
+    ("POST", "restart", restart_router),
+)
+
+
+def run_errand(desk: Desk, errand: Errand, body: Json, names: Mapping[str, str]) -> Json:
+    """What was asked for, or the RouterError that says what is wrong with it."""
+    try:
+        return errand(desk, body, **names)
+    except NoSuchEntry as error:
+        raise NotFound(error.text, param=error.field) from None
+    except BadValue as error:
+        raise BadRequest(error.text, param=error.field) from None
+    except FileProblem as problem:
+        raise NotStored(str(problem)) from None
+    except ConfigError as error:
+        raise Conflict(f"the settings cannot be used as they are: {error}") from None
+
+
+# =============================================================================
+# 37. Status
 # =============================================================================
 
 
@@ -18542,6 +19203,7 @@ def snapshot(router: Router) -> Json:
             "cooldown_s": config.breaker_cooldown,
         },
         "tokenizer": "exact" if router.encoder.ready else "estimate",
+        "features": feature_report(config),
         "warnings": list(config.warnings),
         "config": {
             "loaded_at": round(router.loaded.at, 3),
@@ -18857,7 +19519,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 37. Endpoints
+# 38. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -18923,7 +19585,11 @@ def add_routes(app: flask.Flask, router: Router) -> None:
             lambda: {"status": "ok", "message": "hermes-router is running; see /v1/models"},
         ),
     )
-    for method, path, function in routes:
+    errands: tuple[tuple[str, str, Callable[..., Any]], ...] = tuple(
+        (method, f"/v1/config/{path}", functools.partial(administer, app, errand))
+        for method, path, errand in ERRANDS
+    )
+    for method, path, function in (*routes, *errands):
         app.add_url_rule(
             path,
             f"{method} {path}",
@@ -18995,6 +19661,65 @@ class Door:
         raise Unauthorized(
             "unauthorized: send one of this router's keys as `Authorization: Bearer <key>`"
         )
+
+
+MAX_ERRAND_BYTES: Final = 65_536
+
+
+def administer(app: flask.Flask, errand: Errand, **names: str) -> flask.Response:
+    """One request to /v1/config: by an admin, in JSON, and not by another site's page."""
+    request, router = current_request(), cast(Router, app.extensions["router"])
+    caller: Caller = request.environ["hermes.caller"]
+    check_host(request.environ, router.config)
+    if request.method != "GET":
+        check_origin(request.environ)
+    if not caller.admin:
+        raise Forbidden(
+            "this key may not see or change settings: use one of ADMIN_KEYS, or a key whose row"
+            ' in auth.json has "admin": true'
+        )
+    body: Json = {}
+    if request.content_length and request.method != "GET":
+        if request.content_length > MAX_ERRAND_BYTES:
+            raise TooLarge(f"the request is larger than {MAX_ERRAND_BYTES} bytes")
+        if not request.is_json:
+            raise UnsupportedMedia("settings are changed in JSON: Content-Type: application/json")
+        _, body = read_body(router, request)
+    extensions = app.extensions
+    desk = Desk(router, extensions["reloader"], caller, extensions.get("again"))
+    told = run_errand(desk, errand, body, names)
+    if request.method != "GET":
+        log.info("%s %s by %s", request.method, errand.__name__, caller.name)
+    return flask.Response(
+        dump_json(told), mimetype="application/json", headers={"Cache-Control": "no-store"}
+    )
+
+
+def check_host(environ: Mapping[str, Any], config: Config) -> None:
+    """A name of somebody else that leads to this machine (DNS rebinding) gets nothing.
+
+    Only where the router listens on loopback: elsewhere nobody knows the names it goes by.
+    """
+    try:
+        host = urlsplit("//" + environ.get("HTTP_HOST", "")).hostname or ""
+    except ValueError:
+        host = ""
+    if config.host in LOOPBACK and host.rstrip(".") not in {*LOOPBACK, config.host}:
+        raise Forbidden(
+            "settings are served under a loopback name (localhost, 127.0.0.1) only, because"
+            f" HOST={config.host}"
+        )
+
+
+def check_origin(environ: Mapping[str, Any]) -> None:
+    """A browser says which site's page is asking: only this router's own may change settings."""
+    origin, site = environ.get("HTTP_ORIGIN"), environ.get("HTTP_SEC_FETCH_SITE")
+    _, mark, host = (origin or "").partition("://")
+    foreign = origin is not None and not (
+        mark and host.lower() == environ.get("HTTP_HOST", "").lower()
+    )
+    if foreign or site not in (None, "same-origin", "none"):
+        raise Forbidden("settings may not be changed by a page of another site")
 
 
 def health(router: Router) -> Json:
@@ -19367,7 +20092,7 @@ def crash(router: Router, error: Exception) -> flask.Response:
 
 
 # =============================================================================
-# 38. Server
+# 39. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -19788,9 +20513,12 @@ def most_connections(config: Config) -> int:
 class Drain:
     """Stops the server once its requests have ended; a second signal stops it at once."""
 
+    RESTART_S: ClassVar[float] = 0.5
+
     def __init__(self, router: Router, server: Any) -> None:
         self._router, self._server = router, server
         self._main = threading.current_thread()
+        self.again = False  # the process begins anew instead of ending
 
     def on_signal(self, number: int, _frame: object) -> None:
         """In the main thread, which runs the server's loop."""
@@ -19803,6 +20531,16 @@ class Drain:
         self._refuse_connections()
         threading.Thread(target=self._wait, args=(number,), name="drain", daemon=True).start()
 
+    def restart(self) -> None:
+        """Stop as SIGTERM does, once the answer to this request is out, and begin anew."""
+        self.again = True
+        timer = threading.Timer(self.RESTART_S, self._signal, (signal.SIGTERM,))
+        timer.daemon = True
+        timer.start()
+
+    def _signal(self, number: int) -> None:
+        signal.pthread_kill(cast(int, self._main.ident), number)
+
     def _refuse_connections(self) -> None:
         sockets = getattr(self._server, "_map", None) or getattr(self._server, "map", {})
         for part in list(sockets.values()):
@@ -19814,7 +20552,7 @@ class Drain:
         while self._router.gate.inside and time.monotonic() < end:
             time.sleep(0.05)
         time.sleep(0.1)  # for the last bytes
-        signal.pthread_kill(cast(int, self._main.ident), number)
+        self._signal(number)
 
 
 def allow_many_files() -> None:
@@ -19829,7 +20567,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 39. Crash test
+# 40. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -20615,7 +21353,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 40. Documents
+# 41. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -20782,7 +21520,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 41. Command line
+# 42. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -20818,7 +21556,10 @@ def cmd_serve(_: argparse.Namespace) -> int:
     allow_many_files()
     reloader: Reloader = app.extensions["reloader"]
     router.follow(LogLevel())
-    listen_to_signals(Drain(router, server), reloader)
+    drain = Drain(router, server)
+    listen_to_signals(drain, reloader)
+    if os.name == "posix":
+        app.extensions["again"] = drain.restart
     try:
         router.start()
         reloader.start()
@@ -20829,7 +21570,17 @@ def cmd_serve(_: argparse.Namespace) -> int:
         reloader.close()
         router.close()
         close_log()
+    if drain.again:
+        begin_anew()
     return DONE_OK
+
+
+def begin_anew() -> None:
+    """This program again, in this process, with the same pid and environment."""
+    log.info("restarting")
+    given = sys.orig_argv[1:]
+    end = given.index("-c") if "-c" in given else len(given) - len(sys.argv)
+    os.execv(sys.executable, [sys.executable, *given[:end], os.path.abspath(__file__), "serve"])
 
 
 def listen_to_signals(drain: Drain, reloader: Reloader) -> None:

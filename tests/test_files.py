@@ -519,3 +519,17 @@ def test_an_account_is_imported_once_and_kept_in_its_form():
 def test_a_sign_in_without_tokens_is_refused(row):
     with pytest.raises(router.BadValue):
         router.upsert_account({}, row)
+
+
+def test_the_example_can_be_used_as_it_is(tmp_path):
+    """Copied and not filled in it lets nobody in; each member is one that is known."""
+    document = json.loads((ROOT / "auth.example.json").read_text())
+    row = document["proxy_keys"]["sk-router-1"]
+    assert router.check_caller(row) == row
+    assert row.keys() == {"name", "admin", "allowed_providers", *router.CALLER_LIMITS}
+    (tmp_path / "auth.json").write_text(json.dumps(document))
+    config = router.Config.from_env({"HR_HOME": str(tmp_path)})
+    assert (config.services, config.accounts, config.proxy_keys) == ((), (), ())
+    router.upsert_account(document, {"account_id": "a", "refresh_token": "r"})
+    router.add_provider_key(document, "groq", KEY)
+    assert len(document["codex_accounts"]) == 1 and document["providers"]["groq"] == [KEY]
