@@ -18662,7 +18662,7 @@ def feature_report(config: Config) -> Json:
 
 # -- single settings -------------------------------------------------------------
 
-# Of each provider; `text` is how a value is looked at before the whole configuration is.
+# Of each provider, after its name; beside what a URL needs, such as CLOUDFLARE_ACCOUNT_ID.
 PROVIDER_SETTINGS: Final = frozenset(
     {
         "BASE_URL",
@@ -18682,7 +18682,8 @@ def provider_of_setting(name: str) -> Provider | None:
     """The provider that <PROVIDER>_<PART> is about."""
     for row in PROVIDERS:
         prefix = row.name.upper() + "_"
-        if name.startswith(prefix) and name.removeprefix(prefix) in PROVIDER_SETTINGS:
+        part = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        if part in PROVIDER_SETTINGS or any(name == variable for _, variable in row.extra_env):
             return row
     return None
 
@@ -20519,9 +20520,12 @@ class Drain:
         self._router, self._server = router, server
         self._main = threading.current_thread()
         self.again = False  # the process begins anew instead of ending
+        self._own = False  # the next signal is one that it sends itself
 
     def on_signal(self, number: int, _frame: object) -> None:
         """In the main thread, which runs the server's loop."""
+        own, self._own = self._own, False
+        self.again = self.again and own  # whoever wants it stopped does not want it back
         gate = self._router.gate
         if gate.closed or not gate.inside:
             sys.exit(0)
@@ -20539,6 +20543,7 @@ class Drain:
         timer.start()
 
     def _signal(self, number: int) -> None:
+        self._own = True
         signal.pthread_kill(cast(int, self._main.ident), number)
 
     def _refuse_connections(self) -> None:

@@ -16,7 +16,7 @@ import requests
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from upstream import HELLO, KEY, chat, provider, until
+from upstream import HELLO, KEY, Hang, chat, free_port, provider, until
 
 import router
 
@@ -628,44 +628,108 @@ def test_a_bad_configuration_is_not_restarted_into(api):
     assert "MAX_STREAMS" in here.fails(409, "POST", "restart")[1]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a process that takes its own place")
-def test_a_real_process_begins_anew(tmp_path, upstream):
-    up = upstream(lambda _: chat("hello"))
-    settings = {"ADMIN_KEYS": ADMIN, **provider("groq", up)}
-    text = "".join(f"{k}={v}\n" for k, v in settings.items())
-    (tmp_path / ".env").write_text(text)
-    env = {"PATH": os.environ["PATH"], "HR_HOME": str(tmp_path), "PORT": "0"}
-    process = subprocess.Popen(
-        [sys.executable, "-B", str(ROOT / "router.py")], env=env, stderr=subprocess.PIPE, text=True
-    )
-    seen: list[str] = []
-    thread = threading.Thread(target=lambda: seen.extend(iter(process.stderr.readline, "")))
-    thread.start()
+POSIX = pytest.mark.skipif(os.name != "posix", reason="a process that takes its own place")
 
-    def addresses():
-        return re.findall(r"listening on (\S+)", "".join(seen))
 
+class Process:
+    """A router as a process of its own, on a port that stays."""
+
+    def __init__(self, folder, **settings):
+        lines = {"ADMIN_KEYS": ADMIN, "PORT": str(free_port()), **settings}
+        (folder / ".env").write_text("".join(f"{k}={v}\n" for k, v in lines.items()))
+        env = {"PATH": os.environ["PATH"], "HR_HOME": str(folder)}
+        command = [sys.executable, "-B", str(ROOT / "router.py")]
+        self.child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        self.thread = threading.Thread(target=self.read)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{lines['PORT']}"
+        self.session = requests.Session()  # whose connection stays open
+        self.session.headers["Authorization"] = f"Bearer {ADMIN}"
+
+    def read(self):
+        self.lines.extend(iter(self.child.stderr.readline, ""))
+
+    @property
+    def text(self):
+        return "".join(self.lines)
+
+    def listens(self, times):
+        until(lambda: self.text.count("listening on") == times, 60)
+
+    def post(self, path, body=None):
+        answer = self.session.post(f"{self.url}/v1/{path}", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def close(self):
+        self.session.close()
+        if self.child.poll() is None:
+            self.child.kill()
+        self.child.wait(30)
+        self.thread.join(10)
+        self.child.stderr.close()
+
+
+@pytest.fixture
+def process(tmp_path):
+    made = []
+
+    def start(**settings):
+        made.append(Process(tmp_path, **settings))
+        made[-1].listens(1)
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+@POSIX
+def test_a_real_process_begins_anew(process):
+    here = process()
+    assert here.post("config/settings", {"WORKER_THREADS": 5})["restart_required"] is True
+    assert here.post("config/restart")["status"] == "restarting"
+    here.listens(2)
+    rows = here.session.get(f"{here.url}/v1/config/settings", timeout=60).json()
+    assert rows["restart_required"] == []
+    assert next(r["value"] for r in rows["settings"] if r["name"] == "WORKER_THREADS") == 5
+    assert here.child.poll() is None, "the same process"
+    here.child.send_signal(signal.SIGTERM)
+    assert here.child.wait(30) == 0
+    assert not SECRETS.search(here.text)
+
+
+@POSIX
+def test_requests_under_way_end_before_it_begins_anew(process, upstream):
+    up = upstream(Hang(60, chat("hello")))
+    here = process(**provider("groq", up))
+    body = {"model": "auto", "messages": HELLO}
     headers = {"Authorization": f"Bearer {ADMIN}"}
-    try:
-        until(addresses, 60)
-        url = addresses()[0] + "/v1/config/"
-        setting = {"WORKER_THREADS": 5}
-        told = requests.post(url + "settings", json=setting, headers=headers, timeout=60).json()
-        assert told["restart_required"] is True
-        told = requests.post(url + "restart", headers=headers, timeout=60)
-        assert (told.status_code, told.json()["status"]) == (200, "restarting")
-        until(lambda: len(addresses()) == 2, 60)
-        url = addresses()[1] + "/v1/config/"
-        rows = requests.get(url + "settings", headers=headers, timeout=60).json()
-        assert rows["restart_required"] == []
-        assert next(r["value"] for r in rows["settings"] if r["name"] == "WORKER_THREADS") == 5
-        assert process.poll() is None, "the same process"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait(30)
-        thread.join(10)
-        process.stderr.close()
-    assert not SECRETS.search("".join(seen))
+    url = f"{here.url}/v1/chat/completions"
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(requests.post, url, json=body, headers=headers, timeout=60)
+        up.wait_for(1)
+        here.post("config/restart")
+        until(lambda: "stopping: 1 request" in here.text, 30)
+        up.open_gate()
+        assert under_way.result(30).status_code == 200
+    here.listens(2)
+
+
+@POSIX
+def test_who_stops_it_while_it_begins_anew_is_obeyed(process, upstream):
+    up = upstream(Hang(60, chat("hello")))
+    here = process(**provider("groq", up))
+    body = {"model": "auto", "messages": HELLO}
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    url = f"{here.url}/v1/chat/completions"
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(requests.post, url, json=body, headers=headers, timeout=60)
+        up.wait_for(1)
+        here.post("config/restart")
+        until(lambda: "stopping: 1 request" in here.text, 30)
+        here.child.send_signal(signal.SIGTERM)
+        assert here.child.wait(30) == 0
+        assert under_way.exception(30), "cut off"
+    assert "restarting" not in here.text
