@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import router
@@ -321,6 +321,7 @@ ENV_NAMES = st.from_regex(r"[A-Z_][A-Z0-9_]{0,8}", fullmatch=True)
 LINE = st.text(max_size=30).filter(lambda text: text.splitlines() in ([], [text]))
 
 
+@settings(deadline=None)  # a disk that is busy
 @given(
     st.dictionaries(ENV_NAMES, LINE, max_size=4),
     st.lists(st.one_of(LINE, st.builds("{}={}".format, ENV_NAMES, LINE)), max_size=6),
