@@ -23988,7 +23988,11 @@ def cmd_docs(args: argparse.Namespace) -> int:
 
 
 def cmd_commands(args: argparse.Namespace) -> int:
-    rows = [(command.name, command.help) for command in COMMANDS if command.run]
+    rows = [
+        (command.name, command.help)
+        for command in COMMANDS
+        if command.run and not (args.own and command.hr)
+    ]
     print(*(columns(rows) if args.long else [name for name, _ in rows]), sep="\n")
     return DONE_OK
 
@@ -24249,7 +24253,10 @@ COMMANDS: Final = (
         "commands",
         "list the commands",
         cmd_commands,
-        ((("--long",), {"action": "store_true", "help": "with what each does"}),),
+        (
+            (("--long",), {"action": "store_true", "help": "with what each does"}),
+            (("--own",), {"action": "store_true", "help": "without those that only hr has"}),
+        ),
     ),
     Command("version", "print the version", cmd_version),
 )
