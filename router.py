@@ -21865,7 +21865,9 @@ def cmd_logs(args: argparse.Namespace) -> int:
         say("no request is remembered")
         return DONE_OK
     head = ("TIME", "STATUS", "ENDPOINT", "CALLER", "ANSWERED BY", "LATENCY", "TOKENS", "REQUEST")
-    print(*columns([head, *map(log_cells, reversed(rows))]), sep="\n")
+    rows.reverse()
+    shades = ["red" if row.get("status") == "error" else "" for row in rows]
+    print(*columns([head, *map(log_cells, rows)], shades), sep="\n")
     return DONE_OK
 
 
@@ -21875,14 +21877,14 @@ def log_cells(row: Json) -> tuple[str, ...]:
     tokens = [row.get(name) for name in ("prompt_tokens", "completion_tokens")]
     latency = row.get("latency_ms")
     return (
-        str(row.get("ts") or "-"),
-        str(row.get("status") or "-"),
-        str(row.get("endpoint") or "-"),
-        str(row.get("caller") or "-"),
-        "/".join(names) or "-",
+        told(row.get("ts")),
+        " ".join(told(row[name]) for name in ("http_status", "status") if row.get(name)) or "-",
+        told(row.get("endpoint")),
+        told(row.get("caller_name") or row.get("caller")),
+        told("/".join(names) or None),
         f"{latency:.0f} ms" if isinstance(latency, int | float) else "-",
         "+".join(str(n) for n in tokens if n is not None) or "-",
-        str(row.get("request_id") or row.get("id") or "-"),
+        told(row.get("id")),
     )
 
 
@@ -22120,7 +22122,7 @@ class TomlSettings:
             at = next((at for at, text in enumerate(top) if line.match(text)), -1)
             return at if at > 0 else 0, at + 1
         title = ".".join(map(str, place))
-        for at, after in zip(headers, [*headers[1:], len(self._lines)], strict=True):
+        for at, after in zip(headers, [*headers[1:], len(self._lines)], strict=False):
             header = found[at]
             if header and re.sub(r"[\s\"']", "", header[1]) == title:
                 return at, self._last(at, after)
@@ -22179,14 +22181,17 @@ class YamlSettings:
             raise CannotMerge("it is YAML of a form that is not understood here")
 
     def take(self, place: Place) -> Any:
+        """The lines there, without the indent of the first."""
         start, end = self._span(place)
-        return "\n".join(self._lines[start:end]) if end > start else MISSING
+        lines, indent = self._lines[start:end], self._indent(start)
+        return "\n".join(line.removeprefix(indent) for line in lines) if lines else MISSING
 
     def put(self, place: Place, value: Any) -> None:
         start, end = self._span(place)
         lines = [] if value is MISSING else value.split("\n")
         if end > start:
-            self._lines[start:end] = lines
+            indent = self._indent(start)
+            self._lines[start:end] = [indent + line if line else line for line in lines]
             self._forget_empty(place)
         elif lines and len(place) == 1:
             self._lines += lines
@@ -22243,7 +22248,11 @@ class YamlSettings:
         first = next((first for first, _ in self._items(start, end)), None)
         if first is None:
             return start + 1, "  "
-        return first, " " * (len(self._lines[first]) - len(self._lines[first].lstrip()))
+        return first, self._indent(first)
+
+    def _indent(self, at: int) -> str:
+        line = self._lines[at] if at < len(self._lines) else ""
+        return line[: len(line) - len(line.lstrip())]
 
     def _forget_empty(self, place: Place) -> None:
         """A list whose last object went is no list any more."""
@@ -24076,7 +24085,7 @@ COMMANDS: Final = (
         (
             (("--limit",), {"type": whole(1, 10_000), "default": 20, "help": "how many; 20"}),
             (("--provider",), {"default": "", "help": "of this provider only"}),
-            (("--status",), {"default": "", "help": "success, error or cache_hit"}),
+            (("--status",), {"default": "", "help": "success, error, cancelled ..."}),
             URL,
             AS_JSON,
         ),
