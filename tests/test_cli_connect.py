@@ -309,7 +309,7 @@ def test_cursor_is_told_about_its_servers(connect):
 
 def test_lines_for_sdks_set_what_the_sdks_read(connect):
     done = connect("openai-sdk")
-    shell = f"{done.stdout}\nprintf '%s %s' \"$OPENAI_BASE_URL\" \"$OPENAI_API_KEY\""
+    shell = f'{done.stdout}\nprintf \'%s %s\' "$OPENAI_BASE_URL" "$OPENAI_API_KEY"'
     heard = subprocess.run(["sh", "-c", shell], capture_output=True, text=True)
     assert heard.stdout == f"http://127.0.0.1:8319/v1 {KEY}"
 
