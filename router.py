@@ -22718,7 +22718,8 @@ def store_keys(config: Config, row: Provider, keys: Sequence[str], check: bool) 
 def passes(config: Config, row: Provider, key: str) -> bool:
     """Ask the provider about a key; a person may keep one that was refused."""
     say(f"asking {row.title} ...")
-    found = KeyDesk(config).look(row, key)
+    with KeyDesk(config) as desk:
+        found = desk.look(row, key)
     shade = {"valid": "green", "dead": "red", "unclear": "yellow"}[found.standing]
     say(paint(found.text, shade, sys.stderr))
     if found.standing != "dead":
@@ -22751,6 +22752,12 @@ class KeyDesk:
             time.time,
             config.codex_token_url,
         )
+
+    def __enter__(self) -> KeyDesk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._transport.close()
 
     def look(self, row: Provider, key: str) -> Look:
         """One key, stored or not."""
@@ -22892,7 +22899,8 @@ def cmd_auth_check(args: argparse.Namespace) -> int:
     if not services:
         raise Trouble("there is no key to check")
     say(f"asking {len(services)} provider(s) ...")
-    found = KeyDesk(config).look_at_all(services)
+    with KeyDesk(config) as desk:
+        found = desk.look_at_all(services)
     if args.json:
         names = ("provider", "key_tail", "from", "standing", "text")
         rows = [dict(zip(names, (*row[:3], *row[3]), strict=True)) for row in found]
@@ -23320,7 +23328,9 @@ def look_at_keys(exam: Exam) -> Iterator[Finding]:
     config = cast(Config, exam.config)
     if not exam.live:
         return
-    for provider, tail, _, look in KeyDesk(config).look_at_all(config.services):
+    with KeyDesk(config) as desk:
+        found = desk.look_at_all(config.services)
+    for provider, tail, _, look in found:
         health: Health = {"valid": "ok", "dead": "bad"}.get(look.standing, "note")  # type: ignore[assignment]
         yield Finding(health, f"{provider} …{tail}: {look.text}", f"auth remove {provider} {tail}")
 
