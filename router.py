@@ -23358,7 +23358,11 @@ def look_at_port(exam: Exam) -> Iterator[Finding]:
         text = f"port {config.port} is taken by another program"
         yield Finding("bad", text, "end that program, or set another PORT")
     else:
-        yield Finding("note", "the router is not running", "hr start -d")
+        yield Finding("note", "the router is not running", how_to_start())
+
+
+def how_to_start() -> str:
+    return "hr start -d" if os.name == "posix" else "python router.py serve"
 
 
 def is_taken(host: str, port: int) -> bool:
@@ -23502,7 +23506,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
     """Time a few short answers through the running router."""
     owner = Owner(Config.from_env(), args.url)
     if not owner.answers():
-        raise owner.absent("start it with: hr start -d")
+        raise owner.absent(f"start it with: {how_to_start()}")
     say(f"{args.requests} requests, {args.parallel} at a time; they count against your quotas")
     began = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
@@ -23705,7 +23709,7 @@ def step_verify(tour: Tour) -> None:
     """Does it answer? A question goes all the way to a provider."""
     owner = Owner(tour.config)
     if not owner.answers():
-        say("The router is not running yet; start it with: hr start -d")
+        say(f"The router is not running yet; start it with: {how_to_start()}")
         return
     tour.url = owner.url
     say(paint(f"The router answers at {owner.url}", "green", sys.stderr))
@@ -24472,7 +24476,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- or Python complains at its end
         return FAILED
     except KeyboardInterrupt:
-        return DONE_OK
+        say("stopped")
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 import subprocess
 import sys
@@ -330,9 +329,11 @@ def test_a_key_of_a_caller_is_chosen_by_name_or_tail(connect, tmp_path):
 
 
 def test_the_documented_settings_are_those_that_are_written():
-    """docs/clients.md shows each client's settings: as printed here, but for the key."""
+    """docs/clients.md shows each client's settings, but for the key."""
     text = (ROOT / "docs/clients.md").read_text(encoding="utf-8")
+    reach = router.Reach("http://127.0.0.1:8319", "sk-router-...", "")
     for client in router.CLIENTS:
-        assert f"connect {client.name}" in text, client.name
-    shown = re.search(r"```toml\n(.*?)```", text, re.S)
-    assert shown and shown[1] == router.merged("", router.client_named("codex"), REACH)
+        shown = router.merged("", client, reach) if client.file else client.shown(reach) + "\n"
+        assert f"hr connect {client.name}" in text, client.name
+        fences = (f"```{client.format}\n{shown}```", f"```\n{shown}```", f"```sh\n{shown}```")
+        assert any(fence in text for fence in fences), client.name
