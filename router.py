@@ -2282,20 +2282,9 @@ def environment() -> Mapping[str, str]:
     return os.environ
 
 
-def effective_settings(config: Config) -> Iterator[tuple[str, object, bool, str]]:
-    """(variable, value, whether it is a secret, where it was found) of every setting."""
-    places = (("environment", environment()), (config.env_file.name, read_dotenv(config.env_file)))
-    for row in fields(Config):
-        if "env" in row.metadata:
-            names = (row.metadata["env"], *row.metadata.get("also", ()))
-            found = (place for place, env in places for name in names if env.get(name, "").strip())
-            secret = bool(row.metadata.get("secret"))
-            yield names[0], getattr(config, row.name), secret, next(found, "default")
-
-
 def service_with_key(config: Config, row: Provider, key: str) -> Service | None:
     """A provider as it would be with this key, which is not stored; ConfigError as from_env."""
-    reader = SettingsReader({**read_dotenv(config.env_file), **environment()})
+    reader = SettingsReader({**read_dotenv(config.env_file), **config.given})
     service = read_service(reader, row, {row.name: [key]}, config.port, ())
     if reader.problems:
         raise ConfigError(reader.problems)
@@ -21936,20 +21925,16 @@ def told(value: Any) -> str:
 def cmd_config_show(args: argparse.Namespace) -> int:
     """Every setting as it is in effect, and where it was found."""
     config = Config.from_env()
-    rows = [
-        {"setting": name, "value": shown_value(value, secret), "from": source}
-        for name, value, secret, source in effective_settings(config)
-    ]
+    rows = setting_states(config)
     services = [service_row(service) for service in config.services]
     if args.json:
         files = {"home": str(config.home), "env_file": str(config.env_file)}
         print(json.dumps({**files, "settings": rows, "providers": services}, indent=2))
         return DONE_OK
-    chosen = rows if args.all else [row for row in rows if row["from"] != "default"]
+    chosen = [row for row in rows if args.all or row["source"] != "default"]
+    lines = [(row["name"], shown_value(row), row["source"]) for row in chosen]
     print(f"HR_HOME {config.home}")
-    print(
-        *columns([("SETTING", "VALUE", "FROM"), *(tuple(row.values()) for row in chosen)]), sep="\n"
-    )
+    print(*columns([("SETTING", "VALUE", "FROM"), *lines]), sep="\n")
     if services:
         head = tuple(name.upper() for name in services[0])
         print("", *columns([head, *(tuple(map(str, row.values())) for row in services)]), sep="\n")
@@ -21958,10 +21943,11 @@ def cmd_config_show(args: argparse.Namespace) -> int:
     return DONE_OK
 
 
-def shown_value(value: object, secret: bool) -> str:
-    if secret and isinstance(value, tuple):
-        return ", ".join(f"…{key_tail(key)}" for key in value) or "none"
-    return ", ".join(value) if isinstance(value, tuple) else default_text(value)
+def shown_value(row: Json) -> str:
+    """A value of setting_states as people write it; of secrets the tails."""
+    if isinstance(row["value"], list):
+        return ", ".join(f"…{item}" if row["secret"] else item for item in row["value"]) or "none"
+    return default_text(row["value"])
 
 
 def service_row(service: Service) -> dict[str, str]:
@@ -22611,17 +22597,13 @@ def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None
 TAKEN: Final = "a running router takes it within 2 seconds"
 
 
-def auth_path(config: Config) -> Path:
-    return config.home / Path(config.auth_file).expanduser()
-
-
 def change_env(config: Config, changes: Mapping[str, str | None]) -> None:
-    """Write settings to .env and say so; what the process environment sets wins over them."""
+    """Write settings to .env and say so; BadValue for what would make them unusable."""
+    try_out(config, changes)
     changed = edit_env(config.env_file, changes)
-    say(
-        f"{config.env_file.name}: {TAKEN}" if changed else f"{config.env_file.name} says so already"
-    )
-    for name in (name for name in changes if environment().get(name, "").strip()):
+    file = config.env_file.name
+    say(f"{file}: {TAKEN}" if changed else f"{file} says so already")
+    for name in (name for name in changes if config.given.get(name, "").strip()):
         say(paint(f"! {name} is also set in the environment, which wins", "yellow", sys.stderr))
 
 
@@ -22708,7 +22690,7 @@ def store_keys(config: Config, row: Provider, keys: Sequence[str], check: bool) 
             status = FAILED
             continue
         added = edit_json(
-            auth_path(config), functools.partial(add_provider_key, provider=row.name, key=key)
+            config.auth_path, functools.partial(add_provider_key, provider=row.name, key=key)
         )
         what = "added" if added.added else "already stored"
         say(f"{what}: …{key_tail(key.strip())}; {row.name} now has {added.total} key(s)")
@@ -22747,7 +22729,7 @@ class KeyDesk:
         self._transport = Transport(config.connect_timeout)
         self._accounts = Accounts(
             config.accounts,
-            auth_path(config),
+            config.auth_path,
             self._transport.post_json,
             time.time,
             config.codex_token_url,
@@ -22858,9 +22840,9 @@ def cmd_auth_remove(args: argparse.Namespace) -> int:
     key = find_secret(service.keys, which or service.keys[0], f"{row.name} key")
     source = dict(zip(service.keys, service.key_sources, strict=True))[key]
     if row.accounts:
-        edit_json(auth_path(config), lambda document: drop_account(document, key))
+        edit_json(config.auth_path, lambda document: drop_account(document, key))
     elif source == "auth.json":
-        edit_json(auth_path(config), lambda document: remove_provider_key(document, row.name, key))
+        edit_json(config.auth_path, lambda document: remove_provider_key(document, row.name, key))
     else:
         remove_from_env(config, source, key)
     say(f"removed …{key_tail(key)} of {row.name}: {TAKEN}")
@@ -22928,7 +22910,7 @@ def cmd_auth_import(args: argparse.Namespace) -> int:
     account = read_account(row)
     if account is None:
         raise Trouble(f"{path} holds no ChatGPT sign-in: sign in with `codex login`")
-    new = edit_json(auth_path(config), lambda document: upsert_account(document, row))
+    new = edit_json(config.auth_path, lambda document: upsert_account(document, row))
     say(f"account …{key_tail(account.id)} {'added' if new else 'brought up to date'}: {TAKEN}")
     say("Its refresh token works once: Codex CLI and the router cannot share a sign-in for long")
     return DONE_OK
@@ -23006,6 +22988,46 @@ def cmd_mode(args: argparse.Namespace) -> int:
         raise Trouble(f"unknown mode {shown_name(args.mode)}: round-robin or sequential")
     change_env(config, {"ROTATION_MODE": None if mode == "round-robin" else mode})
     say(f"keys of a provider are used {'in turn' if mode == 'round-robin' else 'first to last'}")
+    return DONE_OK
+
+
+# --- features ---
+
+
+def cmd_features_list(args: argparse.Namespace) -> int:
+    report = feature_report(Config.from_env())
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return DONE_OK
+    rows = [
+        (row["name"], "on" if row["enabled"] else "off", row.get("desc") or row["manage"])
+        for row in report["addons"]
+    ]
+    shades = ["green" if row["enabled"] else "" for row in report["addons"]]
+    print(*columns([("FEATURE", "IS", "WHAT"), *rows], shades), sep="\n")
+    print(f"always on: {', '.join(report['core'])}")
+    return DONE_OK
+
+
+def cmd_features_enable(args: argparse.Namespace) -> int:
+    return turn(args.name, True)
+
+
+def cmd_features_disable(args: argparse.Namespace) -> int:
+    return turn(args.name, False)
+
+
+def turn(name: str, on: bool) -> int:
+    """Turn a feature on or off by its variable; one that has its value already keeps it."""
+    config, known = Config.from_env(), known_features()
+    feature = known.get(name)
+    if feature is None:
+        raise Trouble(f"there is no feature {shown_name(name)}: {', '.join(known)}")
+    if feature.kind != "flag":
+        raise Trouble(f"{name} is not turned on or off here: {feature.about}")
+    if is_enabled(feature, config) != on:
+        change_env(config, {feature.env: feature.on if on else feature.off})
+    say(f"{name} is {'on' if on else 'off'}")
     return DONE_OK
 
 
@@ -23090,7 +23112,7 @@ def cmd_limit_clear(args: argparse.Namespace) -> int:
 
 def update_caller(config: Config, key: str, values: Json) -> int:
     edit_json(
-        auth_path(config),
+        config.auth_path,
         lambda document: update_proxy_key(document, key, values, config.proxy_keys),
     )
     row = Config.from_env().key_rows.get(key, {})
@@ -23143,7 +23165,9 @@ def cmd_keys_new(args: argparse.Namespace) -> int:
         **limits_given(args),
     }
     config, _ = with_proxy_key(config)  # or this key would be the only one, and so an admin's
-    key = edit_json(auth_path(config), lambda document: add_proxy_key(document, values))
+    if args.admin and not has_named_admin(config):
+        say("from now on only keys that are marked admin may change settings")
+    key = edit_json(config.auth_path, lambda document: add_proxy_key(document, values))
     say(f"a new key; it is shown this once: {TAKEN}")
     print(key)
     return DONE_OK
@@ -23155,13 +23179,10 @@ def cmd_keys_revoke(args: argparse.Namespace) -> int:
     key = which_key(config, args.key)
     if len(config.proxy_keys) == 1:
         raise Trouble("this is the last key: make another one first with `keys new`")
-    for name in ("PROXY_API_KEYS", "ROUTER_SHARED_SECRET", "IIR_API_KEY", "ADMIN_KEYS"):
-        if key in split_list(read_dotenv(config.env_file).get(name)):
-            remove_from_env(config, name, key)
-        elif key in split_list(environment().get(name)):
-            raise Trouble(f"{name} in the environment holds this key: take it out there")
+    keep_an_admin(config, key)
+    take_out_of_env(config, key)
     if key in config.key_rows:
-        edit_json(auth_path(config), lambda document: revoke_proxy_key(document, key))
+        edit_json(config.auth_path, lambda document: revoke_proxy_key(document, key))
     say(f"revoked …{key_tail(key)}: {TAKEN}")
     return DONE_OK
 
@@ -23276,7 +23297,7 @@ def look_at_dotenv(exam: Exam) -> Iterator[Finding]:
 
 def look_at_auth(exam: Exam) -> Iterator[Finding]:
     config = exam.config
-    path = auth_path(config) if config else exam.home / "auth.json"
+    path = config.auth_path if config else exam.home / "auth.json"
     try:
         parse_object(path.read_bytes())
     except FileNotFoundError:
@@ -24032,6 +24053,7 @@ def cmd_by_hr(_: argparse.Namespace) -> int:
 URL: Final = (("--url",), {"default": "", "help": "address of the router"})
 AS_JSON: Final = (("--json",), {"action": "store_true", "help": "as JSON"})
 PROVIDER: Final = (("provider",), {"help": "name of a provider, or an alias"})
+FEATURE: Final = (("name",), {"help": "its name, as `features list` shows it"})
 WHICH_KEY: Final = (("key",), {"help": "a key's last characters, name or id; - reads it"})
 LIMIT_ROWS: Final = tuple(
     ((option,), {"dest": member, "metavar": "N", "help": f"{text}; none = no limit"})
@@ -24174,6 +24196,12 @@ COMMANDS: Final = (
             ),
         ),
     ),
+    Command("features", "what may be turned on and off"),
+    Command(
+        "features list", "list the features and whether each is on", cmd_features_list, (AS_JSON,)
+    ),
+    Command("features enable", "turn a feature on", cmd_features_enable, (FEATURE,)),
+    Command("features disable", "turn a feature off", cmd_features_disable, (FEATURE,)),
     Command("keys", "keys of callers"),
     Command("keys list", "list the keys that callers may use", cmd_keys_list, (AS_JSON,)),
     Command(
@@ -24469,7 +24497,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Trouble as trouble:
         say(trouble.message)
         return trouble.status
-    except (FileProblem, BadValue) as problem:
+    except (FileProblem, BadValue, RouterError) as problem:
         say(str(problem))
         return FAILED
     except BrokenPipeError:  # `... | head`

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -331,6 +332,37 @@ def test_mode(call, home, word):
     assert call("mode", "sideways").status == 1
 
 
+def test_a_setting_that_cannot_be_is_not_written(call, home):
+    (home / ".env").write_text("HOST=127.0.0.1\n")
+    done = call("model", "set", "groq", ",")
+    assert done.status == 2 and (home / ".env").read_text() == "HOST=127.0.0.1\n"
+
+
+# --- features -----------------------------------------------------------------
+
+
+def test_features(call, home):
+    rows = {r["name"]: r for r in json.loads(call("features", "list", "--json").out)["addons"]}
+    assert not rows["metrics_auth"]["enabled"] and rows["request_log"]["enabled"]
+    assert call("features", "enable", "metrics_auth").status == 0
+    assert call("features", "disable", "request_log").status == 0
+    assert dotenv(home) == {"METRICS_REQUIRE_AUTH": "1", "REQUEST_LOG_SIZE": "0"}
+    out = call("features", "list").out
+    assert re.search(r"metrics_auth +on", out) and re.search(r"request_log +off", out)
+    (home / ".env").write_text("FAST_ROUTE_THRESHOLD=77\n")
+    assert call("features", "enable", "fast_routing").status == 0
+    assert dotenv(home) == {"FAST_ROUTE_THRESHOLD": "77"}, "on already, at a value of its own"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("nothing", "metrics_auth"), ("dashboard", "browser"), ("local_model", "LOCAL")],
+)
+def test_what_is_not_turned_on(call, home, name, told):
+    done = call("features", "enable", name)
+    assert done.status == 1 and told in done.err and not (home / ".env").exists()
+
+
 # --- keys and limits of callers -----------------------------------------------
 
 
@@ -374,9 +406,12 @@ def test_the_last_key_stays(call, home):
     (home / ".env").write_text("PROXY_API_KEYS=sk-router-only-0123456789\n")
     done = call("keys", "revoke", "456789")
     assert done.status == 1 and "last key" in done.err
-    key = call("keys", "new").out.strip()
+    assert call("keys", "new").status == 0
+    done = call("keys", "revoke", "456789")
+    assert done.status == 1 and "admin" in done.err, "or the other one would become it"
+    key = call("keys", "new", "--admin").out.strip()
     assert call("keys", "revoke", "456789").status == 0
-    assert dotenv(home) == {} and list(auth(home)["proxy_keys"]) == [key]
+    assert dotenv(home) == {} and key in auth(home)["proxy_keys"]
 
 
 def test_a_key_with_limits_is_revoked_in_both_places(call, home):
@@ -432,11 +467,11 @@ def test_settings_and_where_each_comes_from(call, home):
     (home / ".env").write_text("ROTATION_MODE=sequential\nGROQ_API_KEY=" + GROQ + "\n")
     done = call("config", "show", "--json", "--all", TTFT_TIMEOUT="9", PROXY_API_KEYS=OTHER)
     told = json.loads(done.out)
-    rows = {row["setting"]: (row["value"], row["from"]) for row in told["settings"]}
+    rows = {row["name"]: (row["value"], row["source"]) for row in told["settings"]}
     assert rows["ROTATION_MODE"] == ("sequential", ".env")
-    assert rows["TTFT_TIMEOUT"] == ("9", "environment")
-    assert rows["CONNECT_TIMEOUT"] == ("10", "default")
-    assert rows["PROXY_API_KEYS"] == (f"…{OTHER[-6:]}", "environment")
+    assert rows["TTFT_TIMEOUT"] == (9.0, "environment")
+    assert rows["CONNECT_TIMEOUT"] == (10.0, "default")
+    assert rows["PROXY_API_KEYS"] == ([OTHER[-6:]], "environment")
     assert told["providers"][0]["keys"] == "1 from GROQ_API_KEY"
     assert GROQ not in done.out and OTHER not in done.out
     short = call("config", "show")
