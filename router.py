@@ -24350,6 +24350,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+ARGUMENT_WORDS: Final[Mapping[str, Sequence[str]]] = {
+    "provider": tuple(row.name for row in PROVIDERS),
+    "name": tuple(row.name for row in FEATURES),
+}
+
+
 def command_words() -> dict[str, list[str]]:
     """What may follow each beginning of a command line: "" -> serve ..., "auth" -> add ..."""
     found: dict[str, list[str]] = {"": ["help"]}
@@ -24360,8 +24366,7 @@ def command_words() -> dict[str, list[str]]:
         for names, options in command.arguments:
             words += [name for name in names if name.startswith("-")]
             words += options.get("choices", ())
-            if names == ("provider",):
-                words += [row.name for row in PROVIDERS]
+            words += ARGUMENT_WORDS.get(names[0], ())
     return {begun: words for begun, words in found.items() if words}
 
 
