@@ -21784,6 +21784,11 @@ def status_view(status: Json) -> str:
     )
     notes = [f"! {name}: {row['out_of_use']}" for name, row in providers if row["out_of_use"]]
     notes += [f"! {warning}" for warning in status["warnings"]]
+    loaded = status.get("config") or {}
+    if loaded.get("error"):
+        notes.append(f"! changed settings are not in use: {loaded['error']}")
+    waiting = ", ".join(loaded.get("restart_required") or ())
+    notes += [f"! waits for a restart: {waiting}"] if waiting else []
     shades = [SHADES[row[2][0]] for row in rows[1:]]
     lines = [first, *columns(rows, shades), *status_footer(status)]
     return "\n".join([*lines, *(paint(note, "yellow") for note in notes)])
@@ -22537,7 +22542,7 @@ def client_cells(client: Client) -> tuple[str, str, str]:
 def reach_of(config: Config, args: argparse.Namespace) -> Reach:
     """How clients reach this router: its address, and a key of a caller."""
     config = config if args.dry_run else with_proxy_key(config)[0]
-    keys = config.proxy_keys or ("no-key-yet",)
+    keys = config.proxy_keys or ("no-key-needed" if config.auth_mode == "open" else "no-key-yet",)
     chosen = keys[0]
     if args.key:
         chosen = find_secret(config.proxy_keys, caller_key(config, args.key), "proxy key")
@@ -22562,7 +22567,7 @@ def connect_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> N
     else:
         keep, real = path.with_name(path.name + KEEP_SUFFIX), path.resolve()
         real.parent.mkdir(parents=True, exist_ok=True)
-        if old and not keep.exists():
+        if not keep.exists():  # of a file that is new: an empty one
             write_private(keep, old)
         write_private(real, new)
         say(f"{client.title}: wrote {path}" + (f"; as it was: {keep.name}" if old else ""))
@@ -22575,6 +22580,9 @@ def connect_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> N
 
 def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None:
     keep, now = path.with_name(path.name + KEEP_SUFFIX), read_settings(path)
+    if not keep.exists():
+        say(f"{path} has nothing of hermes-router: {keep.name} is not beside it")
+        return
     new = unmerged(now, read_settings(keep), client, reach)
     if dry_run:
         print(*difference(path, now, new) or [f"{path} would not change"], sep="\n")
@@ -23312,7 +23320,9 @@ def look_at_auth(exam: Exam) -> Iterator[Finding]:
 def look_at_modes(exam: Exam) -> Iterator[Finding]:
     if os.name != "posix":
         return
-    paths = (exam.home / ".env", exam.home / "auth.json", exam.home / "router_state.json")
+    config, names = exam.config, (".env", "auth.json", "router_state.json")
+    own = (config.env_file, config.auth_path) if config else ()
+    paths = dict.fromkeys((*own, *(exam.home / name for name in names)))
     open_ones = [p for p in paths if p.exists() and p.stat().st_mode & 0o077]
     for path in open_ones:
         mode = stat.S_IMODE(path.stat().st_mode)
@@ -23572,6 +23582,7 @@ class Tour:
     yes: bool  # nobody is asked: every question has its default for an answer
     start: bool
     service: bool
+    stdin: bool  # keys come from there
     url: str = ""  # of the router, once it answers
 
     def agrees(self, question: str, default: bool) -> bool:
@@ -23653,7 +23664,7 @@ def add_local(tour: Tour, row: Provider) -> None:
 def keep_given_keys(tour: Tour) -> None:
     """Without a person: keys of the environment and of `provider key` lines go into auth.json."""
     found = [(row, key) for row, key in keys_of_environment() if row.key_env]
-    if not sys.stdin.isatty():
+    if tour.stdin:
         found += [
             key_of_line(line) for line in sys.stdin.read(1 << 20).splitlines() if line.strip()
         ]
@@ -23785,7 +23796,7 @@ def cmd_setup(args: argparse.Namespace) -> int:
     """Lead through everything from nothing to the first answer."""
     if not args.yes and not sys.stdin.isatty():
         raise Trouble("setup asks questions: run it in a terminal, or with --yes", USAGE)
-    tour = Tour(Config.from_env(), args.yes, not args.no_start, args.service)
+    tour = Tour(Config.from_env(), args.yes, not args.no_start, args.service, args.stdin)
     try:
         for number, (title, step) in enumerate(STEPS, 1):
             say(paint(f"\n{number}/{len(STEPS)} {title}", "bold", sys.stderr))
@@ -24086,6 +24097,7 @@ COMMANDS: Final = (
                     "help": "ask nothing; keys from the environment and stdin",
                 },
             ),
+            (("--stdin",), {"action": "store_true", "help": "with --yes: lines of `provider key`"}),
             (("--no-start",), {"action": "store_true", "help": "do not start the router"}),
             (("--service",), {"action": "store_true", "help": "with --yes: start it at boot"}),
         ),

@@ -237,6 +237,16 @@ def test_a_second_address_replaces_the_first(client):
     assert second == router.merged(OWN[client.name], client, other)
 
 
+def test_undo_of_nothing_takes_nothing_away(connect):
+    path = connect.home / ".claude/settings.json"
+    path.parent.mkdir()
+    text = '{"env": {"ANTHROPIC_BASE_URL": "https://another.example"}}'
+    path.write_text(text)
+    done = connect("claude-code", "--undo")
+    assert done.returncode == 0 and "nothing of hermes-router" in done.stderr
+    assert path.read_text() == text
+
+
 def test_a_link_stays_one(connect, tmp_path):
     real = tmp_path / "dotfiles.json"
     real.write_text('{"theme": "dark"}')

@@ -312,7 +312,7 @@ def test_setup_without_a_terminal_asks_for_yes(place):
 
 def test_setup_without_questions(place):
     lines = "mistral mistral-0123456789\nGROQ_API_KEY=gsk_from_a_line_01234\n"
-    words = ("setup", "--yes", "--no-start")
+    words = ("setup", "--yes", "--stdin", "--no-start")
     done = run(place, *words, stdin=lines, GROQ_API_KEY=KEY)
     assert done.returncode == 0, done.stderr
     assert place.keys == {
@@ -327,7 +327,7 @@ def test_setup_without_questions(place):
 
 @pytest.mark.parametrize("line", ["nobody k-0123456789", "groq", "groq two words"])
 def test_lines_that_are_no_keys(place, line):
-    done = run(place, "setup", "--yes", "--no-start", stdin=line)
+    done = run(place, "setup", "--yes", "--stdin", "--no-start", stdin=line)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert place.keys == {}
 
