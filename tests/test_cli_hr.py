@@ -428,11 +428,12 @@ def test_own_commits_stop_an_update(clone: Clone) -> None:
     assert done.returncode == 1 and "commits of its own" in done.stderr
 
 
-def test_no_clone_and_no_network(clone: Clone, machine: Machine) -> None:
-    assert "is not a clone" in machine.hr("update").stderr
+def test_no_network_and_no_clone(clone: Clone) -> None:
     shutil.rmtree(clone.origin)
     done = clone.hr("update")
     assert done.returncode == 1 and "could not be fetched" in done.stderr
+    shutil.rmtree(clone.home / ".git")
+    assert "is not a clone" in clone.hr("update").stderr
 
 
 # ---- setup -------------------------------------------------------------------
