@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import requests
 from conftest import ROOT
-from upstream import EMPTY_LIST, Reply, chat_stream, good
+from upstream import EMPTY_LIST, Reply, chat_stream, good, until
 
 pexpect = pytest.importorskip("pexpect")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
@@ -50,6 +52,11 @@ def place(tmp_path, upstream):
     return Place(home, env, up)
 
 
+def heed_ctrl_c():
+    """A shell has its background jobs ignore Ctrl-C, and so would all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Place:
     def __init__(self, home: Path, env: dict[str, str], up) -> None:
         self.home, self.env, self.up = home, env, up
@@ -65,6 +72,7 @@ class Place:
             encoding="utf-8",
             timeout=30,
             dimensions=(50, 200),
+            preexec_fn=heed_ctrl_c,
         )
         self.terminals.append(terminal)
         return terminal
@@ -335,6 +343,22 @@ def test_lines_that_are_no_keys(place, line):
 def test_a_bad_configuration_is_told_first(place):
     done = run(place, "setup", "--yes", TTFT_TIMEOUT="soon")
     assert done.returncode == 1 and "TTFT_TIMEOUT" in done.stderr
+
+
+def test_a_running_router_takes_what_commands_write(running):
+    """No restart: a key that is added is used, a caller's key that is made is let in."""
+    url = f"http://127.0.0.1:{running.env['PORT']}"
+    session = requests.Session()
+    session.trust_env = False
+    done = run(running, "auth", "add", "mistral", stdin="mistral-0123456789")
+    assert done.returncode == 0, done.stderr
+    until(lambda: "mistral" in session.get(f"{url}/health", timeout=10).json()["providers"], 20)
+    made = run(running, "keys", "new", "--name", "guest").stdout.strip()
+    headers = {"Authorization": f"Bearer {made}"}
+    until(lambda: session.get(f"{url}/v1/models", headers=headers, timeout=10).ok, 20)
+    assert run(running, "keys", "revoke", "guest").returncode == 0
+    until(lambda: not session.get(f"{url}/v1/models", headers=headers, timeout=10).ok, 20)
+    session.close()
 
 
 # --- other commands in a terminal ---------------------------------------------
