@@ -223,6 +223,13 @@ class ConfigError(Exception):
         super().__init__("; ".join(self.problems))
 
 
+def told_with_wait(message: str, retry_after: float | None) -> str:
+    """The message of an error inside a stream, where there is no header for the seconds to wait."""
+    if retry_after is None or "try again in" in message.lower():
+        return message
+    return f"{message.rstrip('. ')}. Please try again in {max(1, math.ceil(retry_after))}s."
+
+
 def error_body(error: RouterError) -> Json:
     """The OpenAI error envelope, with `detail` for clients of FastAPI-style servers."""
     return {
@@ -1607,6 +1614,13 @@ class Config:
         "Timeouts",
         "seconds until a silent stream is given up while others can be asked; 0 = TTFT_TIMEOUT;"
         " one more per 4,000 tokens, never for local servers",
+    )
+    keepalive_after: float = setting(
+        15.0,
+        "KEEPALIVE_AFTER",
+        "Timeouts",
+        "seconds until a stream that nobody has answered yet begins with a sign of life, and with"
+        " it HTTP 200; 0 = never",
     )
     stream_idle_timeout: float = setting(
         120.0, "STREAM_IDLE_TIMEOUT", "Timeouts", "seconds of silence inside a stream", low=0.01
@@ -9989,10 +10003,7 @@ def failure_of(error: RouterError) -> Json:
         code = "rate_limit_exceeded"
     elif code not in FAILURE_CODES:
         code = "invalid_prompt" if error.status in (400, 413, 422) else "server_error"
-    if error.retry_after is not None and "try again in" not in message.lower():
-        seconds = max(1, math.ceil(error.retry_after))
-        message = f"{message.rstrip('. ')}. Please try again in {seconds}s."
-    return {"code": code, "message": message}
+    return {"code": code, "message": told_with_wait(message, error.retry_after)}
 
 
 def responses_error(error: RouterError) -> Json:
@@ -12053,11 +12064,16 @@ def chat_head(answer: Json) -> Json:
 
 
 KEEP_ALIVE: Final = b": keep-alive\n\n"
+# Codex CLI drops comments and passes over this one; other clients want `response.created` first.
+CODEX_BEAT: Final = b'event: response.in_progress\ndata: {"type":"response.in_progress"}\n\n'
 
 
 @dataclass(frozen=True)
 class Surface:
-    """A language that clients speak; where a provider speaks it too, bytes pass unchanged."""
+    """A language that clients speak; where a provider speaks it too, bytes pass unchanged.
+
+    `beat` is the sign of life that fits anywhere in a stream, also before its first event.
+    """
 
     dialect: str  # what a provider must speak for that
     writer: Callable[[Opening, str], Writer]  # for an answer of the provider named
@@ -12083,6 +12099,7 @@ def responses_surface(codex: bool, earlier: Sequence[Json]) -> Surface:
         lambda reply, opening, origin: chat_reply_to_responses(
             reply, opening, codex, earlier, origin
         ),
+        CODEX_BEAT if codex else KEEP_ALIVE,
     )
 
 
@@ -15645,11 +15662,10 @@ class Guard:
         with self._lock:
             self.cut = False
         self.deadline, self.last, self.waiting = deadline, last, True
-        self.quiet_since = math.inf  # no sign of life until something has come
 
-    def wait(self, now: float, deadline: float) -> None:
+    def wait(self, deadline: float) -> None:
         """From now on a stream's provider is waited for."""
-        self.deadline, self.quiet_since, self.waiting = deadline, now, True
+        self.deadline, self.waiting = deadline, True
 
     def resume(self, deadline: float) -> None:
         """Something came. Waits until a sign of life under way has been sent."""
@@ -16193,19 +16209,21 @@ class Patience:
         self._guard, self._idle_s, self._deadline, self._now = guard, idle_s, deadline, now
         self._since = now()
 
-    def wait(self, stirred: bool) -> None:
+    def wait(self, stirred: bool, told: bool) -> None:
+        """`stirred`: the provider sent something; `told`: the client got something."""
         now = self._now()
         if stirred:
             self._since = now
-        self._guard.wait(now, min(self._since + self._idle_s, self._deadline))
+        if told:
+            self._guard.quiet_since = now
+        self._guard.wait(min(self._since + self._idle_s, self._deadline))
 
     def resume(self) -> None:
         self._guard.resume(self._deadline)
 
     def linger(self) -> None:
         """After the end: only a moment for what is left of the coding."""
-        now = self._now()
-        self._guard.wait(now, min(now + LINGER_S, self._deadline))
+        self._guard.wait(min(self._now() + LINGER_S, self._deadline))
 
 
 class Relay:
@@ -16217,6 +16235,8 @@ class Relay:
         self.held = b""  # what commits the stream
         self.read_out = False  # the client got all of it
         self.broken = False  # the client was told that it broke off
+        self.mending = False  # somebody who goes on is looked for
+        self._spoke = True  # the client got something since a wait was begun
         self.rescue: Callable[[Relay], Relay | None] | None = None  # somebody who goes on
         self.on_close: Callable[[Relay], None] | None = None
         self.keep: Callable[[Json], None] | None = None  # gets the whole answer at the end
@@ -16236,6 +16256,7 @@ class Relay:
         try:
             while not self.broken:
                 if block := self._next():
+                    self._spoke = True
                     return block
                 if self._response is None and not self.flow.failure:
                     break
@@ -16276,8 +16297,8 @@ class Relay:
         """What came; only the provider's silence counts against it, not a slow client's."""
         if self.patience is None:
             return response.read1()
-        self.patience.wait(self.flow.stirred)
-        self.flow.stirred = False
+        self.patience.wait(self.flow.stirred, self._spoke)
+        self.flow.stirred = self._spoke = False
         data = response.read1()
         self.patience.resume()
         return data
@@ -16298,7 +16319,9 @@ class Relay:
             self._response.close()
             self._response = None
         rescue, self.rescue = self.rescue, None
+        self.mending = True
         other = rescue(self) if rescue else None
+        self.mending = False
         if other is None:
             self.broken = True
             problem = self.flow.failure or BROKEN
@@ -18001,9 +18024,12 @@ HTTP_ERRORS: Final = {404: NotFound, 405: MethodNotAllowed, 413: TooLarge, 415: 
 # The server below puts a setter here; called with a function it runs that function
 # when the client's connection closes, with None it forgets it.
 ON_CLOSE: Final = "hermes.on_client_close"
-SEND: Final = "hermes.send"  # a function of the server that sends bytes of a stream at once
+# A function of the server that sends bytes of a stream at once, and with headers begins it.
+SEND: Final = "hermes.send"
+PRELUDE: Final = "hermes.prelude"  # what may have begun a stream before it was answered
 HANG_UP: Final = "hermes.hang_up"  # a function of the server that closes the client's connection
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+EVENT_STREAM: Final = {**STREAM_HEADERS, "Content-Type": "text/event-stream"}
 HARMLESS_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -18237,10 +18263,14 @@ def serve_responses(router: Router) -> flask.Response:
     except (BadRequest, OverLimit) as error:
         if not told_in_stream(error, ask, is_codex(request, body)):
             raise
-        flow = surface.writer(ask.opening, "")
-        return flask.Response(
-            flow.fail(error), 200, {**STREAM_HEADERS, "Content-Type": "text/event-stream"}
-        )
+        return failed_stream(ask, error)
+
+
+def failed_stream(ask: Ask, error: RouterError) -> flask.Response:
+    """A stream that holds an error only. Its length is not stated, as it may have begun."""
+    error.message = told_with_wait(error.message, error.retry_after)
+    told = ask.surface.writer(ask.opening, "").fail(error)
+    return flask.Response(iter([told]), 200, EVENT_STREAM)
 
 
 def is_codex(request: flask.Request, body: Json) -> bool:
@@ -18348,7 +18378,8 @@ def respond(
     try:
         on_close(ask.guard.client_gone)
         ask.guard.hang_up = request.environ.get(HANG_UP, ask.guard.cut_off)
-        made = answer()
+        with Prelude(router, request, ask):
+            made = answer()
     except ClientGone:
         visit.leave(499)
         return flask.Response("", 499)
@@ -18373,9 +18404,48 @@ def respond(
     relay, send = made.body, request.environ.get(SEND)
     relay.keep = keep
     if send:
-        ask.guard.show_life(lambda: send(relay.flow.beat()))
+        beat = ask.surface.beat
+        ask.guard.show_life(lambda: send(beat if relay.mending else relay.flow.beat()))
     body = Stream(made.body, lambda whole: visit.leave(200 if whole else 499, made))
     return flask.Response(body, 200, {**headers, **STREAM_HEADERS}, direct_passthrough=True)
+
+
+class Prelude:
+    """Begins a stream that nobody has answered for long, while candidates are still being asked.
+
+    Clients and front ends give up on a silent connection, some after 30 seconds. What is sent
+    commits to HTTP 200 and to nothing else: whoever answers later, it goes before their first
+    event. From then on a failure is told as the dialect's error event.
+    """
+
+    def __init__(self, router: Router, request: flask.Request, ask: Ask) -> None:
+        self._ask, self.begun = ask, False
+        self._send: Callable[..., None] | None = request.environ.get(SEND)
+        self._after = router.config.keepalive_after
+        self._headers = [*EVENT_STREAM.items(), ("X-Request-ID", ask.request_id)]
+        if ask.stream and self._after and self._send:
+            request.environ[PRELUDE] = self
+            ask.guard.quiet_since = ask.started + self._after - Watchdog.BEAT_S
+            ask.guard.show_life(self._beat)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        """Returns when no sign of life is under way any more."""
+        self._ask.guard.show_life(None)
+        self._ask.guard.quiet_since = math.inf
+
+    def _beat(self) -> None:
+        if not self.begun:
+            own = self._ask.request_id
+            log.info("%s nobody answered within %g s: the stream begins", own, self._after)
+        self.begun = True
+        if self._send:
+            self._send(self._ask.surface.beat, self._headers)
+
+    def fail(self, error: RouterError) -> flask.Response:
+        return failed_stream(self._ask, error)
 
 
 def forget(_callback: Callable[[], None] | None) -> None:
@@ -18436,6 +18506,9 @@ def error_response(router: Router, error: RouterError) -> flask.Response:
     request = current_request()
     envelope = envelope_for(request.environ, error, request_id(request))
     response = flask.Response(dump_json(envelope), error.status, mimetype="application/json")
+    prelude = request.environ.get(PRELUDE)
+    if prelude and prelude.begun:
+        response = prelude.fail(error)
     response.headers["X-Request-ID"] = request_id(request)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
@@ -18605,9 +18678,14 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
         environ[SEND] = self.send_aside
         return environ
 
-    def send_aside(self, data: bytes) -> None:
-        """Whole events from another thread, unless there is something to be sent already."""
-        if self.wrote_header and not self.channel.total_outbufs_len:
+    def send_aside(self, data: bytes, headers: Sequence[tuple[str, str]] = ()) -> None:
+        """Whole events from another thread, unless there is something to be sent already.
+
+        With `headers` the answer is begun, if it was not; those that come later are too late.
+        """
+        if headers and not self.wrote_header:
+            self.response_headers = list(headers)
+        if (headers or self.wrote_header) and not self.channel.total_outbufs_len:
             with suppress(waitress.channel.ClientDisconnected):
                 self.write(data)
 
