@@ -1691,7 +1691,7 @@ class Config:
         False,
         "CONTENT_FILTER_FAILOVER",
         "Routing",
-        "1 = what a provider's content filter refuses is tried at the next one",
+        "1 = what a provider's content filter refuses or cuts off is tried at the next one",
     )
     echo_fallback: bool = setting(
         True, "ECHO_FALLBACK", "Routing", "without any provider the built-in echo answers; 0 = 503"
@@ -12244,6 +12244,12 @@ class Passage:
             return Whole(None, body, self._tokens(reply), reply)
         return self._made(self.canonical(reply))
 
+    def filtered(self, final: Json) -> bool:
+        """Whether a content filter ended a whole answer, which is given as the client gets it."""
+        told = DIALECTS.get(self.ask.surface.dialect)
+        chat = told.canonical(final, self.origin, self.ask.chat) if told else final
+        return is_filtered([chat])
+
     def _tokens(self, reply: Json) -> Tokens | None:
         if self.dialect.name in ("chat", "embeddings"):
             return tokens_of(reply)
@@ -12449,7 +12455,9 @@ class Flow:
         chat = self._passage.canonical(reply)
         self.tokens = tokens_of(chat)
         writer = self._passage.writer()
-        return b"".join(map(writer.feed, chunks_from_reply(chat))) + writer.finish()
+        made = b"".join(map(writer.feed, chunks_from_reply(chat))) + writer.finish()
+        self._passed.append(made)
+        return made
 
     def translated(self) -> tuple[Flow, bytes]:
         """The same from its beginning, but translated: for an odd accent."""
@@ -12460,16 +12468,25 @@ class Flow:
         """What can be gone on with; None where another provider could not do so honestly."""
         if self._passed_bytes > MAX_PASSED_BYTES:
             return None
-        writer, reader = self._passage.writer(), self._passage.reader()
-        passed = b"".join(self._passed)
-        values = (read_json(event_data(event)) for event in split_events(passed))
-        chunks = [c for value in values if isinstance(value, dict) for c in reader.feed(value)]
+        writer, passed = self._passage.writer(), b"".join(self._passed)
+        chunks = self._heard(self._passage.reader())
         told = b"".join(map(writer.feed, chunks))
         if isinstance(writer, ResponsesWriter):
             writer.go_on_from(last_number(passed) + 1)
             writer = Renamed(writer, dict(zip(ids_in(told), ids_in(passed), strict=False)))
         text = spoken(chunks)
         return None if text is None else Said(text, writer)
+
+    def _heard(self, reader: Reader) -> list[Json]:
+        """What the client got, as canonical chunks."""
+        events = split_events(b"".join(self._passed))
+        values = (read_json(event_data(event)) for event in events)
+        return [c for value in values if isinstance(value, dict) for c in reader.feed(value)]
+
+    def filtered(self) -> bool:
+        """Whether a content filter ended the answer."""
+        reader = self._passage.reader()
+        return self.finished and is_filtered([*self._heard(reader), *reader.finish()])
 
     def fail(self, error: RouterError) -> bytes:
         """The event that ends a committed stream; no [DONE], no finish: nothing is faked."""
@@ -12479,6 +12496,12 @@ class Flow:
     def beat(self) -> bytes:
         """A sign of life while the provider is silent."""
         return self._passage.ask.surface.beat
+
+
+def is_filtered(answers: Iterable[Json]) -> bool:
+    """Whether canonical chunks or replies say that a content filter ended them."""
+    choices = (choice for answer in answers for choice in answer.get("choices") or ())
+    return any(choice.get("finish_reason") == "content_filter" for choice in choices)
 
 
 MAX_PASSED_BYTES: Final = 512 << 10  # of a stream that another provider may go on with
@@ -12629,6 +12652,9 @@ class Translation(Flow):
     def said(self) -> Said | None:
         text = spoken(self.broken) if len(self.broken) < MAX_TOLD else None
         return None if text is None else Said(text, self._writer)
+
+    def filtered(self) -> bool:
+        return is_filtered(self._told)
 
     def fail(self, error: RouterError) -> bytes:
         return self._writer.fail(error)
@@ -16196,6 +16222,7 @@ class Attempt:
     rest_s: float = 0.0  # how long what the verdict blames rests
     final: Json | None = None  # the client's answer, parsed
     left_out: Sequence[str] = ()  # tools that were not sent on
+    filtered: bool = False  # a content filter ended it (CONTENT_FILTER_FAILOVER only)
     refusal: bytes = b""  # the body of an error status
     sizes: Sizes = Sizes()  # what an overflow states, or what is known of the window
 
@@ -16434,6 +16461,8 @@ class Upstream:
         else:
             attempt = whole_answer(response, passage)
         attempt.left_out = () if passage.native else ask.left_out
+        if self._config.content_filter_failover:
+            attempt.filtered = was_filtered(attempt, passage)
         return attempt
 
     def _healed(self, target: Target, lease: Lease, ask: Ask, attempt: Attempt) -> Attempt:
@@ -16658,6 +16687,13 @@ BODIES: Final[Mapping[str, Callable[[Target, Ask, bool, int], bytes]]] = {
 
 def failed(outcome: Outcome, in_ok: bool = False) -> Attempt:
     return Attempt(judge(outcome, in_ok), outcome)
+
+
+def was_filtered(attempt: Attempt, passage: Passage) -> bool:
+    """Whether a content filter ended what came, as far as it has come."""
+    if attempt.stream:
+        return attempt.stream.flow.filtered()
+    return attempt.final is not None and passage.filtered(attempt.final)
 
 
 def whole_answer(response: Response, passage: Passage) -> Attempt:
@@ -16927,6 +16963,7 @@ MAX_ATTEMPTS: Final = 32
 CUT_TOKENS: Final = 2000  # an estimate may be that wrong
 QUICK_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 5.0  # a longer wait, or a failure that took longer, is no quick retry
+FILTER_ENDED: Final = Outcome(200, "a content filter ended the answer", code="content_filter")
 TRANSIENT: Final = (SICK, OVERLOADED, SORTS["reset"])
 
 
@@ -17258,6 +17295,11 @@ class Router:
             raise
         if attempt.verdict is CONTENT_FILTER and self.config.content_filter_failover:
             attempt.verdict = FILTERED_HERE
+        # What a filter left of an answer is better than nothing, but not as the rest of another.
+        if attempt.filtered and attempt.verdict is None and (ask.make_flow or not last):
+            if attempt.stream:
+                attempt.stream.close()
+            attempt.verdict, attempt.outcome = FILTERED_HERE, FILTER_ENDED
         return attempt
 
     def window(self, target: Target) -> int:
@@ -17572,7 +17614,7 @@ class Rescue:
     def go_on(self, relay: Relay) -> Relay | None:
         """The stream of somebody who goes on honestly, or None. ClientGone may be raised."""
         ask, failure = self._ask, relay.flow.failure
-        if failure is None or judge(failure, in_ok=True).then == "stop":
+        if failure is None or self._is_final(judge(failure, in_ok=True)):
             return None
         said = relay.flow.said()
         if said is None:
@@ -17584,6 +17626,8 @@ class Rescue:
         others = itertools.chain(self._routes, [self._route])
         for second, key in itertools.islice(others, self.MOST):
             attempt = self._ask_to_go_on(second, key, said)
+            if attempt and attempt.verdict:
+                return None
             if attempt and attempt.stream:
                 log.warning(
                     "%s: %s broke off after %d characters, %s goes on",
@@ -17594,8 +17638,16 @@ class Rescue:
                 return attempt.stream
         return None
 
+    def _is_final(self, verdict: Verdict) -> bool:
+        """Whether nobody else may be asked after it."""
+        elsewhere = verdict is CONTENT_FILTER and self._router.config.content_filter_failover
+        return verdict.then == "stop" and not elsewhere
+
     def _ask_to_go_on(self, target: Target, lease: Lease, said: Said) -> Attempt | None:
-        """First with what was said as its own words, then the plain question once more."""
+        """First with what was said as its own words, then the plain question once more.
+
+        One that failed is returned only where nobody else may be asked.
+        """
         for prefilled in (True, False):
             if prefilled and not (said.text and target.goes_on):
                 continue
@@ -17606,6 +17658,8 @@ class Rescue:
                 return attempt
             self._walk.rule(target, attempt.verdict)
             self._router.learn(target, lease, attempt, ask.guard)
+            if attempt.verdict is CONTENT_FILTER:
+                return attempt
             if attempt.verdict.rests or attempt.verdict.counts:
                 return None
         return None
