@@ -1747,7 +1747,7 @@ class Config:
         given = os.environ if env is None else env
         home = Path(given.get("HR_HOME") or Path(__file__).resolve().parent).expanduser()
         env_file = home / Path(given.get("HR_ENV_FILE") or ".env").expanduser()
-        reader = SettingsReader({**read_dotenv(env_file), **given})
+        reader = SettingsReader(layered(read_dotenv(env_file), given))
         values = {f.name: reader.value(f) for f in fields(cls) if "env" in f.metadata}
         auth = reader.document(home / Path(values["auth_file"]).expanduser())
         overrides = reader.document(home / Path(values["models_file"]).expanduser())
@@ -1792,6 +1792,30 @@ class Config:
             )
             for n, (key, row) in enumerate(rows, 1)
         )
+
+
+# Where an empty value says something: off, or none.
+EMPTY_SAYS: Final = re.compile(r".+_(?:EMBED_MODEL|SUPPORTS_TOOLS|REASONING)")
+
+
+def layered(file: Mapping[str, str], process: Mapping[str, str]) -> dict[str, str]:
+    """The variables of .env under those of the process.
+
+    An empty one of the process hides nothing where empty means unset: a compose file passes
+    every variable it names, set or not.
+    """
+    rows = (f for f in fields(Config) if "env" in f.metadata)
+    telling = {
+        name
+        for f in rows
+        if isinstance(f.default, bool) or f.metadata.get("blank")
+        for name in (f.metadata["env"], *f.metadata.get("also", ()))
+    }
+    return {**file} | {
+        name: value
+        for name, value in process.items()
+        if value.strip() or name not in file or name in telling or EMPTY_SAYS.fullmatch(name)
+    }
 
 
 def read_dotenv(path: Path) -> dict[str, str]:
@@ -19940,6 +19964,12 @@ def describe_configuration() -> str:
         "",
         "Every setting is an environment variable or a line in `.env` (the environment wins)."
         " A value that cannot be used stops the start, and every such value is named at once.",
+        "",
+        "An empty value counts as none, so an empty variable of the environment (compose files"
+        " pass `NAME=` for what is not set) does not hide the line in `.env`. Only these say"
+        " something when they are empty: a switch (default 0 or 1) is off,"
+        " `<PROVIDER>_SUPPORTS_TOOLS` and `<PROVIDER>_REASONING` are 0, `<PROVIDER>_EMBED_MODEL`"
+        " is none, `ROUTER_STATE_FILE` is not kept.",
     ]
     for group, rows in itertools.groupby(
         sorted(setting_rows(), key=lambda r: r[0]), lambda r: r[0]
