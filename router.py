@@ -2387,6 +2387,16 @@ EVENT_END: Final = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 DONE: Final = b"data: [DONE]\n\n"
 MAX_EVENT_BYTES: Final = 16 << 20
+BOM: Final = b"\xef\xbb\xbf"
+
+
+def legible(block: bytes) -> bytes:
+    """`block` as valid UTF-8: a broken character makes clients drop the whole answer."""
+    try:
+        block.decode()
+    except UnicodeDecodeError:
+        return block.decode(errors="replace").encode()
+    return block
 
 
 def last_event_end(data: bytes) -> int:
@@ -2441,7 +2451,7 @@ def event_data(event: bytes) -> bytes:
     """The joined `data:` lines of one event; b"" for comments and other fields."""
     if event.startswith(b"data: ") and event.find(b"\n") >= len(event) - 2:
         return event[6:].rstrip(b"\r\n")
-    event = event.removeprefix(b"\xef\xbb\xbf")  # a byte order mark may lead the stream
+    event = event.removeprefix(BOM)  # it may lead the stream
     lines = (line for line in LINE_END.split(event) if line.startswith(b"data:"))
     return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
 
@@ -12265,7 +12275,7 @@ class Passage:
             problem, _ = self.dialect.judge(masked(body, self.secret))
             return Whole(problem or BROKEN)
         if self.native and not (self.dialect.name == "chat" and needs_reading(reply)):
-            return Whole(None, body, self._tokens(reply), reply)
+            return Whole(None, body.removeprefix(BOM), self._tokens(reply), reply)
         return self._made(self.canonical(reply))
 
     def filtered(self, final: Json) -> bool:
@@ -12364,7 +12374,7 @@ class Flow:
 
     def take(self, block: bytes) -> bytes:
         """What the client gets for a block of whole events."""
-        made = block
+        made = block = block if block.isascii() else legible(block)
         if block.count(b"data:") > block.count(b'"ping"'):
             self.stirred = True
         if self._calls or not (self.useful and self._dialect.only_content(block)):
@@ -12387,8 +12397,8 @@ class Flow:
     def _look(self, event: bytes) -> bytes:
         """One event that may be more than content; what the client gets of it."""
         data = event_data(event)
-        if self.failure or not data:
-            return b"" if self.failure else event
+        if self.failure or self.done or not data:
+            return b"" if self.failure or self.done else event
         sight = self._dialect.see(data)
         if sight.error:
             self.failure = self._dialect.see(masked(data, self._passage.secret)).error or BROKEN
@@ -12597,6 +12607,7 @@ class Translation(Flow):
         self._held: list[Json] = []  # chunks from the first tool call on
 
     def take(self, block: bytes) -> bytes:
+        block = block if block.isascii() else legible(block)
         if block.count(b"data:") > block.count(b'"ping"'):
             self.stirred = True
         return b"".join(map(self._look, split_events(block)))
@@ -15655,6 +15666,7 @@ def next_sunday(date: datetime) -> float:
 
 READ_BYTES: Final = 65_536
 MAX_ANSWER_BYTES: Final = 50 << 20
+MAX_INFLATED_BYTES: Final = 1 << 20  # at a time: few bytes may hold many
 MAX_IDLE_S: Final = 50.0  # below the keep-alive of common front ends (60 s and more)
 MAX_IDLE_PER_ORIGIN: Final = 1024
 STALE: Final = (
@@ -15889,6 +15901,7 @@ class Head(NamedTuple):
 STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: |$)")
 HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
 MAX_HEAD_BYTES: Final = 65_536
+FRAMING: Final = frozenset({"content-length", "transfer-encoding"})
 
 
 def read_head(sock: socket.socket) -> Head:
@@ -15921,10 +15934,13 @@ def parse_head(head: bytes, rest: bytes) -> Head:
     match = STATUS_LINE.match(lines[0]) if lines else None
     if not match:
         raise ValueError(f"not HTTP: {head[:40]!r}")
-    headers = {}
+    headers: dict[str, str] = {}
     for line in lines[1:]:
         name, _, value = line.partition(b":")
-        headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
+        known, text = name.decode("latin-1").lower(), value.decode("latin-1").strip()
+        if known in headers and known in FRAMING:  # told twice: both count
+            text = f"{headers[known]}, {text}"
+        headers[known] = text
     asked = headers.get("connection", "").lower()
     keep = "close" not in asked if match[1] == b"1" else "keep-alive" in asked
     return Head(int(match[2]), headers, rest, keep)
@@ -15938,6 +15954,8 @@ class Response:
         self.status, self.headers = head.status, head.headers
         coding = self.headers.get("content-encoding", "identity").lower()
         self._unzip = zlib.decompressobj(47) if coding in ("gzip", "deflate", "x-gzip") else None
+        self._perhaps_raw = coding == "deflate"  # some send it without the header of zlib
+        self._squeezed = b""  # what has come and is not yet inflated
         chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
         self._chunks = Dechunker() if chunked else None
         self._left = None if chunked else self._length()  # None = not known
@@ -15970,7 +15988,7 @@ class Response:
 
     def read1(self) -> bytes:
         """What has arrived, waiting for the first byte; b"" = the body ended as it should."""
-        while self._open:
+        while self._open or self._squeezed:
             content = self._step()
             if content:
                 return content
@@ -15978,6 +15996,8 @@ class Response:
 
     def _step(self) -> bytes:
         try:
+            if self._squeezed:
+                return self._inflate(self._squeezed)
             data, self._arrived = self._arrived, b""
             content = self._decode(data or self._link.sock.recv(READ_BYTES))
             return self._inflate(content) if self._unzip and content else content
@@ -15986,13 +16006,19 @@ class Response:
             raise self._guard.explain(error, "reset") from error
 
     def _inflate(self, content: bytes) -> bytes:
-        """Gzip undone; a body may consist of several members."""
-        out = b""
-        while content and self._unzip:
-            out += self._unzip.decompress(content)
-            content = self._unzip.unused_data
-            if self._unzip.eof:
-                self._unzip = zlib.decompressobj(47)
+        """Some of `content` with its coding undone; a body may consist of several members."""
+        unzip = self._unzip or zlib.decompressobj(47)
+        try:
+            out = unzip.decompress(content, MAX_INFLATED_BYTES)
+        except zlib.error:
+            if not self._perhaps_raw:
+                raise
+            unzip = self._unzip = zlib.decompressobj(-15)
+            out = unzip.decompress(content, MAX_INFLATED_BYTES)
+        self._perhaps_raw = False
+        self._squeezed = unzip.unconsumed_tail or unzip.unused_data
+        if unzip.eof:
+            self._unzip = zlib.decompressobj(47)
         return out
 
     def _decode(self, data: bytes) -> bytes:
@@ -16225,9 +16251,11 @@ class Transport:
 # 31. Upstream
 # =============================================================================
 
+ANSWERED: Final = frozenset({200, 201, 202, 203})  # web frameworks answer a POST with 201
 MAX_HELD_BYTES: Final = 1 << 20  # of a stream before its first useful event
 LINGER_S: Final = 0.3  # for the end of the coding after [DONE]
 NOT_EVENTS: Final = (b"{", b"<", b"[")  # how JSON and HTML begin, and no event
+BEFORE: Final = b"\xef\xbb\xbf \t\r\n"  # what may stand before that: a byte order mark, blanks
 MAX_REMEDIES: Final = 3  # in one attempt: most providers name one thing at a time
 OVERFLOWS: Final = frozenset({OVERFLOW.name, TOO_LARGE.name})
 
@@ -16477,7 +16505,7 @@ class Upstream:
             if response.status == 200:
                 self._lacking.add((target.provider, dialects[0].name))
             dialects = dialects[1:]
-        if response.status != 200:
+        if response.status not in ANSWERED:
             return self._refused(response, secret.encode(), target.service.provider)
         passage = Passage(dialects[0], ask, target.provider, secret.encode())
         if ask.stream:
@@ -16743,7 +16771,7 @@ def first_useful(response: Response, passage: Passage, extend: Callable[[], None
     held: list[bytes] = []
     while not flow.failure and size <= MAX_HELD_BYTES:
         data = response.read1()
-        if not begun and data.lstrip()[:1] in NOT_EVENTS:
+        if not begun and data.lstrip(BEFORE)[:1] in NOT_EVENTS:
             return not_a_stream(response, data, flow)
         begun = begun or bool(data.strip())
         try:
