@@ -18679,6 +18679,7 @@ def crash(router: Router, error: Exception) -> flask.Response:
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
 THREAD_REST_S: Final = 60.0
+LARGE_BYTES: Final = 1 << 20  # what is larger is not copied
 
 
 class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
@@ -18827,6 +18828,9 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
             data = b"%X\r\n%b\r\n" % (len(data), data)
         else:
             self.content_bytes_written += len(data)
+        if head and len(data) > LARGE_BYTES:  # a copy would cost more than a second call
+            self.channel.write_soon(head)
+            head = b""
         if head or data:
             self.channel.write_soon(head + data)
 
@@ -19039,7 +19043,10 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             if self.connected and not self.total_outbufs_len and not self.will_close:
                 with suppress(OSError):  # full, or broken: Waitress's own way deals with both
                     sent = self.socket.send(data)
-            return sent if sent == len(data) else sent + cast(int, super().write_soon(data[sent:]))
+            if sent == len(data):
+                return sent
+            rest = memoryview(data)[sent:] if len(data) > LARGE_BYTES else data[sent:]
+            return sent + cast(int, super().write_soon(rest))
 
     def handle_close(self) -> None:
         super().handle_close()
