@@ -12603,7 +12603,7 @@ class Translation(Flow):
         super().__init__(passage)
         self._reader = passage.reader()
         self._writer = writer or passage.writer()
-        self.broken: list[Json] = []  # chunks that the client got
+        self._told: list[Json] = []  # chunks that the client got
         self._held: list[Json] = []  # chunks from the first tool call on
 
     def take(self, block: bytes) -> bytes:
@@ -12655,8 +12655,8 @@ class Translation(Flow):
 
     def _write(self, chunk: Json) -> bytes:
         self._note(Sight(chunk_sign(chunk), None, tokens_of(chunk)))
-        if len(self.broken) < MAX_TOLD:
-            self.broken.append(chunk)
+        if len(self._told) < MAX_TOLD:
+            self._told.append(chunk)
         return self._writer.feed(chunk)
 
     def _close(self) -> bytes:
@@ -12685,7 +12685,7 @@ class Translation(Flow):
         return b"".join(map(self._write, chunks_from_reply(chat))) + self._writer.finish()
 
     def said(self) -> Said | None:
-        text = spoken(self.broken) if len(self.broken) < MAX_TOLD else None
+        text = spoken(self._told) if len(self._told) < MAX_TOLD else None
         return None if text is None else Said(text, self._writer)
 
     def filtered(self) -> bool:
