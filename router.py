@@ -2787,6 +2787,40 @@ def kind_of(value: object) -> str:
     return json.dumps(value)
 
 
+def modern_chat(chat: Json) -> Json:
+    """A chat with `functions` as one with tools; any other one as it is.
+
+    Who offers functions reads one call in an answer, so no more is asked for.
+    """
+    if not has_functions(chat):
+        return chat
+    made = {k: v for k, v in chat.items() if k not in ("functions", "function_call")}
+    if not reads_functions(chat):
+        return made
+    tools = [{"type": "function", "function": function} for function in chat["functions"]]
+    made |= {"tools": tools, "parallel_tool_calls": False}
+    choice = chat.get("function_call")
+    if isinstance(choice, dict):
+        choice = {"type": "function", "function": {"name": choice.get("name")}}
+    return {**made, "tool_choice": choice} if choice else made
+
+
+def has_functions(chat: Json) -> bool:
+    """Does it have a member from before there were tools?"""
+    return "functions" in chat or "function_call" in chat
+
+
+def reads_functions(chat: Json) -> bool:
+    """Does the client read `function_call` instead of `tool_calls`?"""
+    return bool(chat.get("functions")) and not chat.get("tools")
+
+
+def custom_names(chat: Json) -> frozenset[str]:
+    """The names of the tools in a chat that take free text."""
+    tools = chat.get("tools") or ()
+    return frozenset(tool["custom"]["name"] for tool in tools if tool.get("type") == "custom")
+
+
 def message_text(message: Mapping[str, Any]) -> str:
     """The text of one message, its text parts joined by line breaks; "" if there is none."""
     content = message.get("content") if isinstance(message, dict) else None
@@ -3576,6 +3610,31 @@ def unseal(text: str) -> tuple[str, str]:
         return "", text
     origin, _, value = text[len(SEAL) :].partition(".")
     return origin, value
+
+
+def custom_schema(form: object) -> tuple[Json, str]:
+    """(a tool that takes free text as a function's schema, the grammar of its format in words).
+
+    A chat keeps the grammar one level deeper than Responses do.
+    """
+    inner = form.get("grammar") if isinstance(form, dict) else None
+    grammar = inner if isinstance(inner, dict) else form if isinstance(form, dict) else {}
+    text, syntax = grammar.get("definition"), grammar.get("syntax") or "lark"
+    note = f"The input must follow this {syntax} grammar:\n{text}" if is_string(text) else ""
+    properties = {"input": {"type": "string", "description": "The input of the tool, as text."}}
+    return {"type": "object", "properties": properties, "required": ["input"]}, note
+
+
+def custom_input(text: str) -> str:
+    """The text in {"input": text}; models also send the bare text, or another name."""
+    found = read_json(text.encode("utf-8", "replace"))
+    if isinstance(found, str):
+        return found
+    members = found if isinstance(found, dict) else {}
+    texts = [value for value in members.values() if isinstance(value, str)]
+    if isinstance(members.get("input"), str):
+        return str(members["input"])
+    return texts[0] if len(texts) == 1 else text
 
 
 # =============================================================================
@@ -4603,7 +4662,6 @@ class Quirk:
     choosing_stops_thinking: bool | None = None  # a forced tool is refused while it thinks
     own_tools: bool | None = None  # takes tools that are neither function nor custom
     custom_tools: bool | None = None
-    functions: bool | None = None  # takes the older `functions` and `function_call`
     tool_description: bool | None = None  # every tool needs one
     strict_tools: bool | None = None  # False: `strict` is refused
     json_with_tools: bool | None = None  # False: an answer format beside tools is refused
@@ -4773,7 +4831,7 @@ QUIRKS = (
     Quirk(
         "openai", "", "2026-11", keep=OPENAI_ONLY,
         max_tokens="", message_keep=("refusal", "audio", "phase"), system_role="",
-        lead_system=False, flat="", own_tools=True, custom_tools=True, functions=True,
+        lead_system=False, flat="", own_tools=True, custom_tools=True,
         files=("data", "id"), audio=True, metadata_needs_store=True, efforts=(),
     ),
     Quirk("openai", OPENAI_REASONING, "2026-11", drop=(*SAMPLING, *LOGPROBS),
@@ -5574,8 +5632,6 @@ class Fit:
             rules[name] = self._fit_effort
         for name in ("tools", "tool_choice", "parallel_tool_calls"):
             rules[name] = self._fit_tools
-        if not self.quirk.functions:
-            rules["functions"] = rules["function_call"] = self._fit_tools
         rules["stop"] = self._fit_stop
         rules["response_format"] = self._fit_format
         if self.quirk.metadata_needs_store:
@@ -5710,11 +5766,6 @@ class Fit:
     def _fit_tools(self, chat: Json, edits: dict[str, object], value: Any) -> None:
         """tools, tool_choice and parallel_tool_calls together; the first of them does all."""
         given, choice = chat.get("tools"), chat.get("tool_choice")
-        if not self.quirk.functions:
-            if not given:
-                given, choice = older_tools(chat), older_choice(chat.get("function_call"))
-            for name in ("functions", "function_call"):
-                self._put(chat, edits, name, DROP)
         tools: object = self._sent_tools(given) if given else DROP
         choice = self._sent_choice(choice)
         if not tools or tools is DROP or choice is None:
@@ -5722,7 +5773,7 @@ class Fit:
             self._put(chat, edits, "parallel_tool_calls", DROP)
         elif "parallel_tool_calls" in chat and not self._takes("parallel_tool_calls"):
             edits["parallel_tool_calls"] = DROP
-        if tools is not given or not chat.get("tools"):
+        if tools is not given:
             self._put(chat, edits, "tools", tools)
         self._put(chat, edits, "tool_choice", choice)
 
@@ -6176,31 +6227,16 @@ def nearest_effort(word: str, known: Sequence[str]) -> str:
     return min(choices, key=lambda w: (abs(EFFORTS.index(w) - place), w), default="")
 
 
-def older_tools(chat: Json) -> list[Json]:
-    """`functions` as tools."""
-    return [{"type": "function", "function": f} for f in as_list(chat.get("functions"))]
-
-
-def older_choice(choice: object) -> object:
-    """`function_call` as tool_choice."""
-    if isinstance(choice, dict):
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    return choice if isinstance(choice, str) else None
-
-
 def function_of_custom(custom: Json) -> Json:
     """A tool that takes free text as one that takes an object with the member `input`."""
-    function: Json = {
-        "name": custom["name"],
-        "parameters": {
-            "type": "object",
-            "properties": {"input": {"type": "string"}},
-            "required": ["input"],
-        },
+    schema, grammar = custom_schema(custom.get("format"))
+    text = custom.get("description")
+    told = "\n\n".join(filter(None, (text if isinstance(text, str) else "", grammar)))
+    described = {"description": told} if told else {}
+    return {
+        "type": "function",
+        "function": {"name": custom["name"], **described, "parameters": schema},
     }
-    if isinstance(custom.get("description"), str):
-        function["description"] = custom["description"]
-    return {"type": "function", "function": function}
 
 
 def named_choice(choice: Json, custom: bool) -> object:
@@ -8105,11 +8141,9 @@ class ToolNames:
 
 
 def offered_tools(chat: Json) -> list[Json]:
-    """Tools with a name, the first of each name; the older `functions` are tools too."""
-    tools, functions = chat.get("tools"), chat.get("functions")
+    """Tools with a name, the first of each name."""
+    tools = chat.get("tools")
     found = [t for t in tools if isinstance(t, dict)] if isinstance(tools, list) else []
-    if not found and isinstance(functions, list):
-        found = [{"type": "function", "function": f} for f in functions if isinstance(f, dict)]
     by_name: dict[str, Json] = {}
     for tool in found:
         if name := tool_name(tool):
@@ -8163,9 +8197,6 @@ def used_tools(turns: list[Json]) -> list[str]:
 def wanted_choice(chat: Json) -> tuple[str, str | list[str] | None]:
     """(auto, none, any, tool or "", the tool meant or all tools allowed)."""
     choice = chat.get("tool_choice")
-    if choice is None and chat.get("functions"):
-        choice = chat.get("function_call")
-        choice = {"function": choice} if isinstance(choice, dict) else choice
     if isinstance(choice, str):
         return {"required": "any", "any": "any", "none": "none"}.get(choice, "auto"), None
     if not isinstance(choice, dict):
@@ -8214,16 +8245,6 @@ def tool_definition(tool: Json, names: ToolNames) -> Json:
     text = "\n\n".join(words for words in (text, more) if words)
     described = {"description": text} if text else {}
     return {"name": names.out(made["name"]), **described, "input_schema": schema, **mark}
-
-
-def custom_schema(format: Any) -> tuple[Json, str]:
-    """A tool that takes free text, as a function with one string; its grammar in words."""
-    inner = format.get("grammar") if isinstance(format, dict) else None
-    grammar = inner if isinstance(inner, dict) else format if isinstance(format, dict) else {}
-    text = grammar.get("definition")
-    note = f"The input must follow this grammar:\n{text}" if isinstance(text, str) else ""
-    properties = {"input": {"type": "string", "description": "The input of the tool, as text."}}
-    return {"type": "object", "properties": properties, "required": ["input"]}, note
 
 
 ALTERNATIVES: Final = ("anyOf", "oneOf", "allOf")
@@ -8942,11 +8963,8 @@ class MessagesReader:
         given = block.text or dump_json(whole if isinstance(whole, dict) else {}).decode()
         name = block.start["name"]
         if name in self.names.custom:
-            value = parse_arguments(given).get("input")
-            text = value if isinstance(value, str) else given
-            return self.call_chunk(
-                block, {"type": "custom", "custom": {"name": name, "input": text}}
-            )
+            custom = {"name": name, "input": custom_input(given)}
+            return self.call_chunk(block, {"type": "custom", "custom": custom})
         return [] if block.text else self.arguments_chunk(block, given)
 
     def add_usage(self, usage: object) -> None:
@@ -9374,12 +9392,9 @@ def read_function(tool: Json, where: str, namespace: str) -> tuple[ToolName, Jso
 
 def custom_description(tool: Json) -> str:
     """The tool's description, with the grammar its input must follow."""
-    text, form = tool.get("description"), tool.get("format")
-    text = text if isinstance(text, str) else ""
-    if not isinstance(form, dict) or not isinstance(form.get("definition"), str):
-        return text
-    head = f"The input must follow this {form.get('syntax') or 'lark'} grammar:"
-    return f"{text}\n\n{head}\n{form['definition']}".lstrip()
+    text = tool.get("description")
+    told = (text if isinstance(text, str) else "", custom_schema(tool.get("format"))[1])
+    return "\n\n".join(filter(None, told))
 
 
 def client_runs(tool: Json, kind: str) -> bool:
@@ -10276,17 +10291,7 @@ class CallState:
         return found if isinstance(found, dict) else {}
 
     def custom_input(self) -> str:
-        """The text in {"input": text}; models also send the bare text, or another name."""
-        if self.native:
-            return self.text
-        found = self._parsed()
-        if isinstance(found, str):
-            return found
-        members = found if isinstance(found, dict) else {}
-        texts = [value for value in members.values() if isinstance(value, str)]
-        if isinstance(members.get("input"), str):
-            return str(members["input"])
-        return texts[0] if len(texts) == 1 else self.text
+        return self.text if self.native else custom_input(self.text)
 
     def _parsed(self) -> Any:
         return read_json(self.text.encode("utf-8", "replace"))
@@ -11011,13 +11016,10 @@ def flat_tools(chat: Json, codex: bool) -> Json:
     offered = list(chat.get("tools") or ())
     for at, tool in enumerate(offered):
         check_tool(tool, f"tools[{at}]")
-    for at, function in enumerate(chat.get("functions") or ()):
-        check_named(function, f"functions[{at}]")
-        offered.append({"type": "function", "function": function})
     tools = [made for tool in offered if (made := flat_tool(tool))]
     if not tools:
         return {}
-    choice = chat.get("tool_choice") or chat.get("function_call")
+    choice = chat.get("tool_choice")
     parallel = chat.get("parallel_tool_calls")
     members: Json = {"tools": tools}
     if choice or codex:
@@ -11986,6 +11988,62 @@ DIALECTS: Final = {
 PIECE_NAMES: Final = ("origin", "id", "format")
 
 
+class OwnCalls:
+    """Tool calls in the form in which a Chat client offered its tools.
+
+    Most providers are told of custom tools and of `functions` as plain tools: what they call is
+    turned back here. Free text comes at once, when it is whole; of `functions` only the first call
+    is told, as there is no place for another.
+    """
+
+    def __init__(self, chat: Json) -> None:
+        self._older, self._custom = reads_functions(chat), custom_names(chat)
+        self._held: dict[tuple[int, int], Json] = {}  # (choice, call) -> call so far
+
+    def choice(self, choice: Json) -> Json:
+        """A choice of a chunk, or of a whole reply, as the client reads it."""
+        if not (self._older or self._custom):
+            return choice
+        place = "message" if "message" in choice else "delta"
+        said = choice.get(place) or {}
+        calls = said.get("tool_calls") or []
+        if self._custom:
+            whole = place == "message"
+            calls = list(map(self._turned, calls)) if whole else self._deltas(choice, calls)
+        out = {name: value for name, value in said.items() if name != "tool_calls"}
+        if calls and not self._older:
+            out["tool_calls"] = calls
+        elif calls and not calls[0].get("index"):
+            out["function_call"] = calls[0].get("function") or {}
+        finish = choice.get("finish_reason")
+        finish = "function_call" if self._older and finish == "tool_calls" else finish
+        return {**choice, place: out, "finish_reason": finish}
+
+    def _turned(self, call: Json) -> Json:
+        """A whole call; one of a function that stands for a custom tool is a call of that tool."""
+        function = call.get("function") or {}
+        if function.get("name") not in self._custom:
+            return call
+        kept = {name: value for name, value in call.items() if name != "function"}
+        custom = {"name": function["name"], "input": custom_input(function["arguments"])}
+        return {**kept, "type": "custom", "custom": custom}
+
+    def _deltas(self, choice: Json, deltas: list[Json]) -> list[Json]:
+        """Those of custom tools are held back until the choice ends."""
+        index, told = choice.get("index") or 0, []
+        for delta in deltas:
+            place = index, delta["index"]
+            name = (delta.get("function") or {}).get("name")
+            if place in self._held or name in self._custom:
+                grow_call(self._held.setdefault(place, {}), delta)
+            else:
+                told.append(delta)
+        if choice.get("finish_reason"):
+            ended = [place for place in self._held if place[0] == index]
+            told += [{"index": p[1], **self._turned(self._held.pop(p))} for p in ended]
+        return told
+
+
 class ChatWriter:
     """Canonical chunks for a client that speaks Chat.
 
@@ -11997,6 +12055,7 @@ class ChatWriter:
         options = opening.request.get("stream_options") or {}
         self._wants_usage = bool(options.get("include_usage"))
         self._usage: Json | None = None
+        self._calls = OwnCalls(opening.request)
         self._pieces: set[int] = set()  # of reasoning, by index
         self._head = {
             "id": f"chatcmpl-{opening.id}",
@@ -12008,7 +12067,8 @@ class ChatWriter:
     def feed(self, chunk: Json) -> bytes:
         self._usage = chunk.get("usage") or self._usage
         self._head |= chat_head(chunk)
-        choices = [{"finish_reason": None, **choice} for choice in chunk.get("choices") or ()]
+        listed = chunk.get("choices") or ()
+        choices = [{"finish_reason": None, **self._calls.choice(choice)} for choice in listed]
         for choice in choices:
             if pieces := choice.get("delta", {}).get("reasoning_details"):
                 choice["delta"] = {**choice["delta"], "reasoning_details": self._indexed(pieces)}
@@ -12041,7 +12101,8 @@ class ChatWriter:
 def chat_reply_to_chat(reply: Json, opening: Opening, _origin: str) -> Json:
     head = {"id": f"chatcmpl-{opening.id}", "object": "chat.completion"}
     named = {"created": opening.created, "model": opening.model}
-    return {**reply, **head, **named, **chat_head(reply)}
+    choices = list(map(OwnCalls(opening.request).choice, reply.get("choices") or ()))
+    return {**reply, **head, **named, **chat_head(reply), "choices": choices}
 
 
 def chat_head(answer: Json) -> Json:
@@ -12066,6 +12127,8 @@ class Surface:
 
 
 CHAT: Final = Surface("chat", ChatWriter, chat_reply_to_chat)
+# With `functions`: no provider is spoken to in it any more.
+OLDER_CHAT: Final = replace(CHAT, dialect="older chat")
 EMBEDDINGS: Final = replace(CHAT, dialect="embeddings")
 MESSAGES: Final = Surface("messages", MessagesWriter, chat_reply_to_messages, PING)
 COMPLETIONS: Final = Surface(
@@ -12164,6 +12227,7 @@ class Ask:
     named: frozenset[str] = frozenset()  # labels of the targets that the client named
     forward: bytes = b""  # header lines for a provider of the same dialect
     left_out: Sequence[str] = ()  # tools that nobody here can run
+    custom: bool = False  # a Chat client that offers tools which take free text
     input: list[Json] | None = None  # Responses: all items, those of earlier turns included
     kept_body: tuple[tuple[str, str], bytes] = (NOBODY, b"")  # the body made last, for whom
     make_flow: Callable[[Passage], Flow] | None = None  # where it goes on with another answer
@@ -12196,10 +12260,11 @@ class Passage:
     ask: Ask
     origin: str = ""  # the provider
     secret: bytes = field(default=b"", repr=False)
+    reworded: bool = False  # the provider was told of tools in another form than the client's
 
     @property
     def native(self) -> bool:
-        return self.dialect.name == self.ask.surface.dialect
+        return self.dialect.name == self.ask.surface.dialect and not self.reworded
 
     def writer(self) -> Writer:
         return self.ask.surface.writer(self.ask.opening, self.origin)
@@ -16405,7 +16470,8 @@ class Upstream:
             dialects = dialects[1:]
         if response.status != 200:
             return self._refused(response, secret.encode(), target.service.provider)
-        passage = Passage(dialects[0], ask, target.provider, secret.encode())
+        reworded = ask.custom and not target.fit.quirk.custom_tools
+        passage = Passage(dialects[0], ask, target.provider, secret.encode(), reworded)
         if ask.stream:
             attempt = first_useful(response, passage, self._keep_waiting(ask.guard))
         else:
@@ -18173,7 +18239,9 @@ def serve_chat(router: Router) -> flask.Response:
     request = current_request()
     raw, body = read_body(router, request)
     validate_chat(body)
-    ask = make_ask(router, request, CHAT, raw, body, body)
+    surface = OLDER_CHAT if has_functions(body) else CHAT
+    ask = make_ask(router, request, surface, raw, body, modern_chat(body))
+    ask.custom = bool(custom_names(body))
     options = body.get("stream_options") or {}
     ask.wants_usage = bool(options.get("include_usage"))
     return respond_chat(router, request, ask)

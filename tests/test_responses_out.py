@@ -272,12 +272,9 @@ def test_the_old_function_call():
         USER,
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
         {"role": "function", "name": "f", "content": "ok"},
-        functions=[{"name": "f", "parameters": {"type": "object"}}],
-        function_call={"name": "f"},
     )
     assert [i["type"] for i in items["input"][1:]] == ["function_call", "function_call_output"]
     assert items["input"][1]["call_id"] == items["input"][2]["call_id"]
-    assert items["tool_choice"] == {"type": "function", "name": "f"}
 
 
 def details(origin):
