@@ -2926,6 +2926,7 @@ class Tokens(NamedTuple):
 
     prompt: int = 0
     completion: int = 0
+    estimated: bool = False  # the provider stated none
 
 
 class Outcome(NamedTuple):
@@ -3484,19 +3485,6 @@ def chunk_sign(chunk: Any) -> Sign:
     return "finish" if finish in TELLING_FINISHES else "empty finish"
 
 
-def tokens_of(value: Any) -> Tokens | None:
-    """Token counts in a reply, a chunk or an embeddings answer (groq's live in x_groq too)."""
-    if not isinstance(value, dict):
-        return None
-    usage = value.get("usage")
-    if not usage and isinstance(value.get("x_groq"), dict):
-        usage = value["x_groq"].get("usage")
-    if not isinstance(usage, dict):
-        return None
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    return Tokens(*(n if isinstance(n, int) and n > 0 else 0 for n in counts))
-
-
 def chunks_from_reply(reply: Json) -> list[Json]:
     """A whole reply as the chunks of a stream, for a provider that does not stream when asked."""
     head = {k: v for k, v in reply.items() if k not in ("choices", "usage", "object")}
@@ -3674,6 +3662,8 @@ TAG_STARTS: Final = frozenset(
 MAX_BLANKS: Final = 1000  # characters of white space that may stand before <think>
 FUNCTION_CALL: Final = -1  # the key of the one call made in the old way
 
+ESTIMATED: Final = MappingProxyType({"hermes": {"estimated": True}})  # beside a usage's counts
+SAID: Final = ("content", "reasoning_content", "refusal")
 # Where a usage object states a count: the first that is not zero is taken.
 PROMPT_COUNTS: Final = ("prompt_tokens", "input_tokens")
 COMPLETION_COUNTS: Final = ("completion_tokens", "output_tokens")
@@ -4472,7 +4462,15 @@ def canonical_usage(value: Any) -> Json | None:
     }
     if written := first_count(usage, CACHE_WRITE_COUNTS):
         found["prompt_tokens_details"]["cache_creation_tokens"] = written
-    return {**found, "estimated": True} if usage.get("estimated") is True else found
+    return {**found, **ESTIMATED} if usage.get("hermes") == ESTIMATED["hermes"] else found
+
+
+def tokens_of(value: Any) -> Tokens | None:
+    """Token counts in a Chat reply, a chunk or an embeddings answer."""
+    usage = canonical_usage(value)
+    if usage is None:
+        return None
+    return Tokens(usage["prompt_tokens"], usage["completion_tokens"], "hermes" in usage)
 
 
 def find_usage(value: Any) -> Json | None:
@@ -4507,6 +4505,18 @@ def counts_of(usage: Json) -> tuple[int, int, int]:
     return usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]
 
 
+def chars_said(chunks: Iterable[Json]) -> int:
+    """The size of what canonical chunks say: text, reasoning and calls."""
+    total = 0
+    for choice in (c for chunk in chunks for c in chunk.get("choices") or ()):
+        delta = choice.get("delta") or {}
+        total += sum(len(as_text(delta.get(name))) for name in SAID)
+        for call in delta.get("tool_calls") or ():
+            made = call.get("function") or call.get("custom") or {}
+            total += sum(map(len, map(as_text, made.values())))
+    return total
+
+
 def estimate_usage(input_tokens: int, chars_out: int) -> Json:
     """A usage for an answer that came without one; `chars_out` counts text and arguments."""
     completion = math.ceil(chars_out / BYTES_PER_TOKEN)
@@ -4516,7 +4526,7 @@ def estimate_usage(input_tokens: int, chars_out: int) -> Json:
         "total_tokens": input_tokens + completion,
         "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": 0},
-        "estimated": True,
+        **ESTIMATED,
     }
 
 
@@ -6863,7 +6873,6 @@ PLAIN_DELTA: Final = frozenset({"content", "role"})
 PING: Final = b'event: ping\ndata: {"type": "ping"}\n\n'
 NOT_IN_IDS: Final = re.compile(r"[^a-zA-Z0-9_-]")
 JSON_MARKS: Final = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
-CHARS_PER_TOKEN: Final = 4  # for answers whose provider states no usage
 
 
 class JsonEnd:
@@ -7084,7 +7093,7 @@ class MessageEvents:
         if self._started:
             return []
         self._started = True
-        usage = messages_usage(self._usage, self._opening.input_tokens, 0)
+        usage = messages_usage(self._usage, self._opening.input_tokens)
         usage.pop("output_tokens_details", None)
         message: Json = {
             "id": f"msg_{self._opening.id}",
@@ -7116,7 +7125,8 @@ class MessageEvents:
         if not self._opened and self._finish != "content_filter":
             self._queue.append(Block({"type": "text", "text": ""}))
             events += self._advance(last=True)
-        usage = messages_usage(self._usage, self._opening.input_tokens, self.chars)
+        asked = self._opening.input_tokens
+        usage = messages_usage(self._usage or estimate_usage(asked, self.chars), asked)
         stop = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence}
         if stop["stop_reason"] != "stop_sequence":
             stop["stop_sequence"] = None
@@ -7332,22 +7342,21 @@ def request_call_ids(request: Json) -> set[str]:
     return {str(block.get("id")) for block in blocks if block.get("type") == "tool_use"}
 
 
-def messages_usage(usage: Json, input_tokens: int, chars: int) -> Json:
-    """Canonical usage as Anthropic counts: input without what was cached; guesses the missing."""
-    guess = -(-chars // CHARS_PER_TOKEN)
+def messages_usage(usage: Json, input_tokens: int = 0) -> Json:
+    """Canonical usage as Anthropic counts: input without what was cached."""
     prompt = count_or_zero(usage.get("prompt_tokens")) or input_tokens
     details = object_of(usage.get("prompt_tokens_details"))
     read, made = (count_or_zero(details.get(n)) for n in ("cached_tokens", "cache_creation_tokens"))
     found: Json = {
         "input_tokens": max(prompt - read - made, 0),
-        "output_tokens": count_or_zero(usage.get("completion_tokens", guess)),
+        "output_tokens": count_or_zero(usage.get("completion_tokens")),
         "cache_creation_input_tokens": made,
         "cache_read_input_tokens": read,
     }
     thought = object_of(usage.get("completion_tokens_details")).get("reasoning_tokens")
     if count_or_zero(thought):
         found["output_tokens_details"] = {"thinking_tokens": thought}
-    return found
+    return {**found, **ESTIMATED} if "hermes" in usage else found
 
 
 def count_or_zero(value: Any) -> int:
@@ -9964,12 +9973,8 @@ def response_head(opening: Opening, codex: bool) -> Json:
     }
 
 
-def response_usage(usage: Mapping[str, Any] | None, opening: Opening, chars: int) -> Json:
-    """Complete counts, as Codex wants them; estimated when the provider gave none."""
-    if not usage:
-        guess = -(-chars // 4)
-        given = {"prompt_tokens": opening.input_tokens, "completion_tokens": guess}
-        usage = {**given, "estimated": True}
+def response_usage(usage: Mapping[str, Any]) -> Json:
+    """Complete counts, as Codex wants them, of a canonical usage."""
     prompt = usage_count(usage, "prompt_tokens")
     completion = usage_count(usage, "completion_tokens")
     read, made = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
@@ -9984,7 +9989,7 @@ def response_usage(usage: Mapping[str, Any] | None, opening: Opening, chars: int
         "output_tokens": completion,
         "output_tokens_details": {"reasoning_tokens": usage_count(made, "reasoning_tokens")},
         "total_tokens": total if isinstance(total, int) else prompt + completion,
-        **({"estimated": True} if usage.get("estimated") else {}),
+        **(ESTIMATED if "hermes" in usage else {}),
     }
 
 
@@ -10398,7 +10403,8 @@ class ResponsesWriter:
     def _end(self, status: str, **outcome: object) -> None:
         usage = None
         if status != "failed" or self._usage:
-            usage = response_usage(self._usage, self._opening, self._chars)
+            guess = estimate_usage(self._opening.input_tokens, self._chars)
+            usage = response_usage(self._usage or guess)
         outcome = {"status": status, "output": self._output, "usage": usage, **outcome}
         self.response = {**self._head, **outcome}
         self._log.emit(f"response.{status}", {"response": self.response})
@@ -11747,11 +11753,12 @@ class Sight(NamedTuple):
     calls: bool = False  # part of a tool call
     broken: bool = False  # no JSON: not passed on
     final: Json | None = None  # the whole answer once more
+    counts: bool = False  # usage stands here or in an earlier event
 
 
 def see_chat(data: bytes) -> Sight:
     if data == b"[DONE]":
-        return Sight("empty finish", finished=True, done=True)
+        return Sight("empty finish", finished=True, done=True, counts=True)
     chunk = read_json(data)
     if error := embedded_error(chunk):
         return Sight(error=error)
@@ -11791,7 +11798,7 @@ def see_messages(data: bytes) -> Sight:
         delta = event.get("delta")
         stop = delta.get("stop_reason") if isinstance(delta, dict) else None
         telling: Sign = "finish" if stop in TELLING_STOPS else "empty finish"
-        return Sight(telling if stop else "", None, tokens, bool(stop))
+        return Sight(telling if stop else "", None, tokens, bool(stop), counts=bool(stop))
     part = event.get("delta") if kind == "content_block_delta" else event.get("content_block")
     useful = isinstance(part, dict) and any(
         name != "type" and value for name, value in part.items()
@@ -11818,7 +11825,7 @@ def see_responses(data: bytes) -> Sight:
         said = bool(whole.get("output")) or kind == "response.incomplete"
         tokens = tokens_of({"usage": responses_usage(whole.get("usage"))})
         sign: Sign = "finish" if said else "empty finish"
-        return Sight(sign, None, tokens, True, True, final=whole)
+        return Sight(sign, None, tokens, True, True, final=whole, counts=True)
     useful = kind.endswith(".delta") and bool(event.get("delta"))
     made = event.get("item") if kind == "response.output_item.done" else None
     useful = useful or (isinstance(made, dict) and made.get("type") != "reasoning")
@@ -11918,6 +11925,25 @@ def broken_response(first: bytes, last: bytes, error: RouterError) -> bytes:
     return b"event: response.failed\n" + encode_event(event)
 
 
+def with_chat_usage(first: bytes, event: bytes, usage: Json) -> bytes:
+    """A stream that began as `first` and goes on with `event`: its usage before that."""
+    begun = read_json(event_data(first))
+    head = chunk_head(begun if isinstance(begun, dict) else {})
+    return encode_event({**head, "choices": [], "usage": usage}) + event
+
+
+def with_messages_usage(_first: bytes, event: bytes, usage: Json) -> bytes:
+    """The last message_delta with its usage."""
+    return messages_event({**read_json(event_data(event)), "usage": messages_usage(usage)})
+
+
+def with_responses_usage(_first: bytes, event: bytes, usage: Json) -> bytes:
+    """The event that ends a Response, with its usage."""
+    told = read_json(event_data(event))
+    told["response"]["usage"] = response_usage(usage)
+    return b"event: %b\n%b" % (told["type"].encode(), encode_event(told))
+
+
 @dataclass(frozen=True)
 class Dialect:
     """A language that providers speak."""
@@ -11935,6 +11961,9 @@ class Dialect:
     broken: Callable[[bytes, bytes, RouterError], bytes] = lambda _first, _last, error: (
         encode_event(error_body(error))
     )
+    # (how the stream began, the event where usage belongs, canonical usage) -> events with it
+    with_usage: Callable[[bytes, bytes, Json], bytes] = with_chat_usage
+    own_usage: Callable[[Json], Json] = lambda usage: usage  # a canonical usage, in this dialect
 
 
 MESSAGE_STOP: Final = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
@@ -11965,6 +11994,8 @@ DIALECTS: Final = {
             MESSAGE_STOP,
             frozenset({"message_stop"}),
             lambda _first, _last, error: messages_event(messages_error(error)),
+            with_messages_usage,
+            messages_usage,
         ),
         Dialect(
             "responses",
@@ -11976,6 +12007,8 @@ DIALECTS: Final = {
             b"",
             RESPONSE_LAST,
             broken_response,
+            with_responses_usage,
+            response_usage,
         ),
         Dialect("embeddings", "/embeddings", judge_embeddings, *IN_CHAT),
         # ChatGPT's backend only streams, and its last event does not repeat the answer: it is
@@ -12289,13 +12322,27 @@ class Passage:
             problem, _ = self.dialect.judge(masked(body, self.secret))
             return Whole(problem or BROKEN)
         if self.native and not (self.dialect.name == "chat" and needs_reading(reply)):
-            return Whole(None, body, self._tokens(reply), reply)
+            return self._passed(body, reply)
         return self._made(self.canonical(reply))
 
-    def _tokens(self, reply: Json) -> Tokens | None:
-        if self.dialect.name in ("chat", "embeddings"):
-            return tokens_of(reply)
-        return tokens_of(self.canonical(reply))
+    def _passed(self, body: bytes, reply: Json) -> Whole:
+        """An answer in the client's dialect as it came, but never without a usage."""
+        if self.dialect.name == "embeddings":
+            return Whole(None, body, tokens_of(reply), reply)
+        chat = reply if self.dialect.name == "chat" else self.canonical(reply)
+        tokens = tokens_of(chat)
+        if tokens and tokens.completion:
+            return Whole(None, body, tokens, reply)
+        usage = self.estimate(chunks_from_reply(chat), tokens)
+        reply = {**reply, "usage": self.dialect.own_usage(usage)}
+        return Whole(None, dump_json(reply), tokens_of({"usage": usage}), reply)
+
+    def estimate(
+        self, chunks: Iterable[Json], known: Tokens | None = None, times: float = 1.0
+    ) -> Json:
+        """A canonical usage for an answer so many times as long, whose provider states none."""
+        prompt = known.prompt if known else 0
+        return estimate_usage(prompt or self.ask.tokens, int(times * chars_said(chunks)))
 
     def _gathered(self, body: bytes) -> Whole:
         """A stream where a whole answer was asked for: subscriptions only stream."""
@@ -12316,6 +12363,9 @@ class Passage:
             return Whole(error)
         if not any(answers(choice) for choice in chat.get("choices") or ()):
             return Whole(Outcome(0, "an answer without content", "empty"))
+        tokens = tokens_of(chat)
+        if not (tokens and tokens.completion):
+            chat = {**chat, "usage": self.estimate(chunks_from_reply(chat), tokens)}
         made = self.ask.surface.whole(chat, self.ask.opening, self.origin)
         return Whole(None, dump_json(made), tokens_of(chat), made)
 
@@ -12379,6 +12429,7 @@ class Flow:
         self.stirred = False  # more than a sign of life has come since this was last reset
         self._passed: list[bytes] = []  # blocks of events that the client got
         self._passed_bytes = 0
+        self._block = b""  # looked at now
 
     def take(self, block: bytes) -> bytes:
         """What the client gets for a block of whole events."""
@@ -12386,7 +12437,9 @@ class Flow:
         if block.count(b"data:") > block.count(b'"ping"'):
             self.stirred = True
         if self._calls or not (self.useful and self._dialect.only_content(block)):
+            self._block = block
             made = self._sift(block)
+            self._block = b""
         self._passed_bytes += len(made)
         if made and self._passed_bytes <= MAX_PASSED_BYTES:
             self._passed.append(made)
@@ -12411,11 +12464,42 @@ class Flow:
         if sight.error:
             self.failure = self._dialect.see(masked(data, self._passage.secret)).error or BROKEN
             return b""
+        if sight.counts and not (self._is_counted() or (sight.tokens and sight.tokens.completion)):
+            event = self._counted(event)
         if sight.calls or self._calls or (sight.broken and CALL_MARKS.search(data)):
             return self._hold(event, sight)
         self._note(sight)
         withheld = sight.only_usage and not self._passage.ask.wants_usage
         return b"" if self.failure or withheld or sight.broken else event
+
+    def _counted(self, event: bytes) -> bytes:
+        """The event with an estimate, where the client wants a usage and the provider has none."""
+        if not self._passage.ask.wants_usage:
+            return event
+        first = self._passed[0] if self._passed else self._block
+        return self._dialect.with_usage(split_events(first)[0], event, self._estimated())
+
+    def _estimated(self) -> Json:
+        """A canonical usage of what has come; of long streams only the beginning is kept."""
+        kept = sum(map(len, self._passed))
+        times = max(1.0, self._passed_bytes / max(1, kept))
+        usage = self._passage.estimate(self._told_chunks(), self.tokens, times)
+        self.tokens = tokens_of({"usage": usage})
+        return usage
+
+    def _told_chunks(self) -> Sequence[Json]:
+        """What has come, as canonical chunks."""
+        return self._read(split_events(b"".join([*self._passed, *self._calls, self._block])))
+
+    def spent(self) -> Tokens | None:
+        """The tokens of the answer, as far as it came; an estimate where none were stated."""
+        if self.useful and not self._is_counted():
+            self._estimated()
+        return self.tokens
+
+    def _is_counted(self) -> bool:
+        """Did the provider state what its answer took?"""
+        return self.tokens is not None and self.tokens.completion > 0
 
     def _hold(self, event: bytes, sight: Sight) -> bytes:
         """Events from the first tool call on; all of them once the answer is finished."""
@@ -12458,7 +12542,8 @@ class Flow:
         if sight.tokens:
             old = self.tokens or Tokens()
             pairs = zip(sight.tokens, old, strict=True)
-            self.tokens = Tokens(*(new or before for new, before in pairs))
+            prompt, completion, _ = (new or before for new, before in pairs)
+            self.tokens = Tokens(prompt, completion)
         self.finished = self.finished or sight.finished
         self.done = self.done or sight.done
         self.final = sight.final or self.final
@@ -12483,7 +12568,10 @@ class Flow:
         return block
 
     def _close(self) -> bytes:
-        return self._dialect.closing
+        closing = self._dialect.closing
+        if self._dialect.name == "chat" and not self._is_counted():
+            closing = self._counted(closing)
+        return closing
 
     def adopt(self, body: bytes) -> bytes:
         """A whole answer where a stream was asked for, as a stream."""
@@ -12662,7 +12750,7 @@ class Translation(Flow):
             self.failure = Outcome(0, "a stream without content", "empty")
         if self.failure:
             return block
-        block += self._writer.finish()
+        block += self._ended()
         self.final = getattr(self._writer, "response", None)
         return block
 
@@ -12672,7 +12760,17 @@ class Translation(Flow):
             return b""
         self.finished = self.done = True
         chat = self._passage.canonical(reply)
-        return b"".join(map(self._write, chunks_from_reply(chat))) + self._writer.finish()
+        return b"".join(map(self._write, chunks_from_reply(chat))) + self._ended()
+
+    def _ended(self) -> bytes:
+        """The end of the client's stream, after an estimate where no usage came."""
+        counted = b""
+        if not self._is_counted():
+            counted = self._writer.feed({"choices": [], "usage": self._estimated()})
+        return counted + self._writer.finish()
+
+    def _told_chunks(self) -> Sequence[Json]:
+        return self._told
 
     def said(self) -> Said | None:
         text = spoken(self.broken) if len(self.broken) < MAX_TOLD else None
@@ -13800,6 +13898,7 @@ class Tally:
     completion_tokens: int = 0
     cost_usd: float = 0.0
     unpriced: int = 0  # answers whose price is unknown: unknown is not free
+    estimated: int = 0  # answers whose tokens are an estimate
 
 
 class Usage:
@@ -13827,6 +13926,7 @@ class Usage:
             tally = self._tallies.setdefault(provider, Tally())
             tally.prompt_tokens += tokens.prompt
             tally.completion_tokens += tokens.completion
+            tally.estimated += tokens.estimated
             if cost is None:
                 tally.unpriced += 1
             else:
@@ -16287,10 +16387,6 @@ class Relay:
         self.keep: Callable[[Json], None] | None = None  # gets the whole answer at the end
 
     @property
-    def tokens(self) -> Tokens | None:
-        return self.flow.tokens
-
-    @property
     def failure(self) -> Outcome | None:
         return self.flow.failure
 
@@ -17446,7 +17542,7 @@ class Router:
 
     def settle(self, target: Target, lease: Lease, ask: Ask, relay: Relay) -> None:
         """What one provider's part of a stream cost, and what its end means."""
-        self.charge(target, relay.tokens, ask)
+        self.charge(target, relay.flow.spent(), ask)
         if relay.failure:
             ask.trace.note(step_of(target, lease, failed(relay.failure, in_ok=True)))
             self.learn(target, lease, failed(relay.failure, in_ok=True), ask.guard)
@@ -17454,8 +17550,9 @@ class Router:
     def charge(self, target: Target, tokens: Tokens | None, ask: Ask) -> None:
         if tokens is None:
             return
-        self.lessons.disprove(target.provider, target.model, tokens.prompt)
-        self.notice_cut(target, tokens.prompt, ask)
+        if not tokens.estimated:
+            self.lessons.disprove(target.provider, target.model, tokens.prompt)
+            self.notice_cut(target, tokens.prompt, ask)
         facts = target.facts
         cost = None
         if facts.price_in is not None and facts.price_out is not None:
@@ -17764,6 +17861,7 @@ def service_status(router: Router, service: Service) -> Json:
         "tokens": tally.prompt_tokens + tally.completion_tokens,
         "cost_usd": round(tally.cost_usd, 6),
         "unpriced_answers": tally.unpriced,
+        "estimated_answers": tally.estimated,
         "available": not service.resting and not router.breakers.is_open(name),
         "out_of_use": service.resting or None,
         "tier": service.provider.tier,
