@@ -3588,7 +3588,7 @@ class Opening:
 
 
 def seal(origin: str, value: str) -> str:
-    """An opaque value with the name of the provider it must go back to."""
+    """An opaque value with the name of the provider, or its account, it must go back to."""
     return f"{SEAL}{origin}.{value}"
 
 
@@ -12182,7 +12182,7 @@ def responses_surface(codex: bool, earlier: Sequence[Json]) -> Surface:
     )
 
 
-NOBODY: Final = ("", "")  # no target and no dialect
+NOBODY: Final = ("", "", "")  # no target, dialect and origin
 
 
 class Step(NamedTuple):
@@ -12262,10 +12262,10 @@ class Ask:
     left_out: Sequence[str] = ()  # tools that nobody here can run
     custom: bool = False  # a Chat client that offers tools which take free text
     input: list[Json] | None = None  # Responses: all items, those of earlier turns included
-    kept_body: tuple[tuple[str, str], bytes] = (NOBODY, b"")  # the body made last, for whom
+    kept_body: tuple[tuple[str, str, str], bytes] = (NOBODY, b"")  # the body made last, for whom
     make_flow: Callable[[Passage], Flow] | None = None  # where it goes on with another answer
-    # (label, dialect) -> what was changed after a refusal
-    mends: dict[tuple[str, str], tuple[Mend, ...]] = field(default_factory=dict)
+    # (label, dialect, origin) -> what was changed after a refusal
+    mends: dict[tuple[str, str, str], tuple[Mend, ...]] = field(default_factory=dict)
 
     @functools.cached_property
     def opening(self) -> Opening:
@@ -12291,7 +12291,7 @@ class Passage:
 
     dialect: Dialect
     ask: Ask
-    origin: str = ""  # the provider
+    origin: str = ""  # the provider, or its account
     secret: bytes = field(default=b"", repr=False)
     reworded: bool = False  # the provider was told of tools in another form than the client's
 
@@ -14411,6 +14411,7 @@ BAD_THOUGHTS: Final = re.compile(
     r"|thought.?signature.{0,80}(?:missing|not)"
     r"|invalid_encrypted_content"
     r"|encrypted.?content.{0,120}(?:could not|cannot|unable|invalid|not be|verif|decrypt)"
+    r"|invalid.{0,20}data.{0,40}redacted_thinking"
     r"|thinking\W{1,3}blocks?.{0,120}cannot be modified"
     r"|thinking\.signature"
     r"|of type 'reasoning' was provided without|without its required 'reasoning'",
@@ -16567,7 +16568,8 @@ class Upstream:
         if response.status != 200:
             return self._refused(response, secret.encode(), target.service.provider)
         reworded = ask.custom and not target.fit.quirk.custom_tools
-        passage = Passage(dialects[0], ask, target.provider, secret.encode(), reworded)
+        origin = origin_of(target, lease)
+        passage = Passage(dialects[0], ask, origin, secret.encode(), reworded)
         if ask.stream:
             attempt = first_useful(response, passage, self._keep_waiting(ask.guard))
         else:
@@ -16645,7 +16647,7 @@ class Upstream:
             self._transport.origin(service.url),
             dialect.path,
             headers,
-            self._body(target, ask, dialect.name, native),
+            self._body(target, origin_of(target, lease), ask, dialect.name, native),
             ask.guard,
         )
 
@@ -16704,15 +16706,15 @@ class Upstream:
             "Authorization": f"Bearer {token}",
         }
 
-    def _body(self, target: Target, ask: Ask, dialect: str, native: bool) -> bytes:
+    def _body(self, target: Target, origin: str, ask: Ask, dialect: str, native: bool) -> bytes:
         """The client's bytes with the edits this target needs, or its chat in another dialect."""
-        place = (target.label, dialect)
-        if ask.kept_body[0] == place:  # the same for every key
+        place = (target.label, dialect, origin)
+        if ask.kept_body[0] == place:  # the same for every key, if not for every account
             return ask.kept_body[1]
         if dialect == "embeddings":
             made = edit_body(ask.raw, ask.body, model_edit(target, ask))
         else:
-            made = BODIES[dialect](target, ask, native, self._config.reasoning_reserve)
+            made = BODIES[dialect](target, origin, ask, native, self._config.reasoning_reserve)
         learnt = self.lessons.mends(target.provider, target.model, dialect)
         made = mended(made, (*learnt, *ask.mends.get(place, ())))
         ask.kept_body = (place, made)
@@ -16732,11 +16734,18 @@ def header_lines(headers: Mapping[str, str]) -> bytes:
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
 
 
+def origin_of(target: Target, lease: Lease) -> str:
+    """Who alone can read its opaque reasoning: the provider, or one account of a subscription."""
+    if not target.service.provider.accounts:
+        return target.provider
+    return f"{target.provider}@{hashlib.sha256(lease.key.encode()).hexdigest()[:8]}"
+
+
 def model_edit(target: Target, ask: Ask) -> dict[str, object]:
     return {} if ask.body.get("model") == target.model else {"model": target.model}
 
 
-def chat_body(target: Target, ask: Ask, native: bool, reserve: int) -> bytes:
+def chat_body(target: Target, _origin: str, ask: Ask, native: bool, reserve: int) -> bytes:
     """A chat body that this provider takes; the client's own bytes where little must change."""
     if why := target.fit.refuses(ask.chat):
         raise BadRequest(why)
@@ -16755,30 +16764,30 @@ def chat_body(target: Target, ask: Ask, native: bool, reserve: int) -> bytes:
     return dump_json({name: value for name, value in whole.items() if value is not DROP})
 
 
-def messages_body(target: Target, ask: Ask, native: bool, _reserve: int) -> bytes:
+def messages_body(target: Target, origin: str, ask: Ask, native: bool, _reserve: int) -> bytes:
     if native:
-        edits = native_edits(target, ask) | (own_thinking(ask.body, target.provider) or {})
+        edits = native_edits(target, ask) | (own_thinking(ask.body, origin) or {})
         return edit_body(ask.raw, ask.body, edits)
-    made = chat_to_messages(ask.chat, target.model, target.claude, target.provider)
+    made = chat_to_messages(ask.chat, target.model, target.claude, origin)
     return dump_json({**made, "stream": ask.stream})
 
 
-def codex_body(target: Target, ask: Ask, _native: bool, _reserve: int) -> bytes:
-    return dump_json(chat_to_responses(ask.chat, target.model, target.provider, codex=True))
+def codex_body(target: Target, origin: str, ask: Ask, _native: bool, _reserve: int) -> bytes:
+    return dump_json(chat_to_responses(ask.chat, target.model, origin, codex=True))
 
 
-def responses_body(target: Target, ask: Ask, native: bool, reserve: int) -> bytes:
+def responses_body(target: Target, origin: str, ask: Ask, native: bool, reserve: int) -> bytes:
     if not native:
         ceiling = target.service.max_output_tokens
         chat = {**ask.chat, **output_edits(ask.chat, reserve * target.reasoning, ceiling)}
         reasons = target.facts.reasoning is not False
-        made = chat_to_responses(chat, target.model, target.provider, reasons=reasons)
+        made = chat_to_responses(chat, target.model, origin, reasons=reasons)
         return dump_json({**made, "stream": ask.stream})
     edits, body = native_edits(target, ask), ask.body
     if ask.input is not None:
         body = {**body, "input": ask.input}
         edits |= {"input": ask.input, "previous_response_id": DROP}
-    return edit_body(ask.raw, ask.body, edits | (own_reasoning(body, target.provider) or {}))
+    return edit_body(ask.raw, ask.body, edits | (own_reasoning(body, origin) or {}))
 
 
 def native_edits(target: Target, ask: Ask) -> dict[str, object]:
@@ -16787,7 +16796,7 @@ def native_edits(target: Target, ask: Ask) -> dict[str, object]:
     return model_edit(target, ask) | output_edits(ask.body, 0, ceiling)
 
 
-BODIES: Final[Mapping[str, Callable[[Target, Ask, bool, int], bytes]]] = {
+BODIES: Final[Mapping[str, Callable[[Target, str, Ask, bool, int], bytes]]] = {
     "chat": chat_body,
     "messages": messages_body,
     "responses": responses_body,
