@@ -90,6 +90,7 @@ import json
 import logging
 import logging.handlers
 import math
+import operator
 import queue
 import re
 import secrets
@@ -8672,6 +8673,133 @@ def unsealed_turn(turn: Any, origin: str) -> Json | None:
     return {**turn, "content": content} if content else None
 
 
+# What a result may hold that may as well be the user's.
+USER_BLOCKS: Final = frozenset(("text", "image", "document", "search_result"))
+
+
+def own_turns(turns: list[Json]) -> list[Json] | None:
+    """The turns of a Messages client as the API takes them; None = as they are.
+
+    As in `History`: every tool_use has its tool_result at the head of the next turn, none is
+    without a tool_use, no text is blank, and the user begins.
+    """
+    if is_sound_talk(turns):
+        return None
+    made: list[Json] = []
+    calls: list[tuple[str, str]] = []  # (id as the client wrote it, id sent), not answered yet
+    used: set[str] = set()
+    for is_assistant, run in itertools.groupby(turns, lambda turn: turn["role"] == "assistant"):
+        if is_assistant:
+            said = [called_turn(turn, calls, used) for turn in run]
+            made += [turn for turn in said if turn["content"]]
+        else:
+            made += answering_turns(list(run), calls)
+            calls = []
+    made += answering_turns([], calls)
+    if not made or made[0]["role"] == "assistant":
+        made.insert(0, {"role": "user", "content": NO_OPENING})
+    return made
+
+
+TURN_ROLE: Final = operator.itemgetter("role")
+
+
+def is_sound_talk(turns: Sequence[Json]) -> bool:
+    """Is there nothing to mend? One pass, no turn is copied."""
+    waiting: list[str] = []
+    seen: set[str] = set()
+    for role, run in itertools.groupby(turns, TURN_ROLE):
+        blocks = list(itertools.chain.from_iterable(map(turn_blocks, run)))
+        kinds = [block["type"] for block in blocks]
+        if "text" in kinds and any(map(is_blank, blocks)):
+            return False
+        if role == "assistant":
+            fresh = [block["id"] for block in blocks if block["type"] == "tool_use"]
+            if waiting or len(set(fresh)) < len(fresh) or not seen.isdisjoint(fresh):
+                return False
+            seen.update(fresh)
+            waiting = fresh
+        elif waiting or "tool_result" in kinds:
+            if not answers_all(blocks, waiting):
+                return False
+            waiting = []
+    return not waiting and turns[0]["role"] != "assistant"
+
+
+def answers_all(blocks: Sequence[Json], waiting: Sequence[str]) -> bool:
+    """Do blocks begin with one result for each of these calls, and hold no other?"""
+    results = [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
+    heads = blocks[: len(results)]
+    return sorted(results) == sorted(waiting) and all(b["type"] == "tool_result" for b in heads)
+
+
+def is_blank(block: Json) -> bool:
+    if block["type"] != "text":
+        return False
+    return not block["text"] or block["text"].isspace()
+
+
+def turn_blocks(turn: Json) -> list[Json]:
+    content = turn.get("content")
+    return [text_block(content)] if isinstance(content, str) else content or []
+
+
+def own_blocks(turn: Json) -> list[Json]:
+    """The content of a Messages client's turn as blocks, without blank texts."""
+    return [block for block in turn_blocks(turn) if not is_blank(block)]
+
+
+def called_turn(turn: Json, calls: list[tuple[str, str]], used: set[str]) -> Json:
+    """A turn of the assistant whose tool_use ids are new; they are noted in both lists."""
+    content = []
+    for block in own_blocks(turn):
+        if block["type"] == "tool_use":
+            asked, given, number = block["id"], block["id"], 1
+            while given in used:
+                number += 1
+                given = f"{asked}_{number}"
+            used.add(given)
+            calls.append((asked, given))
+            block = {**block, "id": given}
+        content.append(block)
+    return {**turn, "content": content}
+
+
+def answering_turns(run: list[Json], calls: Sequence[tuple[str, str]]) -> list[Json]:
+    """What follows the assistant: a result for each call, and then everything else."""
+    answers: dict[str, Json] = {}
+    rest = [{**turn, "content": other_blocks(turn, calls, answers)} for turn in run]
+    missing = {"type": "tool_result", "content": MISSING_RESULT, "is_error": True}
+    results = [answers.get(id) or {**missing, "tool_use_id": id} for _, id in calls]
+    if not results:
+        return [turn for turn in rest if turn["content"]]
+    if not rest or rest[0]["role"] != "user":
+        rest.insert(0, {"role": "user", "content": []})
+    rest[0] = {**rest[0], "content": [*results, *rest[0]["content"]]}
+    return [turn for turn in rest if turn["content"]]
+
+
+def other_blocks(
+    turn: Json, calls: Sequence[tuple[str, str]], answers: dict[str, Json]
+) -> list[Json]:
+    """The blocks that answer none of the calls; those that do are put into `answers`."""
+    rest: list[Json] = []
+    for block in own_blocks(turn):
+        if block["type"] != "tool_result":
+            rest.append(block)
+            continue
+        asked = block["tool_use_id"]
+        id = next((id for name, id in calls if name == asked and id not in answers), "")
+        if id:
+            answers[id] = {**block, "tool_use_id": id}
+        else:
+            content = block.get("content") or ""
+            held = own_blocks({"content": content})
+            label = text_block(f"[Result of an earlier tool call {asked}]")
+            rest += [label, *(b for b in held if b["type"] in USER_BLOCKS)]
+    return rest
+
+
 def only_content_messages(block: bytes) -> bool:
     """Whether a block of Messages events surely holds no error, start, finish or usage.
 
@@ -11561,6 +11689,43 @@ def unsealed_item(item: Json, origin: str) -> Json | None:
     told = ({k: v for k, v in piece.items() if v is not None} for piece in objects_in(pieces))
     details = [{**blank.get(str(p.get("type")), {}), **p, "origin": origin} for p in told]
     return next(iter(reasoning_items({"reasoning_details": details}, origin)), None)
+
+
+CALL_OUTPUTS: Final = MappingProxyType({
+    "function_call": "function_call_output", "custom_tool_call": "custom_tool_call_output"
+})  # fmt: skip
+
+
+def own_items(items: list[Json]) -> list[Json] | None:
+    """The items of a Responses client with one output for each call; None = as they are.
+
+    As in `paired`: a missing output is made up, one without a call becomes the user's words.
+    """
+    calls = [item["call_id"] for item in items if item.get("type") in CALL_OUTPUTS]
+    outputs = CALL_OUTPUTS.values()
+    answers = [item["call_id"] for item in items if item.get("type") in outputs]
+    if calls == answers or Counter(calls) == Counter(answers):
+        return None
+    asked, unanswered = Counter(calls), Counter(calls) - Counter(answers)
+    made: list[Json] = []
+    for item in items:
+        kind, id = str(item.get("type")), item.get("call_id")
+        if kind in outputs:
+            asked[id] -= 1
+            item = stray_output(item) if asked[id] < 0 else item
+        made.append(item)
+        if kind in CALL_OUTPUTS and unanswered[id] > 0:
+            unanswered[id] -= 1
+            made.append({"type": CALL_OUTPUTS[kind], "call_id": id, "output": MISSING_RESULT})
+    return made
+
+
+def stray_output(item: Json) -> Json:
+    """An output that no call asked for, as the user's words."""
+    output = item.get("output")
+    parts = [{"type": "input_text", "text": output}] if isinstance(output, str) else output
+    label = {"type": "input_text", "text": ORPHAN}
+    return {"type": "message", "role": "user", "content": [label, *(parts or ())]}
 
 
 def is_sealed_item(item: object) -> bool:
@@ -16767,6 +16932,9 @@ def chat_body(target: Target, _origin: str, ask: Ask, native: bool, reserve: int
 def messages_body(target: Target, origin: str, ask: Ask, native: bool, _reserve: int) -> bytes:
     if native:
         edits = native_edits(target, ask) | (own_thinking(ask.body, origin) or {})
+        turns = cast("list[Json]", edits.get("messages", ask.body["messages"]))
+        if (mended_turns := own_turns(turns)) is not None:
+            edits["messages"] = mended_turns
         return edit_body(ask.raw, ask.body, edits)
     made = chat_to_messages(ask.chat, target.model, target.claude, origin)
     return dump_json({**made, "stream": ask.stream})
@@ -16787,7 +16955,11 @@ def responses_body(target: Target, origin: str, ask: Ask, native: bool, reserve:
     if ask.input is not None:
         body = {**body, "input": ask.input}
         edits |= {"input": ask.input, "previous_response_id": DROP}
-    return edit_body(ask.raw, ask.body, edits | (own_reasoning(body, origin) or {}))
+    edits |= own_reasoning(body, origin) or {}
+    items = edits.get("input", body.get("input"))
+    if isinstance(items, list) and (mended_items := own_items(items)) is not None:
+        edits["input"] = mended_items
+    return edit_body(ask.raw, ask.body, edits)
 
 
 def native_edits(target: Target, ask: Ask) -> dict[str, object]:
