@@ -9319,11 +9319,19 @@ def items_of(body: Mapping[str, Any]) -> list[Json]:
 
 
 def all_items(body: Mapping[str, Any], earlier: Sequence[Json]) -> Iterator[tuple[str, Json]]:
-    """(path, item), oldest first. A reference to an item that is there anyway is skipped."""
+    """(path, item), oldest first. A reference to an item that is there anyway is skipped.
+
+    So is what a summary made here stands for.
+    """
     items = items_of(body)
     known = [item.get("id") for item in (*earlier, *items) if not is_reference(item)]
-    yield from ((f"previous_response_id[{at}]", item) for at, item in enumerate(earlier))
+    last = last_summary([*earlier, *items])
+    for at, item in enumerate(earlier):
+        if at >= last or outlives_summary(item):
+            yield f"previous_response_id[{at}]", item
     for at, item in enumerate(items):
+        if len(earlier) + at < last and not outlives_summary(item):
+            continue
         if not is_reference(item):
             yield f"input[{at}]", item
         elif item["id"] not in known:
@@ -9334,6 +9342,87 @@ def all_items(body: Mapping[str, Any], earlier: Sequence[Json]) -> Iterator[tupl
 def is_reference(item: Json) -> bool:
     plain = item.get("type") is None and item.get("role") is None
     return (plain or item.get("type") == "item_reference") and isinstance(item.get("id"), str)
+
+
+# ----- compaction -----
+
+# POST /v1/responses/compact, and a `compaction_trigger` as the last item (Codex CLI 0.147, seen
+# 2026-11). The summary that stands for the history is made here, so that any provider can go on
+# with it; it is labelled, not hidden.
+COMPACTIONS: Final = ("compaction", "compaction_summary", "context_compaction")
+SUMMARIST: Final = "hermes"  # what such an item is sealed for
+SUMMARY_HEAD: Final = "[Summary of the conversation so far]\n"
+COMPACT_PROMPT: Final = (
+    "Now write a summary of this conversation that takes its place: another model goes on with it"
+    " and sees nothing else but the user's messages. Tell what the user wants, what was decided and"
+    " why, what was done and found (files, commands, names, values, errors and their remedies, word"
+    " for word where it matters), what is unfinished, and what comes next. Call no tool and answer"
+    " no question; write the summary and nothing else."
+)
+MAX_KEPT_USER_BYTES: Final = 80_000  # of the user's messages beside a summary, the latest ones
+NOT_FOR_SUMMARY: Final = (
+    "tools", "tool_choice", "parallel_tool_calls", "response_format", "verbosity"
+)  # fmt: skip
+
+
+def asks_to_compact(body: Mapping[str, Any]) -> bool:
+    """Does the request end in the item that asks for a summary instead of an answer?"""
+    items = items_of(body)
+    return bool(items) and items[-1].get("type") == "compaction_trigger"
+
+
+def without_trigger(body: Mapping[str, Any]) -> Json:
+    return {**body, "input": items_of(body)[:-1]} if asks_to_compact(body) else dict(body)
+
+
+def compaction_chat(body: Mapping[str, Any], earlier: Sequence[Json] = ()) -> Json:
+    """The chat that asks for a summary of what a Responses body holds."""
+    chat = responses_to_chat(without_trigger(body), earlier)
+    chat = {name: value for name, value in chat.items() if name not in NOT_FOR_SUMMARY}
+    asked = {"role": "user", "content": COMPACT_PROMPT}
+    return {**chat, "messages": [*chat["messages"], asked]}
+
+
+def is_summary(item: Json) -> bool:
+    """Is it a compaction item that was made here?"""
+    sealed = item.get("encrypted_content") if item.get("type") in COMPACTIONS else None
+    return isinstance(sealed, str) and unseal(sealed)[0] == SUMMARIST
+
+
+def last_summary(items: Sequence[Json]) -> int:
+    """The place of the last one, 0 if there is none."""
+    found = (n for n, item in enumerate(items) if "encrypted_content" in item and is_summary(item))
+    return max(found, default=0)
+
+
+def outlives_summary(item: Json) -> bool:
+    """Does an item before a summary still count: what the user and the client say?"""
+    said = item.get("role") in ("user", "system", "developer")
+    return said or item.get("type") in ("additional_tools", "configuration_update")
+
+
+def summary_item(item: Json) -> Json | None:
+    """A compaction item as a message; None for one that was not made here."""
+    if not is_summary(item):
+        return None
+    text = SUMMARY_HEAD + unseal(item["encrypted_content"])[1]
+    part = {"type": "input_text", "text": text}
+    return {"type": "message", "role": "user", "content": [part]}
+
+
+def users_items(items: Sequence[Json], stem: str) -> list[Json]:
+    """The user's latest messages, up to MAX_KEPT_USER_BYTES; ids begin with `stem`."""
+    kept: list[Json] = []
+    left = MAX_KEPT_USER_BYTES
+    for at, item in reversed([(n, i) for n, i in enumerate(items) if i.get("role") == "user"]):
+        left -= len(stored_json(item))
+        if left < 0:
+            break
+        content = item.get("content")
+        parts = [{"type": "input_text", "text": content}] if is_string(content) else content
+        head = {"id": f"{stem}{at}", "type": "message", "status": "completed", "role": "user"}
+        kept.append({**head, "content": parts})
+    return kept[::-1]
 
 
 # ----- tools -----
@@ -9936,7 +10025,8 @@ def read_update_item(history: ItemHistory, item: Json, where: str) -> None:
 
 
 def read_compaction_item(history: ItemHistory, item: Json, where: str) -> None:
-    history.say("user", COMPACTED)
+    own = summary_item(item)
+    history.say("user", own["content"][0]["text"] if own else COMPACTED)
 
 
 def read_nothing(history: ItemHistory, item: Json, where: str) -> None:
@@ -10039,7 +10129,7 @@ ITEM_READERS: Mapping[str, Callable[[ItemHistory, Json, str], None]] = {
     "tool_search_output": read_search_output_item,
     "additional_tools": read_nothing,
     "configuration_update": read_update_item,
-    "compaction": read_compaction_item,
+    **dict.fromkeys(COMPACTIONS, read_compaction_item),
     **dict.fromkeys(TYPED_ITEMS, read_typed_call_item),
 }
 
@@ -10715,6 +10805,57 @@ def chat_reply_to_responses(
     writer.feed({"model": reply.get("model"), "usage": reply.get("usage"), "choices": choices})
     writer.finish()
     return cast(Json, writer.response)
+
+
+class OpenCompaction(OpenItem):
+    """The one item of a compaction: its text is known when it begins."""
+
+    def __init__(self, log_: EventLog, own: str, index: int, text: str) -> None:
+        super().__init__(log_, own, index)
+        self._sealed = seal(SUMMARIST, text)
+
+    def item(self, status: str) -> Json:
+        return {"id": self.own, "type": "compaction", "encrypted_content": self._sealed}
+
+
+class CompactionWriter(ResponsesWriter):
+    """Canonical chunks of a summary in, the events of a Response with one compaction item out."""
+
+    _said: str = ""
+    _thoughts: str = ""
+
+    def finish(self) -> bytes:
+        if self.response is not None:
+            return b""
+        self._begin({})
+        text = self._said or self._thoughts
+        self._start(OpenCompaction(self._log, self._own("cmp"), 0, text))
+        self._close()
+        self._end("completed")
+        return self._log.take()
+
+    def _take(self, delta: Json) -> None:
+        self._said += delta.get("content") or ""
+        self._thoughts += delta.get("reasoning_content") or ""
+
+
+def chat_reply_to_compaction(reply: Json, opening: Opening, codex: bool = False) -> Json:
+    """The Response that holds the summary in a whole canonical reply."""
+    writer = CompactionWriter(opening, codex)
+    choices = [{**choice, "delta": choice.get("message")} for choice in reply.get("choices") or ()]
+    writer.feed({"model": reply.get("model"), "usage": reply.get("usage"), "choices": choices})
+    writer.finish()
+    return cast(Json, writer.response)
+
+
+def compacted_context(reply: Json, opening: Opening, earlier: Sequence[Json]) -> Json:
+    """The answer of /v1/responses/compact: the user's messages, and a summary of all the rest."""
+    made = chat_reply_to_compaction(reply, opening)
+    items = [item for _, item in all_items(opening.request, earlier)]
+    said = users_items(items, f"msg_{opening.id}")
+    names = ("id", "created_at", "usage", "model")
+    head = {name: made[name] for name in names}
+    return {**head, "object": "response.compaction", "output": [*said, *made["output"]]}
 
 
 # ----- the store -----
@@ -11667,6 +11808,8 @@ def own_reasoning(body: Json, origin: str) -> Json | None:
     items = body.get("input")
     if not isinstance(items, list) or not any(map(is_sealed_item, items)):
         return None
+    last = last_summary(items)
+    items = [item for at, item in enumerate(items) if at >= last or outlives_summary(item)]
     kept = (unsealed_item(item, origin) if is_sealed_item(item) else item for item in items)
     return {"input": [item for item in kept if item is not None]}
 
@@ -11675,8 +11818,11 @@ def unsealed_item(item: Json, origin: str) -> Json | None:
     """A sealed item as the provider made it; None if another one did, or nothing is in it.
 
     A seal holds the encrypted content itself, or "p.<mark>.<JSON>" with the pieces of
-    reasoning that an answer in the Responses dialect was made from.
+    reasoning that an answer in the Responses dialect was made from. A summary made here becomes
+    a message.
     """
+    if item.get("type") in COMPACTIONS:
+        return summary_item(item)
     source, value = unseal(item["encrypted_content"])
     if source != origin or not value:
         return None
@@ -11701,15 +11847,15 @@ def own_items(items: list[Json]) -> list[Json] | None:
 
     As in `paired`: a missing output is made up, one without a call becomes the user's words.
     """
-    calls = [item["call_id"] for item in items if item.get("type") in CALL_OUTPUTS]
     outputs = CALL_OUTPUTS.values()
-    answers = [item["call_id"] for item in items if item.get("type") in outputs]
+    calls = [call_id_in(item) for item in items if item.get("type") in CALL_OUTPUTS]
+    answers = [call_id_in(item) for item in items if item.get("type") in outputs]
     if calls == answers or Counter(calls) == Counter(answers):
         return None
     asked, unanswered = Counter(calls), Counter(calls) - Counter(answers)
     made: list[Json] = []
     for item in items:
-        kind, id = str(item.get("type")), item.get("call_id")
+        kind, id = str(item.get("type")), call_id_in(item)
         if kind in outputs:
             asked[id] -= 1
             item = stray_output(item) if asked[id] < 0 else item
@@ -11718,6 +11864,10 @@ def own_items(items: list[Json]) -> list[Json] | None:
             unanswered[id] -= 1
             made.append({"type": CALL_OUTPUTS[kind], "call_id": id, "output": MISSING_RESULT})
     return made
+
+
+def call_id_in(item: Json) -> str:
+    return text_or_empty(item.get("call_id"))
 
 
 def stray_output(item: Json) -> Json:
@@ -12344,6 +12494,23 @@ def responses_surface(codex: bool, earlier: Sequence[Json]) -> Surface:
         lambda reply, opening, origin: chat_reply_to_responses(
             reply, opening, codex, earlier, origin
         ),
+    )
+
+
+def compaction_surface(codex: bool) -> Surface:
+    """A Responses request that ends in a compaction_trigger."""
+    return Surface(
+        "compaction",
+        lambda opening, origin: CompactionWriter(opening, codex, (), origin),
+        lambda reply, opening, _origin: chat_reply_to_compaction(reply, opening, codex),
+    )
+
+
+def compact_surface(earlier: Sequence[Json]) -> Surface:
+    """POST /v1/responses/compact, which never streams."""
+    return replace(
+        compaction_surface(codex=False),
+        whole=lambda reply, opening, _origin: compacted_context(reply, opening, earlier),
     )
 
 
@@ -18373,6 +18540,7 @@ def add_routes(app: flask.Flask, router: Router) -> None:
         ("POST", "/v1/messages", lambda: serve_messages(router)),
         ("POST", "/v1/messages/count_tokens", lambda: serve_count(router)),
         ("POST", "/v1/responses", lambda: serve_responses(router)),
+        ("POST", "/v1/responses/compact", lambda: serve_compact(router)),
         ("GET", "/v1/responses/<own>", lambda own: serve_stored(router, own)),
         ("GET", "/v1/responses/<own>/input_items", lambda own: serve_input(router, own)),
         ("DELETE", "/v1/responses/<own>", lambda own: delete_stored(router, own)),
@@ -18566,11 +18734,13 @@ def serve_responses(router: Router) -> flask.Response:
     validate_responses(body)
     caller, previous = request.environ["hermes.caller"].id, body.get("previous_response_id")
     earlier = router.responses.chain(caller, previous) if previous else []
-    surface = responses_surface(is_codex(request, body), earlier)
-    ask = make_ask(router, request, surface, raw, body, responses_to_chat(body, earlier))
+    codex, compacts = is_codex(request, body), asks_to_compact(body)
+    surface = compaction_surface(codex) if compacts else responses_surface(codex, earlier)
+    to_chat = compaction_chat if compacts else responses_to_chat
+    ask = make_ask(router, request, surface, raw, body, to_chat(body, earlier))
     ask.wants_usage = True
-    ask.left_out = plan_tools(body, earlier).unserved
-    items = items_of(body)
+    ask.left_out = () if compacts else plan_tools(body, earlier).unserved
+    items = items_of(without_trigger(body))
     if previous:
         ask.input = [*earlier, *items]
 
@@ -18582,12 +18752,26 @@ def serve_responses(router: Router) -> flask.Response:
     try:
         return respond_chat(router, request, ask, keep)
     except (BadRequest, OverLimit) as error:
-        if not told_in_stream(error, ask, is_codex(request, body)):
+        if not told_in_stream(error, ask, codex):
             raise
         flow = surface.writer(ask.opening, "")
         return flask.Response(
             flow.fail(error), 200, {**STREAM_HEADERS, "Content-Type": "text/event-stream"}
         )
+
+
+def serve_compact(router: Router) -> flask.Response:
+    """POST /v1/responses/compact: the context window to go on with."""
+    request = current_request()
+    raw, body = read_body(router, request)
+    validate_responses(body)
+    caller, previous = request.environ["hermes.caller"].name, body.get("previous_response_id")
+    earlier = router.responses.chain(caller, previous) if previous else []
+    body = {**without_trigger(body), "stream": False}
+    chat = compaction_chat(body, earlier)
+    return respond_chat(
+        router, request, make_ask(router, request, compact_surface(earlier), raw, body, chat)
+    )
 
 
 def is_codex(request: flask.Request, body: Json) -> bool:

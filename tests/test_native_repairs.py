@@ -167,6 +167,54 @@ def test_mending_ends_in_turns_that_need_none(turns: list[Block]) -> None:
         assert said <= {b.get("text") for turn in mended for b in router.turn_blocks(turn)}
 
 
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from(["", "a", "x y"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.just("type"), inner),
+    max_leaves=4,
+)
+KINDS = ["text", "tool_use", "tool_result", "thinking", "image", "server_tool_use"]
+ODD_BLOCK = st.fixed_dictionaries(
+    {"type": st.sampled_from(KINDS) | ANY},
+    optional={name: ANY for name in ("id", "name", "input", "text", "tool_use_id", "content")},
+)
+ODD_TURN = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "system"]) | ANY,
+        "content": ANY | st.lists(ODD_BLOCK | ANY, max_size=3),
+    }
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(ODD_TURN | ANY, max_size=4))
+def test_whatever_is_let_in_can_be_mended(turns: list[Any]) -> None:
+    try:
+        router.messages_to_chat({"messages": turns})
+    except router.BadRequest:
+        return
+    router.own_turns(turns)
+
+
+ODD_ITEM = st.fixed_dictionaries(
+    {"type": st.sampled_from([*router.CALL_OUTPUTS, *router.CALL_OUTPUTS.values()]) | ANY},
+    optional={
+        name: ANY
+        for name in ("id", "call_id", "name", "arguments", "input", "output", "encrypted_content")
+    },
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(ODD_ITEM | ANY, max_size=4))
+def test_whatever_items_are_let_in_can_be_mended(items: list[Any]) -> None:
+    try:
+        router.responses_to_chat({"input": items})
+    except router.BadRequest:
+        return
+    made = router.own_items(items)
+    assert made is None or router.own_items(made) is None
+
+
 # --- Responses ----------------------------------------------------------------------------------
 
 
