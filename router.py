@@ -2240,11 +2240,6 @@ def token_bounds(raw_len: int, chat: Mapping[str, Any]) -> TokenEstimate:
     )
 
 
-def estimate_tokens(raw_len: int, chat: Mapping[str, Any]) -> int:
-    """The likely number of input tokens of a request whose body has `raw_len` bytes."""
-    return token_bounds(raw_len, chat).likely
-
-
 def text_bytes(raw: bytes) -> int:
     r"""Length of a body in bytes, except that a \uXXXX escape counts as two of them, not six."""
     return len(raw) - 4 * raw.count(b"\\u")
@@ -3272,12 +3267,6 @@ def read_wait(text: str, zone_s: float = 0.0) -> Wait:
     if number > 1e9:
         return Wait(at=number / 1000 if number > 1e11 else number)
     return Wait(number)
-
-
-def parse_wait(text: str, wall: float) -> float | None:
-    """Seconds from `wall` as read_wait reads them, not limited; None when nothing usable."""
-    wait = read_wait(text)
-    return wait.after if wait.at is None else wait.at - wall
 
 
 def parse_duration(text: str) -> float | None:
@@ -10233,11 +10222,6 @@ def failure_of(error: RouterError) -> Json:
     return {"code": code, "message": message}
 
 
-def responses_error(error: RouterError) -> Json:
-    """The body of an HTTP error: OpenAI's envelope, as on the chat endpoint."""
-    return error_body(error)
-
-
 class EventLog:
     """Numbered Responses events as bytes, until they are taken."""
 
@@ -11759,16 +11743,6 @@ def stream_error(error: object) -> Json:
 def responses_reply_to_chat(reply: Json, origin: str) -> Json:
     """A whole Responses answer as a chat reply; {"error": {...}} for one that failed."""
     return gathered_reply(ResponsesReader(origin).feed({"object": "response", **reply}))
-
-
-def responses_events_to_reply(events: Iterable[Json], origin: str) -> Json:
-    """The whole reply of a stream (Codex only streams); {"error": ...} if it broke off."""
-    reader = ResponsesReader(origin)
-    chunks = [chunk for event in events for chunk in reader.feed(event)]
-    if not reader.finished:
-        broken = {"message": "the stream ended before its last event", "code": "truncated"}
-        return {"error": {**broken, "type": "server_error", "status": 502}}
-    return gathered_reply(chunks)
 
 
 def only_content_responses(block: bytes) -> bool:
