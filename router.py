@@ -10534,7 +10534,7 @@ class ResponsesWriter:
         self._open: OpenItem | None = None
         self._calls: dict[object, CallState] = {}
         self._later: list[Json] = []  # deltas that came in the middle of a call
-        self.broken = False  # reasoning_content was seen: it is all there is to read
+        self._told = False  # reasoning_content was seen: it is all there is to read
         self._notes: list[Json] = []  # annotations that came before their text
         self._usage: Json | None = None
         self._finish = ""
@@ -10661,10 +10661,10 @@ class ResponsesWriter:
     def _think(self, delta: Json) -> None:
         """Reasoning: pieces are shown unless reasoning_content told their text already."""
         text, pieces = delta.get("reasoning_content") or "", delta.get("reasoning_details") or ()
-        self.broken = self.broken or bool(text)
+        self._told = self._told or bool(text)
         if text and not any(readable_text(piece) for piece in pieces):
             self._show(self._thought({}), text)
-        shown = bool(text) or not self.broken
+        shown = bool(text) or not self._told
         for piece in pieces:
             item = self._thought(piece)
             if shown and (part := readable_text(piece)):
@@ -12988,7 +12988,7 @@ class Translation(Flow):
         super().__init__(passage)
         self._reader = passage.reader()
         self._writer = writer or passage.writer()
-        self.broken: list[Json] = []  # chunks that the client got
+        self._told: list[Json] = []  # chunks that the client got
         self._held: list[Json] = []  # chunks from the first tool call on
 
     def take(self, block: bytes) -> bytes:
@@ -13039,8 +13039,8 @@ class Translation(Flow):
 
     def _write(self, chunk: Json) -> bytes:
         self._note(Sight(chunk_sign(chunk), None, tokens_of(chunk)))
-        if len(self.broken) < MAX_TOLD:
-            self.broken.append(chunk)
+        if len(self._told) < MAX_TOLD:
+            self._told.append(chunk)
         return self._writer.feed(chunk)
 
     def _close(self) -> bytes:
@@ -13079,7 +13079,7 @@ class Translation(Flow):
         return self._told
 
     def said(self) -> Said | None:
-        text = spoken(self.broken) if len(self.broken) < MAX_TOLD else None
+        text = spoken(self._told) if len(self._told) < MAX_TOLD else None
         return None if text is None else Said(text, self._writer)
 
     def fail(self, error: RouterError) -> bytes:
@@ -18479,6 +18479,7 @@ ENDPOINT_NAMES: Final = {
     "/v1/chat/completions": "chat",
     "/v1/messages": "messages",
     "/v1/responses": "responses",
+    "/v1/responses/compact": "responses",
     "/v1/completions": "completions",
     "/v1/embeddings": "embeddings",
 }
