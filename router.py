@@ -5653,8 +5653,7 @@ class Fit:
                 edits[name] = value
         if quirk.default_max_tokens and edits.get("max_tokens", DROP) is DROP:
             self._put(chat, edits, "max_tokens", chat.get("max_tokens") or quirk.default_max_tokens)
-        if quirk.unstreamed_max_tokens and not chat.get("stream"):
-            self._stream_long(chat, edits, quirk.unstreamed_max_tokens)
+        self.stream_long(chat, edits)
         choice = edits.get("tool_choice", chat.get("tool_choice"))
         if quirk.choosing_stops_thinking and is_forced(choice):
             edits["thinking"] = {"type": "disabled"}
@@ -5706,8 +5705,11 @@ class Fit:
         if chat.get("store") is not True:  # OpenAI: only allowed when 'store' is enabled
             edits["metadata"] = DROP
 
-    def _stream_long(self, chat: Json, edits: dict[str, object], ceiling: int) -> None:
-        """A long whole answer is asked for as a stream, and put together again."""
+    def stream_long(self, chat: Json, edits: dict[str, object]) -> None:
+        """A long whole answer is asked for as a stream where it must be, and put together again."""
+        ceiling = self.quirk.unstreamed_max_tokens
+        if ceiling is None or chat.get("stream"):
+            return
         for name in ("max_tokens", "max_completion_tokens"):
             wanted = edits.get(name, chat.get(name))
             if is_integer(wanted) and cast(int, wanted) > ceiling:
@@ -9348,6 +9350,7 @@ COMPACT_PROMPT: Final = (
     " for word where it matters), what is unfinished, and what comes next. Call no tool and answer"
     " no question; write the summary and nothing else."
 )
+NO_SUMMARY: Final = "the model gave no summary of the conversation"
 MAX_KEPT_USER_BYTES: Final = 80_000  # of the user's messages beside a summary, the latest ones
 NOT_FOR_SUMMARY: Final = (
     "tools", "tool_choice", "parallel_tool_calls", "response_format", "verbosity"
@@ -10806,25 +10809,35 @@ class CompactionWriter(ResponsesWriter):
     """Canonical chunks of a summary in, the events of a Response with one compaction item out."""
 
     _said: str = ""
-    _thoughts: str = ""
 
     def finish(self) -> bytes:
         if self.response is not None:
             return b""
         self._begin({})
-        text = self._said or self._thoughts
-        self._start(OpenCompaction(self._log, self._own("cmp"), 0, text))
+        self._start(OpenCompaction(self._log, self._own("cmp"), 0, self._said))
         self._close()
         self._end("completed")
         return self._log.take()
 
     def _take(self, delta: Json) -> None:
         self._said += delta.get("content") or ""
-        self._thoughts += delta.get("reasoning_content") or ""
+
+
+def is_a_summary(chunks: Iterable[Json]) -> bool:
+    """Do the chunks of a whole answer hold one: text, and no refusal nor filter?"""
+    text = False
+    for choice in (c for chunk in chunks for c in chunk.get("choices") or ()):
+        delta = choice.get("delta") or {}
+        if delta.get("refusal") or choice.get("finish_reason") == "content_filter":
+            return False
+        text = text or bool((delta.get("content") or "").strip())
+    return text
 
 
 def chat_reply_to_compaction(reply: Json, opening: Opening, codex: bool = False) -> Json:
-    """The Response that holds the summary in a whole canonical reply."""
+    """The Response that holds the summary in a whole canonical reply; BadRequest if none does."""
+    if not is_a_summary(chunks_from_reply(reply)):
+        raise BadRequest(NO_SUMMARY)
     writer = CompactionWriter(opening, codex)
     choices = [{**choice, "delta": choice.get("message")} for choice in reply.get("choices") or ()]
     writer.feed({"model": reply.get("model"), "usage": reply.get("usage"), "choices": choices})
@@ -12715,7 +12728,7 @@ class Said(NamedTuple):
 class Flow:
     """The events of one answer on their way to the client, as they came.
 
-    Fed with blocks of whole events. Before `useful` is set nothing may reach the client;
+    Fed with blocks of whole events. Before it is `ready` nothing may reach the client;
     once `failure` is set nothing more does but what `fail` gives. From its first tool call on
     an answer is held back until it is finished: one that breaks off there is made anew, unseen.
     """
@@ -12736,6 +12749,11 @@ class Flow:
         self._passed: list[bytes] = []  # blocks of events that the client got
         self._passed_bytes = 0
         self._block = b""  # looked at now
+
+    @property
+    def ready(self) -> bool:
+        """May what has come reach the client?"""
+        return self.useful
 
     def take(self, block: bytes) -> bytes:
         """What the client gets for a block of whole events."""
@@ -13090,6 +13108,27 @@ class Translation(Flow):
 
 
 MAX_TOLD: Final = 50_000  # chunks
+
+
+class Summary(Translation):
+    """A summary that takes the place of a history: another is asked for one that fails.
+
+    So nothing of it reaches the client before it is whole and found to be one.
+    """
+
+    @property
+    def ready(self) -> bool:
+        return self.useful and self.done and self.failure is None
+
+    def _write(self, chunk: Json) -> bytes:
+        self.alive = True
+        return super()._write(chunk)
+
+    def _ended(self) -> bytes:
+        if not is_a_summary(self._told):
+            self.failure = Outcome(0, NO_SUMMARY, "empty")
+            return b""
+        return super()._ended()
 
 
 class Continuation(Translation):
@@ -17058,6 +17097,7 @@ def chat_body(target: Target, _origin: str, ask: Ask, native: bool, reserve: int
     edits = {**model_edit(target, ask), **target.fit.edits(ask.chat)}
     asked = {**ask.chat, **edits} if edits else ask.chat
     edits |= output_edits(asked, reserve * target.reasoning, target.service.max_output_tokens)
+    target.fit.stream_long(ask.chat, edits)  # the reserve may have made it long
     if edits.get("stream", ask.stream) and target.service.provider.stream_options:
         if not (native and ask.wants_usage):
             options = ask.chat.get("stream_options") or {}
@@ -17155,7 +17195,7 @@ def first_useful(response: Response, passage: Passage, extend: Callable[[], None
         if flow.odd:
             flow, anew = flow.translated()
             held = [anew]
-        if flow.useful:
+        if flow.ready:
             return committed(response if data else None, flow, cutter, b"".join(held))
         if not data:
             text = "the stream ended before its first useful event" if begun else "an empty stream"
@@ -18715,6 +18755,7 @@ def serve_responses(router: Router) -> flask.Response:
     ask = make_ask(router, request, surface, raw, body, to_chat(body, earlier))
     ask.wants_usage = True
     ask.left_out = () if compacts else plan_tools(body, earlier).unserved
+    ask.make_flow = Summary if compacts else None
     items = items_of(without_trigger(body))
     if previous:
         ask.input = [*earlier, *items]

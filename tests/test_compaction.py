@@ -19,7 +19,16 @@ from test_every_pair import (
     responses_collect,
     speak,
 )  # fmt: skip
-from upstream import AUTH, Reply, events_of, provider
+from upstream import (
+    AUTH,
+    Reply,
+    Stream,
+    completion,
+    delta,
+    events_of,
+    provider,
+    usage_chunk,
+)  # fmt: skip
 
 import router
 
@@ -186,6 +195,38 @@ def test_a_provider_that_fails_is_left_for_another(pair):
     got = post(talk, "/v1/responses", input=[*HISTORY, TRIGGER], stream=True)
     (item,) = responses_collect(got.data)["output"]
     assert SUMMARY in item["encrypted_content"]
+
+
+def unfit(kind: str) -> Any:
+    """A provider that answers, but with no summary."""
+
+    def answer(request: Any) -> Reply:
+        said = {"refusal": "I cannot."} if kind == "refusal" else {}
+        said |= {"reasoning_content": "Hm."} if kind == "thought" else {}
+        said |= {"content": "The us"} if kind == "filter" else {}
+        finish = "content_filter" if kind == "filter" else "stop"
+        if request.json.get("stream"):
+            return Stream(chunks=[delta(**said), delta(finish), usage_chunk()])
+        whole = completion(None, **said)
+        whole["choices"][0]["finish_reason"] = finish
+        return Reply(200, whole)
+
+    return answer
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["refusal", "filter", "thought"])
+def test_what_is_no_summary_never_takes_the_place_of_a_history(pair, kind, stream):
+    talk = pair("responses", {"chat": unfit(kind), "messages": speak(SAYS_SUMMARY)})
+    for path in ("/v1/responses", "/v1/responses/compact"):
+        body = {"model": "fireworks/chat-mock", "input": [*HISTORY, TRIGGER], "stream": stream}
+        got = post(talk, path, **body)
+        response = got.json if got.is_json else responses_collect(got.data)
+        assert SUMMARY in response["output"][-1]["encrypted_content"]
+    alone = pair("responses", {"chat": unfit(kind)})
+    got = alone.http.post("/v1/responses", json={**ASKED, **body}, headers=AUTH)
+    assert got.status_code in (400, 502, 503)
+    assert "compaction" not in got.text
 
 
 def test_the_sdk_reads_it(upstream, serve, tmp_path):
