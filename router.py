@@ -90,6 +90,7 @@ import json
 import logging
 import logging.handlers
 import math
+import operator
 import queue
 import re
 import secrets
@@ -2277,11 +2278,6 @@ def token_bounds(raw_len: int, chat: Mapping[str, Any]) -> TokenEstimate:
     )
 
 
-def estimate_tokens(raw_len: int, chat: Mapping[str, Any]) -> int:
-    """The likely number of input tokens of a request whose body has `raw_len` bytes."""
-    return token_bounds(raw_len, chat).likely
-
-
 def text_bytes(raw: bytes) -> int:
     r"""Length of a body in bytes, except that a \uXXXX escape counts as two of them, not six."""
     return len(raw) - 4 * raw.count(b"\\u")
@@ -2835,6 +2831,40 @@ def kind_of(value: object) -> str:
     return json.dumps(value)
 
 
+def modern_chat(chat: Json) -> Json:
+    """A chat with `functions` as one with tools; any other one as it is.
+
+    Who offers functions reads one call in an answer, so no more is asked for.
+    """
+    if not has_functions(chat):
+        return chat
+    made = {k: v for k, v in chat.items() if k not in ("functions", "function_call")}
+    if not reads_functions(chat):
+        return made
+    tools = [{"type": "function", "function": function} for function in chat["functions"]]
+    made |= {"tools": tools, "parallel_tool_calls": False}
+    choice = chat.get("function_call")
+    if isinstance(choice, dict):
+        choice = {"type": "function", "function": {"name": choice.get("name")}}
+    return {**made, "tool_choice": choice} if choice else made
+
+
+def has_functions(chat: Json) -> bool:
+    """Does it have a member from before there were tools?"""
+    return "functions" in chat or "function_call" in chat
+
+
+def reads_functions(chat: Json) -> bool:
+    """Does the client read `function_call` instead of `tool_calls`?"""
+    return bool(chat.get("functions")) and not chat.get("tools")
+
+
+def custom_names(chat: Json) -> frozenset[str]:
+    """The names of the tools in a chat that take free text."""
+    tools = chat.get("tools") or ()
+    return frozenset(tool["custom"]["name"] for tool in tools if tool.get("type") == "custom")
+
+
 def message_text(message: Mapping[str, Any]) -> str:
     """The text of one message, its text parts joined by line breaks; "" if there is none."""
     content = message.get("content") if isinstance(message, dict) else None
@@ -2940,6 +2970,7 @@ class Tokens(NamedTuple):
 
     prompt: int = 0
     completion: int = 0
+    estimated: bool = False  # the provider stated none
 
 
 class Outcome(NamedTuple):
@@ -3286,12 +3317,6 @@ def read_wait(text: str, zone_s: float = 0.0) -> Wait:
     return Wait(number)
 
 
-def parse_wait(text: str, wall: float) -> float | None:
-    """Seconds from `wall` as read_wait reads them, not limited; None when nothing usable."""
-    wait = read_wait(text)
-    return wait.after if wait.at is None else wait.at - wall
-
-
 def parse_duration(text: str) -> float | None:
     """Seconds of "2m59.5s" or "8h 13m"; None if anything else stands in the text."""
     total, end = leading_duration(text)
@@ -3498,19 +3523,6 @@ def chunk_sign(chunk: Any) -> Sign:
     return "finish" if finish in TELLING_FINISHES else "empty finish"
 
 
-def tokens_of(value: Any) -> Tokens | None:
-    """Token counts in a reply, a chunk or an embeddings answer (groq's live in x_groq too)."""
-    if not isinstance(value, dict):
-        return None
-    usage = value.get("usage")
-    if not usage and isinstance(value.get("x_groq"), dict):
-        usage = value["x_groq"].get("usage")
-    if not isinstance(usage, dict):
-        return None
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    return Tokens(*(n if isinstance(n, int) and n > 0 else 0 for n in counts))
-
-
 def chunks_from_reply(reply: Json) -> list[Json]:
     """A whole reply as the chunks of a stream, for a provider that does not stream when asked."""
     head = {k: v for k, v in reply.items() if k not in ("choices", "usage", "object")}
@@ -3614,7 +3626,7 @@ class Opening:
 
 
 def seal(origin: str, value: str) -> str:
-    """An opaque value with the name of the provider it must go back to."""
+    """An opaque value with the name of the provider, or its account, it must go back to."""
     return f"{SEAL}{origin}.{value}"
 
 
@@ -3624,6 +3636,31 @@ def unseal(text: str) -> tuple[str, str]:
         return "", text
     origin, _, value = text[len(SEAL) :].partition(".")
     return origin, value
+
+
+def custom_schema(form: object) -> tuple[Json, str]:
+    """(a tool that takes free text as a function's schema, the grammar of its format in words).
+
+    A chat keeps the grammar one level deeper than Responses do.
+    """
+    inner = form.get("grammar") if isinstance(form, dict) else None
+    grammar = inner if isinstance(inner, dict) else form if isinstance(form, dict) else {}
+    text, syntax = grammar.get("definition"), grammar.get("syntax") or "lark"
+    note = f"The input must follow this {syntax} grammar:\n{text}" if is_string(text) else ""
+    properties = {"input": {"type": "string", "description": "The input of the tool, as text."}}
+    return {"type": "object", "properties": properties, "required": ["input"]}, note
+
+
+def custom_input(text: str) -> str:
+    """The text in {"input": text}; models also send the bare text, or another name."""
+    found = read_json(text.encode("utf-8", "replace"))
+    if isinstance(found, str):
+        return found
+    members = found if isinstance(found, dict) else {}
+    texts = [value for value in members.values() if isinstance(value, str)]
+    if isinstance(members.get("input"), str):
+        return str(members["input"])
+    return texts[0] if len(texts) == 1 else text
 
 
 # =============================================================================
@@ -3663,6 +3700,8 @@ TAG_STARTS: Final = frozenset(
 MAX_BLANKS: Final = 1000  # characters of white space that may stand before <think>
 FUNCTION_CALL: Final = -1  # the key of the one call made in the old way
 
+ESTIMATED: Final = MappingProxyType({"hermes": {"estimated": True}})  # beside a usage's counts
+SAID: Final = ("content", "reasoning_content", "refusal")
 # Where a usage object states a count: the first that is not zero is taken.
 PROMPT_COUNTS: Final = ("prompt_tokens", "input_tokens")
 COMPLETION_COUNTS: Final = ("completion_tokens", "output_tokens")
@@ -4461,7 +4500,15 @@ def canonical_usage(value: Any) -> Json | None:
     }
     if written := first_count(usage, CACHE_WRITE_COUNTS):
         found["prompt_tokens_details"]["cache_creation_tokens"] = written
-    return {**found, "estimated": True} if usage.get("estimated") is True else found
+    return {**found, **ESTIMATED} if usage.get("hermes") == ESTIMATED["hermes"] else found
+
+
+def tokens_of(value: Any) -> Tokens | None:
+    """Token counts in a Chat reply, a chunk or an embeddings answer."""
+    usage = canonical_usage(value)
+    if usage is None:
+        return None
+    return Tokens(usage["prompt_tokens"], usage["completion_tokens"], "hermes" in usage)
 
 
 def find_usage(value: Any) -> Json | None:
@@ -4496,6 +4543,18 @@ def counts_of(usage: Json) -> tuple[int, int, int]:
     return usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]
 
 
+def chars_said(chunks: Iterable[Json]) -> int:
+    """The size of what canonical chunks say: text, reasoning and calls."""
+    total = 0
+    for choice in (c for chunk in chunks for c in chunk.get("choices") or ()):
+        delta = choice.get("delta") or {}
+        total += sum(len(as_text(delta.get(name))) for name in SAID)
+        for call in delta.get("tool_calls") or ():
+            made = call.get("function") or call.get("custom") or {}
+            total += sum(map(len, map(as_text, made.values())))
+    return total
+
+
 def estimate_usage(input_tokens: int, chars_out: int) -> Json:
     """A usage for an answer that came without one; `chars_out` counts text and arguments."""
     completion = math.ceil(chars_out / BYTES_PER_TOKEN)
@@ -4505,7 +4564,7 @@ def estimate_usage(input_tokens: int, chars_out: int) -> Json:
         "total_tokens": input_tokens + completion,
         "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": 0},
-        "estimated": True,
+        **ESTIMATED,
     }
 
 
@@ -4651,7 +4710,6 @@ class Quirk:
     choosing_stops_thinking: bool | None = None  # a forced tool is refused while it thinks
     own_tools: bool | None = None  # takes tools that are neither function nor custom
     custom_tools: bool | None = None
-    functions: bool | None = None  # takes the older `functions` and `function_call`
     tool_description: bool | None = None  # every tool needs one
     strict_tools: bool | None = None  # False: `strict` is refused
     json_with_tools: bool | None = None  # False: an answer format beside tools is refused
@@ -4821,7 +4879,7 @@ QUIRKS = (
     Quirk(
         "openai", "", "2026-11", keep=OPENAI_ONLY,
         max_tokens="", message_keep=("refusal", "audio", "phase"), system_role="",
-        lead_system=False, flat="", own_tools=True, custom_tools=True, functions=True,
+        lead_system=False, flat="", own_tools=True, custom_tools=True,
         files=("data", "id"), audio=True, metadata_needs_store=True, efforts=(),
     ),
     Quirk("openai", OPENAI_REASONING, "2026-11", drop=(*SAMPLING, *LOGPROBS),
@@ -5622,8 +5680,6 @@ class Fit:
             rules[name] = self._fit_effort
         for name in ("tools", "tool_choice", "parallel_tool_calls"):
             rules[name] = self._fit_tools
-        if not self.quirk.functions:
-            rules["functions"] = rules["function_call"] = self._fit_tools
         rules["stop"] = self._fit_stop
         rules["response_format"] = self._fit_format
         if self.quirk.metadata_needs_store:
@@ -5645,8 +5701,7 @@ class Fit:
                 edits[name] = value
         if quirk.default_max_tokens and edits.get("max_tokens", DROP) is DROP:
             self._put(chat, edits, "max_tokens", chat.get("max_tokens") or quirk.default_max_tokens)
-        if quirk.unstreamed_max_tokens and not chat.get("stream"):
-            self._stream_long(chat, edits, quirk.unstreamed_max_tokens)
+        self.stream_long(chat, edits)
         choice = edits.get("tool_choice", chat.get("tool_choice"))
         if quirk.choosing_stops_thinking and is_forced(choice):
             edits["thinking"] = {"type": "disabled"}
@@ -5698,8 +5753,11 @@ class Fit:
         if chat.get("store") is not True:  # OpenAI: only allowed when 'store' is enabled
             edits["metadata"] = DROP
 
-    def _stream_long(self, chat: Json, edits: dict[str, object], ceiling: int) -> None:
-        """A long whole answer is asked for as a stream, and put together again."""
+    def stream_long(self, chat: Json, edits: dict[str, object]) -> None:
+        """A long whole answer is asked for as a stream where it must be, and put together again."""
+        ceiling = self.quirk.unstreamed_max_tokens
+        if ceiling is None or chat.get("stream"):
+            return
         for name in ("max_tokens", "max_completion_tokens"):
             wanted = edits.get(name, chat.get(name))
             if is_integer(wanted) and cast(int, wanted) > ceiling:
@@ -5758,11 +5816,6 @@ class Fit:
     def _fit_tools(self, chat: Json, edits: dict[str, object], value: Any) -> None:
         """tools, tool_choice and parallel_tool_calls together; the first of them does all."""
         given, choice = chat.get("tools"), chat.get("tool_choice")
-        if not self.quirk.functions:
-            if not given:
-                given, choice = older_tools(chat), older_choice(chat.get("function_call"))
-            for name in ("functions", "function_call"):
-                self._put(chat, edits, name, DROP)
         tools: object = self._sent_tools(given) if given else DROP
         choice = self._sent_choice(choice)
         if not tools or tools is DROP or choice is None:
@@ -5770,7 +5823,7 @@ class Fit:
             self._put(chat, edits, "parallel_tool_calls", DROP)
         elif "parallel_tool_calls" in chat and not self._takes("parallel_tool_calls"):
             edits["parallel_tool_calls"] = DROP
-        if tools is not given or not chat.get("tools"):
+        if tools is not given:
             self._put(chat, edits, "tools", tools)
         self._put(chat, edits, "tool_choice", choice)
 
@@ -6224,31 +6277,16 @@ def nearest_effort(word: str, known: Sequence[str]) -> str:
     return min(choices, key=lambda w: (abs(EFFORTS.index(w) - place), w), default="")
 
 
-def older_tools(chat: Json) -> list[Json]:
-    """`functions` as tools."""
-    return [{"type": "function", "function": f} for f in as_list(chat.get("functions"))]
-
-
-def older_choice(choice: object) -> object:
-    """`function_call` as tool_choice."""
-    if isinstance(choice, dict):
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    return choice if isinstance(choice, str) else None
-
-
 def function_of_custom(custom: Json) -> Json:
     """A tool that takes free text as one that takes an object with the member `input`."""
-    function: Json = {
-        "name": custom["name"],
-        "parameters": {
-            "type": "object",
-            "properties": {"input": {"type": "string"}},
-            "required": ["input"],
-        },
+    schema, grammar = custom_schema(custom.get("format"))
+    text = custom.get("description")
+    told = "\n\n".join(filter(None, (text if isinstance(text, str) else "", grammar)))
+    described = {"description": told} if told else {}
+    return {
+        "type": "function",
+        "function": {"name": custom["name"], **described, "parameters": schema},
     }
-    if isinstance(custom.get("description"), str):
-        function["description"] = custom["description"]
-    return {"type": "function", "function": function}
 
 
 def named_choice(choice: Json, custom: bool) -> object:
@@ -6875,7 +6913,6 @@ PLAIN_DELTA: Final = frozenset({"content", "role"})
 PING: Final = b'event: ping\ndata: {"type": "ping"}\n\n'
 NOT_IN_IDS: Final = re.compile(r"[^a-zA-Z0-9_-]")
 JSON_MARKS: Final = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
-CHARS_PER_TOKEN: Final = 4  # for answers whose provider states no usage
 
 
 class JsonEnd:
@@ -7096,7 +7133,7 @@ class MessageEvents:
         if self._started:
             return []
         self._started = True
-        usage = messages_usage(self._usage, self._opening.input_tokens, 0)
+        usage = messages_usage(self._usage, self._opening.input_tokens)
         usage.pop("output_tokens_details", None)
         message: Json = {
             "id": f"msg_{self._opening.id}",
@@ -7128,7 +7165,8 @@ class MessageEvents:
         if not self._opened and self._finish != "content_filter":
             self._queue.append(Block({"type": "text", "text": ""}))
             events += self._advance(last=True)
-        usage = messages_usage(self._usage, self._opening.input_tokens, self.chars)
+        asked = self._opening.input_tokens
+        usage = messages_usage(self._usage or estimate_usage(asked, self.chars), asked)
         stop = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence}
         if stop["stop_reason"] != "stop_sequence":
             stop["stop_sequence"] = None
@@ -7344,22 +7382,21 @@ def request_call_ids(request: Json) -> set[str]:
     return {str(block.get("id")) for block in blocks if block.get("type") == "tool_use"}
 
 
-def messages_usage(usage: Json, input_tokens: int, chars: int) -> Json:
-    """Canonical usage as Anthropic counts: input without what was cached; guesses the missing."""
-    guess = -(-chars // CHARS_PER_TOKEN)
+def messages_usage(usage: Json, input_tokens: int = 0) -> Json:
+    """Canonical usage as Anthropic counts: input without what was cached."""
     prompt = count_or_zero(usage.get("prompt_tokens")) or input_tokens
     details = object_of(usage.get("prompt_tokens_details"))
     read, made = (count_or_zero(details.get(n)) for n in ("cached_tokens", "cache_creation_tokens"))
     found: Json = {
         "input_tokens": max(prompt - read - made, 0),
-        "output_tokens": count_or_zero(usage.get("completion_tokens", guess)),
+        "output_tokens": count_or_zero(usage.get("completion_tokens")),
         "cache_creation_input_tokens": made,
         "cache_read_input_tokens": read,
     }
     thought = object_of(usage.get("completion_tokens_details")).get("reasoning_tokens")
     if count_or_zero(thought):
         found["output_tokens_details"] = {"thinking_tokens": thought}
-    return found
+    return {**found, **ESTIMATED} if "hermes" in usage else found
 
 
 def count_or_zero(value: Any) -> int:
@@ -8153,11 +8190,9 @@ class ToolNames:
 
 
 def offered_tools(chat: Json) -> list[Json]:
-    """Tools with a name, the first of each name; the older `functions` are tools too."""
-    tools, functions = chat.get("tools"), chat.get("functions")
+    """Tools with a name, the first of each name."""
+    tools = chat.get("tools")
     found = [t for t in tools if isinstance(t, dict)] if isinstance(tools, list) else []
-    if not found and isinstance(functions, list):
-        found = [{"type": "function", "function": f} for f in functions if isinstance(f, dict)]
     by_name: dict[str, Json] = {}
     for tool in found:
         if name := tool_name(tool):
@@ -8211,9 +8246,6 @@ def used_tools(turns: list[Json]) -> list[str]:
 def wanted_choice(chat: Json) -> tuple[str, str | list[str] | None]:
     """(auto, none, any, tool or "", the tool meant or all tools allowed)."""
     choice = chat.get("tool_choice")
-    if choice is None and chat.get("functions"):
-        choice = chat.get("function_call")
-        choice = {"function": choice} if isinstance(choice, dict) else choice
     if isinstance(choice, str):
         return {"required": "any", "any": "any", "none": "none"}.get(choice, "auto"), None
     if not isinstance(choice, dict):
@@ -8262,16 +8294,6 @@ def tool_definition(tool: Json, names: ToolNames) -> Json:
     text = "\n\n".join(words for words in (text, more) if words)
     described = {"description": text} if text else {}
     return {"name": names.out(made["name"]), **described, "input_schema": schema, **mark}
-
-
-def custom_schema(format: Any) -> tuple[Json, str]:
-    """A tool that takes free text, as a function with one string; its grammar in words."""
-    inner = format.get("grammar") if isinstance(format, dict) else None
-    grammar = inner if isinstance(inner, dict) else format if isinstance(format, dict) else {}
-    text = grammar.get("definition")
-    note = f"The input must follow this grammar:\n{text}" if isinstance(text, str) else ""
-    properties = {"input": {"type": "string", "description": "The input of the tool, as text."}}
-    return {"type": "object", "properties": properties, "required": ["input"]}, note
 
 
 ALTERNATIVES: Final = ("anyOf", "oneOf", "allOf")
@@ -8690,6 +8712,133 @@ def unsealed_turn(turn: Any, origin: str) -> Json | None:
     return {**turn, "content": content} if content else None
 
 
+# What a result may hold that may as well be the user's.
+USER_BLOCKS: Final = frozenset(("text", "image", "document", "search_result"))
+
+
+def own_turns(turns: list[Json]) -> list[Json] | None:
+    """The turns of a Messages client as the API takes them; None = as they are.
+
+    As in `History`: every tool_use has its tool_result at the head of the next turn, none is
+    without a tool_use, no text is blank, and the user begins.
+    """
+    if is_sound_talk(turns):
+        return None
+    made: list[Json] = []
+    calls: list[tuple[str, str]] = []  # (id as the client wrote it, id sent), not answered yet
+    used: set[str] = set()
+    for is_assistant, run in itertools.groupby(turns, lambda turn: turn["role"] == "assistant"):
+        if is_assistant:
+            said = [called_turn(turn, calls, used) for turn in run]
+            made += [turn for turn in said if turn["content"]]
+        else:
+            made += answering_turns(list(run), calls)
+            calls = []
+    made += answering_turns([], calls)
+    if not made or made[0]["role"] == "assistant":
+        made.insert(0, {"role": "user", "content": NO_OPENING})
+    return made
+
+
+TURN_ROLE: Final = operator.itemgetter("role")
+
+
+def is_sound_talk(turns: Sequence[Json]) -> bool:
+    """Is there nothing to mend? One pass, no turn is copied."""
+    waiting: list[str] = []
+    seen: set[str] = set()
+    for role, run in itertools.groupby(turns, TURN_ROLE):
+        blocks = list(itertools.chain.from_iterable(map(turn_blocks, run)))
+        kinds = [block["type"] for block in blocks]
+        if "text" in kinds and any(map(is_blank, blocks)):
+            return False
+        if role == "assistant":
+            fresh = [block["id"] for block in blocks if block["type"] == "tool_use"]
+            if waiting or len(set(fresh)) < len(fresh) or not seen.isdisjoint(fresh):
+                return False
+            seen.update(fresh)
+            waiting = fresh
+        elif waiting or "tool_result" in kinds:
+            if not answers_all(blocks, waiting):
+                return False
+            waiting = []
+    return not waiting and turns[0]["role"] != "assistant"
+
+
+def answers_all(blocks: Sequence[Json], waiting: Sequence[str]) -> bool:
+    """Do blocks begin with one result for each of these calls, and hold no other?"""
+    results = [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
+    heads = blocks[: len(results)]
+    return sorted(results) == sorted(waiting) and all(b["type"] == "tool_result" for b in heads)
+
+
+def is_blank(block: Json) -> bool:
+    if block["type"] != "text":
+        return False
+    return not block["text"] or block["text"].isspace()
+
+
+def turn_blocks(turn: Json) -> list[Json]:
+    content = turn.get("content")
+    return [text_block(content)] if isinstance(content, str) else content or []
+
+
+def own_blocks(turn: Json) -> list[Json]:
+    """The content of a Messages client's turn as blocks, without blank texts."""
+    return [block for block in turn_blocks(turn) if not is_blank(block)]
+
+
+def called_turn(turn: Json, calls: list[tuple[str, str]], used: set[str]) -> Json:
+    """A turn of the assistant whose tool_use ids are new; they are noted in both lists."""
+    content = []
+    for block in own_blocks(turn):
+        if block["type"] == "tool_use":
+            asked, given, number = block["id"], block["id"], 1
+            while given in used:
+                number += 1
+                given = f"{asked}_{number}"
+            used.add(given)
+            calls.append((asked, given))
+            block = {**block, "id": given}
+        content.append(block)
+    return {**turn, "content": content}
+
+
+def answering_turns(run: list[Json], calls: Sequence[tuple[str, str]]) -> list[Json]:
+    """What follows the assistant: a result for each call, and then everything else."""
+    answers: dict[str, Json] = {}
+    rest = [{**turn, "content": other_blocks(turn, calls, answers)} for turn in run]
+    missing = {"type": "tool_result", "content": MISSING_RESULT, "is_error": True}
+    results = [answers.get(id) or {**missing, "tool_use_id": id} for _, id in calls]
+    if not results:
+        return [turn for turn in rest if turn["content"]]
+    if not rest or rest[0]["role"] != "user":
+        rest.insert(0, {"role": "user", "content": []})
+    rest[0] = {**rest[0], "content": [*results, *rest[0]["content"]]}
+    return [turn for turn in rest if turn["content"]]
+
+
+def other_blocks(
+    turn: Json, calls: Sequence[tuple[str, str]], answers: dict[str, Json]
+) -> list[Json]:
+    """The blocks that answer none of the calls; those that do are put into `answers`."""
+    rest: list[Json] = []
+    for block in own_blocks(turn):
+        if block["type"] != "tool_result":
+            rest.append(block)
+            continue
+        asked = block["tool_use_id"]
+        id = next((id for name, id in calls if name == asked and id not in answers), "")
+        if id:
+            answers[id] = {**block, "tool_use_id": id}
+        else:
+            content = block.get("content") or ""
+            held = own_blocks({"content": content})
+            label = text_block(f"[Result of an earlier tool call {asked}]")
+            rest += [label, *(b for b in held if b["type"] in USER_BLOCKS)]
+    return rest
+
+
 def only_content_messages(block: bytes) -> bool:
     """Whether a block of Messages events surely holds no error, start, finish or usage.
 
@@ -8990,11 +9139,8 @@ class MessagesReader:
         given = block.text or dump_json(whole if isinstance(whole, dict) else {}).decode()
         name = block.start["name"]
         if name in self.names.custom:
-            value = parse_arguments(given).get("input")
-            text = value if isinstance(value, str) else given
-            return self.call_chunk(
-                block, {"type": "custom", "custom": {"name": name, "input": text}}
-            )
+            custom = {"name": name, "input": custom_input(given)}
+            return self.call_chunk(block, {"type": "custom", "custom": custom})
         return [] if block.text else self.arguments_chunk(block, given)
 
     def add_usage(self, usage: object) -> None:
@@ -9212,11 +9358,19 @@ def items_of(body: Mapping[str, Any]) -> list[Json]:
 
 
 def all_items(body: Mapping[str, Any], earlier: Sequence[Json]) -> Iterator[tuple[str, Json]]:
-    """(path, item), oldest first. A reference to an item that is there anyway is skipped."""
+    """(path, item), oldest first. A reference to an item that is there anyway is skipped.
+
+    So is what a summary made here stands for.
+    """
     items = items_of(body)
     known = [item.get("id") for item in (*earlier, *items) if not is_reference(item)]
-    yield from ((f"previous_response_id[{at}]", item) for at, item in enumerate(earlier))
+    last = last_summary([*earlier, *items])
+    for at, item in enumerate(earlier):
+        if at >= last or outlives_summary(item):
+            yield f"previous_response_id[{at}]", item
     for at, item in enumerate(items):
+        if len(earlier) + at < last and not outlives_summary(item):
+            continue
         if not is_reference(item):
             yield f"input[{at}]", item
         elif item["id"] not in known:
@@ -9227,6 +9381,88 @@ def all_items(body: Mapping[str, Any], earlier: Sequence[Json]) -> Iterator[tupl
 def is_reference(item: Json) -> bool:
     plain = item.get("type") is None and item.get("role") is None
     return (plain or item.get("type") == "item_reference") and isinstance(item.get("id"), str)
+
+
+# ----- compaction -----
+
+# POST /v1/responses/compact, and a `compaction_trigger` as the last item (Codex CLI 0.147, seen
+# 2026-11). The summary that stands for the history is made here, so that any provider can go on
+# with it; it is labelled, not hidden.
+COMPACTIONS: Final = ("compaction", "compaction_summary", "context_compaction")
+SUMMARIST: Final = "hermes"  # what such an item is sealed for
+SUMMARY_HEAD: Final = "[Summary of the conversation so far]\n"
+COMPACT_PROMPT: Final = (
+    "Now write a summary of this conversation that takes its place: another model goes on with it"
+    " and sees nothing else but the user's messages. Tell what the user wants, what was decided and"
+    " why, what was done and found (files, commands, names, values, errors and their remedies, word"
+    " for word where it matters), what is unfinished, and what comes next. Call no tool and answer"
+    " no question; write the summary and nothing else."
+)
+NO_SUMMARY: Final = "the model gave no summary of the conversation"
+MAX_KEPT_USER_BYTES: Final = 80_000  # of the user's messages beside a summary, the latest ones
+NOT_FOR_SUMMARY: Final = (
+    "tools", "tool_choice", "parallel_tool_calls", "response_format", "verbosity"
+)  # fmt: skip
+
+
+def asks_to_compact(body: Mapping[str, Any]) -> bool:
+    """Does the request end in the item that asks for a summary instead of an answer?"""
+    items = items_of(body)
+    return bool(items) and items[-1].get("type") == "compaction_trigger"
+
+
+def without_trigger(body: Mapping[str, Any]) -> Json:
+    return {**body, "input": items_of(body)[:-1]} if asks_to_compact(body) else dict(body)
+
+
+def compaction_chat(body: Mapping[str, Any], earlier: Sequence[Json] = ()) -> Json:
+    """The chat that asks for a summary of what a Responses body holds."""
+    chat = responses_to_chat(without_trigger(body), earlier)
+    chat = {name: value for name, value in chat.items() if name not in NOT_FOR_SUMMARY}
+    asked = {"role": "user", "content": COMPACT_PROMPT}
+    return {**chat, "messages": [*chat["messages"], asked]}
+
+
+def is_summary(item: Json) -> bool:
+    """Is it a compaction item that was made here?"""
+    sealed = item.get("encrypted_content") if item.get("type") in COMPACTIONS else None
+    return isinstance(sealed, str) and unseal(sealed)[0] == SUMMARIST
+
+
+def last_summary(items: Sequence[Json]) -> int:
+    """The place of the last one, 0 if there is none."""
+    found = (n for n, item in enumerate(items) if "encrypted_content" in item and is_summary(item))
+    return max(found, default=0)
+
+
+def outlives_summary(item: Json) -> bool:
+    """Does an item before a summary still count: what the user and the client say?"""
+    said = item.get("role") in ("user", "system", "developer")
+    return said or item.get("type") in ("additional_tools", "configuration_update")
+
+
+def summary_item(item: Json) -> Json | None:
+    """A compaction item as a message; None for one that was not made here."""
+    if not is_summary(item):
+        return None
+    text = SUMMARY_HEAD + unseal(item["encrypted_content"])[1]
+    part = {"type": "input_text", "text": text}
+    return {"type": "message", "role": "user", "content": [part]}
+
+
+def users_items(items: Sequence[Json], stem: str) -> list[Json]:
+    """The user's latest messages, up to MAX_KEPT_USER_BYTES; ids begin with `stem`."""
+    kept: list[Json] = []
+    left = MAX_KEPT_USER_BYTES
+    for at, item in reversed([(n, i) for n, i in enumerate(items) if i.get("role") == "user"]):
+        left -= len(stored_json(item))
+        if left < 0:
+            break
+        content = item.get("content")
+        parts = [{"type": "input_text", "text": content}] if is_string(content) else content
+        head = {"id": f"{stem}{at}", "type": "message", "status": "completed", "role": "user"}
+        kept.append({**head, "content": parts})
+    return kept[::-1]
 
 
 # ----- tools -----
@@ -9422,12 +9658,9 @@ def read_function(tool: Json, where: str, namespace: str) -> tuple[ToolName, Jso
 
 def custom_description(tool: Json) -> str:
     """The tool's description, with the grammar its input must follow."""
-    text, form = tool.get("description"), tool.get("format")
-    text = text if isinstance(text, str) else ""
-    if not isinstance(form, dict) or not isinstance(form.get("definition"), str):
-        return text
-    head = f"The input must follow this {form.get('syntax') or 'lark'} grammar:"
-    return f"{text}\n\n{head}\n{form['definition']}".lstrip()
+    text = tool.get("description")
+    told = (text if isinstance(text, str) else "", custom_schema(tool.get("format"))[1])
+    return "\n\n".join(filter(None, told))
 
 
 def client_runs(tool: Json, kind: str) -> bool:
@@ -9832,7 +10065,8 @@ def read_update_item(history: ItemHistory, item: Json, where: str) -> None:
 
 
 def read_compaction_item(history: ItemHistory, item: Json, where: str) -> None:
-    history.say("user", COMPACTED)
+    own = summary_item(item)
+    history.say("user", own["content"][0]["text"] if own else COMPACTED)
 
 
 def read_nothing(history: ItemHistory, item: Json, where: str) -> None:
@@ -9935,7 +10169,7 @@ ITEM_READERS: Mapping[str, Callable[[ItemHistory, Json, str], None]] = {
     "tool_search_output": read_search_output_item,
     "additional_tools": read_nothing,
     "configuration_update": read_update_item,
-    "compaction": read_compaction_item,
+    **dict.fromkeys(COMPACTIONS, read_compaction_item),
     **dict.fromkeys(TYPED_ITEMS, read_typed_call_item),
 }
 
@@ -9997,12 +10231,8 @@ def response_head(opening: Opening, codex: bool) -> Json:
     }
 
 
-def response_usage(usage: Mapping[str, Any] | None, opening: Opening, chars: int) -> Json:
-    """Complete counts, as Codex wants them; estimated when the provider gave none."""
-    if not usage:
-        guess = -(-chars // 4)
-        given = {"prompt_tokens": opening.input_tokens, "completion_tokens": guess}
-        usage = {**given, "estimated": True}
+def response_usage(usage: Mapping[str, Any]) -> Json:
+    """Complete counts, as Codex wants them, of a canonical usage."""
     prompt = usage_count(usage, "prompt_tokens")
     completion = usage_count(usage, "completion_tokens")
     read, made = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
@@ -10017,7 +10247,7 @@ def response_usage(usage: Mapping[str, Any] | None, opening: Opening, chars: int
         "output_tokens": completion,
         "output_tokens_details": {"reasoning_tokens": usage_count(made, "reasoning_tokens")},
         "total_tokens": total if isinstance(total, int) else prompt + completion,
-        **({"estimated": True} if usage.get("estimated") else {}),
+        **(ESTIMATED if "hermes" in usage else {}),
     }
 
 
@@ -10038,11 +10268,6 @@ def failure_of(error: RouterError) -> Json:
     elif code not in FAILURE_CODES:
         code = "invalid_prompt" if error.status in (400, 413, 422) else "server_error"
     return {"code": code, "message": told_with_wait(message, error.retry_after)}
-
-
-def responses_error(error: RouterError) -> Json:
-    """The body of an HTTP error: OpenAI's envelope, as on the chat endpoint."""
-    return error_body(error)
 
 
 class EventLog:
@@ -10321,17 +10546,7 @@ class CallState:
         return found if isinstance(found, dict) else {}
 
     def custom_input(self) -> str:
-        """The text in {"input": text}; models also send the bare text, or another name."""
-        if self.native:
-            return self.text
-        found = self._parsed()
-        if isinstance(found, str):
-            return found
-        members = found if isinstance(found, dict) else {}
-        texts = [value for value in members.values() if isinstance(value, str)]
-        if isinstance(members.get("input"), str):
-            return str(members["input"])
-        return texts[0] if len(texts) == 1 else self.text
+        return self.text if self.native else custom_input(self.text)
 
     def _parsed(self) -> Any:
         return read_json(self.text.encode("utf-8", "replace"))
@@ -10367,7 +10582,7 @@ class ResponsesWriter:
         self._open: OpenItem | None = None
         self._calls: dict[object, CallState] = {}
         self._later: list[Json] = []  # deltas that came in the middle of a call
-        self.broken = False  # reasoning_content was seen: it is all there is to read
+        self._told = False  # reasoning_content was seen: it is all there is to read
         self._notes: list[Json] = []  # annotations that came before their text
         self._usage: Json | None = None
         self._finish = ""
@@ -10438,7 +10653,8 @@ class ResponsesWriter:
     def _end(self, status: str, **outcome: object) -> None:
         usage = None
         if status != "failed" or self._usage:
-            usage = response_usage(self._usage, self._opening, self._chars)
+            guess = estimate_usage(self._opening.input_tokens, self._chars)
+            usage = response_usage(self._usage or guess)
         outcome = {"status": status, "output": self._output, "usage": usage, **outcome}
         self.response = {**self._head, **outcome}
         self._log.emit(f"response.{status}", {"response": self.response})
@@ -10493,10 +10709,10 @@ class ResponsesWriter:
     def _think(self, delta: Json) -> None:
         """Reasoning: pieces are shown unless reasoning_content told their text already."""
         text, pieces = delta.get("reasoning_content") or "", delta.get("reasoning_details") or ()
-        self.broken = self.broken or bool(text)
+        self._told = self._told or bool(text)
         if text and not any(readable_text(piece) for piece in pieces):
             self._show(self._thought({}), text)
-        shown = bool(text) or not self.broken
+        shown = bool(text) or not self._told
         for piece in pieces:
             item = self._thought(piece)
             if shown and (part := readable_text(piece)):
@@ -10621,6 +10837,67 @@ def chat_reply_to_responses(
     writer.feed({"model": reply.get("model"), "usage": reply.get("usage"), "choices": choices})
     writer.finish()
     return cast(Json, writer.response)
+
+
+class OpenCompaction(OpenItem):
+    """The one item of a compaction: its text is known when it begins."""
+
+    def __init__(self, log_: EventLog, own: str, index: int, text: str) -> None:
+        super().__init__(log_, own, index)
+        self._sealed = seal(SUMMARIST, text)
+
+    def item(self, status: str) -> Json:
+        return {"id": self.own, "type": "compaction", "encrypted_content": self._sealed}
+
+
+class CompactionWriter(ResponsesWriter):
+    """Canonical chunks of a summary in, the events of a Response with one compaction item out."""
+
+    _said: str = ""
+
+    def finish(self) -> bytes:
+        if self.response is not None:
+            return b""
+        self._begin({})
+        self._start(OpenCompaction(self._log, self._own("cmp"), 0, self._said))
+        self._close()
+        self._end("completed")
+        return self._log.take()
+
+    def _take(self, delta: Json) -> None:
+        self._said += delta.get("content") or ""
+
+
+def is_a_summary(chunks: Iterable[Json]) -> bool:
+    """Do the chunks of a whole answer hold one: text, and no refusal nor filter?"""
+    text = False
+    for choice in (c for chunk in chunks for c in chunk.get("choices") or ()):
+        delta = choice.get("delta") or {}
+        if delta.get("refusal") or choice.get("finish_reason") == "content_filter":
+            return False
+        text = text or bool((delta.get("content") or "").strip())
+    return text
+
+
+def chat_reply_to_compaction(reply: Json, opening: Opening, codex: bool = False) -> Json:
+    """The Response that holds the summary in a whole canonical reply; BadRequest if none does."""
+    if not is_a_summary(chunks_from_reply(reply)):
+        raise BadRequest(NO_SUMMARY)
+    writer = CompactionWriter(opening, codex)
+    choices = [{**choice, "delta": choice.get("message")} for choice in reply.get("choices") or ()]
+    writer.feed({"model": reply.get("model"), "usage": reply.get("usage"), "choices": choices})
+    writer.finish()
+    return cast(Json, writer.response)
+
+
+def compacted_context(reply: Json, opening: Opening, earlier: Sequence[Json]) -> Json:
+    """The answer of /v1/responses/compact: the user's messages, and a summary of all the rest."""
+    made = chat_reply_to_compaction(reply, opening)
+    items = [item for _, item in all_items(opening.request, earlier)]
+    said = users_items(items, f"msg_{opening.id}")
+    names = ("id", "created_at", "usage", "model")
+    head = {name: made[name] for name in names}
+    return {**head, "object": "response.compaction", "output": [*said, *made["output"]]}
 
 
 # ----- the store -----
@@ -11056,13 +11333,10 @@ def flat_tools(chat: Json, codex: bool) -> Json:
     offered = list(chat.get("tools") or ())
     for at, tool in enumerate(offered):
         check_tool(tool, f"tools[{at}]")
-    for at, function in enumerate(chat.get("functions") or ()):
-        check_named(function, f"functions[{at}]")
-        offered.append({"type": "function", "function": function})
     tools = [made for tool in offered if (made := flat_tool(tool))]
     if not tools:
         return {}
-    choice = chat.get("tool_choice") or chat.get("function_call")
+    choice = chat.get("tool_choice")
     parallel = chat.get("parallel_tool_calls")
     members: Json = {"tools": tools}
     if choice or codex:
@@ -11529,16 +11803,6 @@ def responses_reply_to_chat(reply: Json, origin: str) -> Json:
     return gathered_reply(ResponsesReader(origin).feed({"object": "response", **reply}))
 
 
-def responses_events_to_reply(events: Iterable[Json], origin: str) -> Json:
-    """The whole reply of a stream (Codex only streams); {"error": ...} if it broke off."""
-    reader = ResponsesReader(origin)
-    chunks = [chunk for event in events for chunk in reader.feed(event)]
-    if not reader.finished:
-        broken = {"message": "the stream ended before its last event", "code": "truncated"}
-        return {"error": {**broken, "type": "server_error", "status": 502}}
-    return gathered_reply(chunks)
-
-
 def only_content_responses(block: bytes) -> bool:
     """Whether a block of whole events surely holds no end, no error and no usage.
 
@@ -11576,6 +11840,8 @@ def own_reasoning(body: Json, origin: str) -> Json | None:
     items = body.get("input")
     if not isinstance(items, list) or not any(map(is_sealed_item, items)):
         return None
+    last = last_summary(items)
+    items = [item for at, item in enumerate(items) if at >= last or outlives_summary(item)]
     kept = (unsealed_item(item, origin) if is_sealed_item(item) else item for item in items)
     return {"input": [item for item in kept if item is not None]}
 
@@ -11584,8 +11850,11 @@ def unsealed_item(item: Json, origin: str) -> Json | None:
     """A sealed item as the provider made it; None if another one did, or nothing is in it.
 
     A seal holds the encrypted content itself, or "p.<mark>.<JSON>" with the pieces of
-    reasoning that an answer in the Responses dialect was made from.
+    reasoning that an answer in the Responses dialect was made from. A summary made here becomes
+    a message.
     """
+    if item.get("type") in COMPACTIONS:
+        return summary_item(item)
     source, value = unseal(item["encrypted_content"])
     if source != origin or not value:
         return None
@@ -11598,6 +11867,47 @@ def unsealed_item(item: Json, origin: str) -> Json | None:
     told = ({k: v for k, v in piece.items() if v is not None} for piece in objects_in(pieces))
     details = [{**blank.get(str(p.get("type")), {}), **p, "origin": origin} for p in told]
     return next(iter(reasoning_items({"reasoning_details": details}, origin)), None)
+
+
+CALL_OUTPUTS: Final = MappingProxyType({
+    "function_call": "function_call_output", "custom_tool_call": "custom_tool_call_output"
+})  # fmt: skip
+
+
+def own_items(items: list[Json]) -> list[Json] | None:
+    """The items of a Responses client with one output for each call; None = as they are.
+
+    As in `paired`: a missing output is made up, one without a call becomes the user's words.
+    """
+    outputs = CALL_OUTPUTS.values()
+    calls = [call_id_in(item) for item in items if item.get("type") in CALL_OUTPUTS]
+    answers = [call_id_in(item) for item in items if item.get("type") in outputs]
+    if calls == answers or Counter(calls) == Counter(answers):
+        return None
+    asked, unanswered = Counter(calls), Counter(calls) - Counter(answers)
+    made: list[Json] = []
+    for item in items:
+        kind, id = str(item.get("type")), call_id_in(item)
+        if kind in outputs:
+            asked[id] -= 1
+            item = stray_output(item) if asked[id] < 0 else item
+        made.append(item)
+        if kind in CALL_OUTPUTS and unanswered[id] > 0:
+            unanswered[id] -= 1
+            made.append({"type": CALL_OUTPUTS[kind], "call_id": id, "output": MISSING_RESULT})
+    return made
+
+
+def call_id_in(item: Json) -> str:
+    return text_or_empty(item.get("call_id"))
+
+
+def stray_output(item: Json) -> Json:
+    """An output that no call asked for, as the user's words."""
+    output = item.get("output")
+    parts = [{"type": "input_text", "text": output}] if isinstance(output, str) else output
+    label = {"type": "input_text", "text": ORPHAN}
+    return {"type": "message", "role": "user", "content": [label, *(parts or ())]}
 
 
 def is_sealed_item(item: object) -> bool:
@@ -11790,11 +12100,12 @@ class Sight(NamedTuple):
     calls: bool = False  # part of a tool call
     broken: bool = False  # no JSON: not passed on
     final: Json | None = None  # the whole answer once more
+    counts: bool = False  # usage stands here or in an earlier event
 
 
 def see_chat(data: bytes) -> Sight:
     if data == b"[DONE]":
-        return Sight("empty finish", finished=True, done=True)
+        return Sight("empty finish", finished=True, done=True, counts=True)
     chunk = read_json(data)
     if error := embedded_error(chunk):
         return Sight(error=error)
@@ -11834,7 +12145,7 @@ def see_messages(data: bytes) -> Sight:
         delta = event.get("delta")
         stop = delta.get("stop_reason") if isinstance(delta, dict) else None
         telling: Sign = "finish" if stop in TELLING_STOPS else "empty finish"
-        return Sight(telling if stop else "", None, tokens, bool(stop))
+        return Sight(telling if stop else "", None, tokens, bool(stop), counts=bool(stop))
     part = event.get("delta") if kind == "content_block_delta" else event.get("content_block")
     useful = isinstance(part, dict) and any(
         name != "type" and value for name, value in part.items()
@@ -11861,7 +12172,7 @@ def see_responses(data: bytes) -> Sight:
         said = bool(whole.get("output")) or kind == "response.incomplete"
         tokens = tokens_of({"usage": responses_usage(whole.get("usage"))})
         sign: Sign = "finish" if said else "empty finish"
-        return Sight(sign, None, tokens, True, True, final=whole)
+        return Sight(sign, None, tokens, True, True, final=whole, counts=True)
     useful = kind.endswith(".delta") and bool(event.get("delta"))
     made = event.get("item") if kind == "response.output_item.done" else None
     useful = useful or (isinstance(made, dict) and made.get("type") != "reasoning")
@@ -11961,6 +12272,25 @@ def broken_response(first: bytes, last: bytes, error: RouterError) -> bytes:
     return b"event: response.failed\n" + encode_event(event)
 
 
+def with_chat_usage(first: bytes, event: bytes, usage: Json) -> bytes:
+    """A stream that began as `first` and goes on with `event`: its usage before that."""
+    begun = read_json(event_data(first))
+    head = chunk_head(begun if isinstance(begun, dict) else {})
+    return encode_event({**head, "choices": [], "usage": usage}) + event
+
+
+def with_messages_usage(_first: bytes, event: bytes, usage: Json) -> bytes:
+    """The last message_delta with its usage."""
+    return messages_event({**read_json(event_data(event)), "usage": messages_usage(usage)})
+
+
+def with_responses_usage(_first: bytes, event: bytes, usage: Json) -> bytes:
+    """The event that ends a Response, with its usage."""
+    told = read_json(event_data(event))
+    told["response"]["usage"] = response_usage(usage)
+    return b"event: %b\n%b" % (told["type"].encode(), encode_event(told))
+
+
 @dataclass(frozen=True)
 class Dialect:
     """A language that providers speak."""
@@ -11978,6 +12308,9 @@ class Dialect:
     broken: Callable[[bytes, bytes, RouterError], bytes] = lambda _first, _last, error: (
         encode_event(error_body(error))
     )
+    # (how the stream began, the event where usage belongs, canonical usage) -> events with it
+    with_usage: Callable[[bytes, bytes, Json], bytes] = with_chat_usage
+    own_usage: Callable[[Json], Json] = lambda usage: usage  # a canonical usage, in this dialect
 
 
 MESSAGE_STOP: Final = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
@@ -12008,6 +12341,8 @@ DIALECTS: Final = {
             MESSAGE_STOP,
             frozenset({"message_stop"}),
             lambda _first, _last, error: messages_event(messages_error(error)),
+            with_messages_usage,
+            messages_usage,
         ),
         Dialect(
             "responses",
@@ -12019,6 +12354,8 @@ DIALECTS: Final = {
             b"",
             RESPONSE_LAST,
             broken_response,
+            with_responses_usage,
+            response_usage,
         ),
         Dialect("embeddings", "/embeddings", judge_embeddings, *IN_CHAT),
         # ChatGPT's backend only streams, and its last event does not repeat the answer: it is
@@ -12029,6 +12366,62 @@ DIALECTS: Final = {
 
 
 PIECE_NAMES: Final = ("origin", "id", "format")
+
+
+class OwnCalls:
+    """Tool calls in the form in which a Chat client offered its tools.
+
+    Most providers are told of custom tools and of `functions` as plain tools: what they call is
+    turned back here. Free text comes at once, when it is whole; of `functions` only the first call
+    is told, as there is no place for another.
+    """
+
+    def __init__(self, chat: Json) -> None:
+        self._older, self._custom = reads_functions(chat), custom_names(chat)
+        self._held: dict[tuple[int, int], Json] = {}  # (choice, call) -> call so far
+
+    def choice(self, choice: Json) -> Json:
+        """A choice of a chunk, or of a whole reply, as the client reads it."""
+        if not (self._older or self._custom):
+            return choice
+        place = "message" if "message" in choice else "delta"
+        said = choice.get(place) or {}
+        calls = said.get("tool_calls") or []
+        if self._custom:
+            whole = place == "message"
+            calls = list(map(self._turned, calls)) if whole else self._deltas(choice, calls)
+        out = {name: value for name, value in said.items() if name != "tool_calls"}
+        if calls and not self._older:
+            out["tool_calls"] = calls
+        elif calls and not calls[0].get("index"):
+            out["function_call"] = calls[0].get("function") or {}
+        finish = choice.get("finish_reason")
+        finish = "function_call" if self._older and finish == "tool_calls" else finish
+        return {**choice, place: out, "finish_reason": finish}
+
+    def _turned(self, call: Json) -> Json:
+        """A whole call; one of a function that stands for a custom tool is a call of that tool."""
+        function = call.get("function") or {}
+        if function.get("name") not in self._custom:
+            return call
+        kept = {name: value for name, value in call.items() if name != "function"}
+        custom = {"name": function["name"], "input": custom_input(function["arguments"])}
+        return {**kept, "type": "custom", "custom": custom}
+
+    def _deltas(self, choice: Json, deltas: list[Json]) -> list[Json]:
+        """Those of custom tools are held back until the choice ends."""
+        index, told = choice.get("index") or 0, []
+        for delta in deltas:
+            place = index, delta["index"]
+            name = (delta.get("function") or {}).get("name")
+            if place in self._held or name in self._custom:
+                grow_call(self._held.setdefault(place, {}), delta)
+            else:
+                told.append(delta)
+        if choice.get("finish_reason"):
+            ended = [place for place in self._held if place[0] == index]
+            told += [{"index": p[1], **self._turned(self._held.pop(p))} for p in ended]
+        return told
 
 
 class ChatWriter:
@@ -12042,6 +12435,7 @@ class ChatWriter:
         options = opening.request.get("stream_options") or {}
         self._wants_usage = bool(options.get("include_usage"))
         self._usage: Json | None = None
+        self._calls = OwnCalls(opening.request)
         self._pieces: set[int] = set()  # of reasoning, by index
         self._head = {
             "id": f"chatcmpl-{opening.id}",
@@ -12053,7 +12447,8 @@ class ChatWriter:
     def feed(self, chunk: Json) -> bytes:
         self._usage = chunk.get("usage") or self._usage
         self._head |= chat_head(chunk)
-        choices = [{"finish_reason": None, **choice} for choice in chunk.get("choices") or ()]
+        listed = chunk.get("choices") or ()
+        choices = [{"finish_reason": None, **self._calls.choice(choice)} for choice in listed]
         for choice in choices:
             if pieces := choice.get("delta", {}).get("reasoning_details"):
                 choice["delta"] = {**choice["delta"], "reasoning_details": self._indexed(pieces)}
@@ -12086,7 +12481,8 @@ class ChatWriter:
 def chat_reply_to_chat(reply: Json, opening: Opening, _origin: str) -> Json:
     head = {"id": f"chatcmpl-{opening.id}", "object": "chat.completion"}
     named = {"created": opening.created, "model": opening.model}
-    return {**reply, **head, **named, **chat_head(reply)}
+    choices = list(map(OwnCalls(opening.request).choice, reply.get("choices") or ()))
+    return {**reply, **head, **named, **chat_head(reply), "choices": choices}
 
 
 def chat_head(answer: Json) -> Json:
@@ -12116,6 +12512,8 @@ class Surface:
 
 
 CHAT: Final = Surface("chat", ChatWriter, chat_reply_to_chat)
+# With `functions`: no provider is spoken to in it any more.
+OLDER_CHAT: Final = replace(CHAT, dialect="older chat")
 EMBEDDINGS: Final = replace(CHAT, dialect="embeddings")
 MESSAGES: Final = Surface("messages", MessagesWriter, chat_reply_to_messages, PING)
 COMPLETIONS: Final = Surface(
@@ -12137,7 +12535,24 @@ def responses_surface(codex: bool, earlier: Sequence[Json]) -> Surface:
     )
 
 
-NOBODY: Final = ("", "")  # no target and no dialect
+def compaction_surface(codex: bool) -> Surface:
+    """A Responses request that ends in a compaction_trigger."""
+    return Surface(
+        "compaction",
+        lambda opening, origin: CompactionWriter(opening, codex, (), origin),
+        lambda reply, opening, _origin: chat_reply_to_compaction(reply, opening, codex),
+    )
+
+
+def compact_surface(earlier: Sequence[Json]) -> Surface:
+    """POST /v1/responses/compact, which never streams."""
+    return replace(
+        compaction_surface(codex=False),
+        whole=lambda reply, opening, _origin: compacted_context(reply, opening, earlier),
+    )
+
+
+NOBODY: Final = ("", "", "")  # no target, dialect and origin
 
 
 class Step(NamedTuple):
@@ -12215,11 +12630,12 @@ class Ask:
     named: frozenset[str] = frozenset()  # labels of the targets that the client named
     forward: bytes = b""  # header lines for a provider of the same dialect
     left_out: Sequence[str] = ()  # tools that nobody here can run
+    custom: bool = False  # a Chat client that offers tools which take free text
     input: list[Json] | None = None  # Responses: all items, those of earlier turns included
-    kept_body: tuple[tuple[str, str], bytes] = (NOBODY, b"")  # the body made last, for whom
+    kept_body: tuple[tuple[str, str, str], bytes] = (NOBODY, b"")  # the body made last, for whom
     make_flow: Callable[[Passage], Flow] | None = None  # where it goes on with another answer
-    # (label, dialect) -> what was changed after a refusal
-    mends: dict[tuple[str, str], tuple[Mend, ...]] = field(default_factory=dict)
+    # (label, dialect, origin) -> what was changed after a refusal
+    mends: dict[tuple[str, str, str], tuple[Mend, ...]] = field(default_factory=dict)
 
     @functools.cached_property
     def opening(self) -> Opening:
@@ -12245,12 +12661,13 @@ class Passage:
 
     dialect: Dialect
     ask: Ask
-    origin: str = ""  # the provider
+    origin: str = ""  # the provider, or its account
     secret: bytes = field(default=b"", repr=False)
+    reworded: bool = False  # the provider was told of tools in another form than the client's
 
     @property
     def native(self) -> bool:
-        return self.dialect.name == self.ask.surface.dialect
+        return self.dialect.name == self.ask.surface.dialect and not self.reworded
 
     def writer(self) -> Writer:
         return self.ask.surface.writer(self.ask.opening, self.origin)
@@ -12275,7 +12692,7 @@ class Passage:
             problem, _ = self.dialect.judge(masked(body, self.secret))
             return Whole(problem or BROKEN)
         if self.native and not (self.dialect.name == "chat" and needs_reading(reply)):
-            return Whole(None, body.removeprefix(BOM), self._tokens(reply), reply)
+            return self._passed(body.removeprefix(BOM), reply)
         return self._made(self.canonical(reply))
 
     def filtered(self, final: Json) -> bool:
@@ -12284,10 +12701,24 @@ class Passage:
         chat = told.canonical(final, self.origin, self.ask.chat) if told else final
         return is_filtered([chat])
 
-    def _tokens(self, reply: Json) -> Tokens | None:
-        if self.dialect.name in ("chat", "embeddings"):
-            return tokens_of(reply)
-        return tokens_of(self.canonical(reply))
+    def _passed(self, body: bytes, reply: Json) -> Whole:
+        """An answer in the client's dialect as it came, but never without a usage."""
+        if self.dialect.name == "embeddings":
+            return Whole(None, body, tokens_of(reply), reply)
+        chat = reply if self.dialect.name == "chat" else self.canonical(reply)
+        tokens = tokens_of(chat)
+        if tokens and tokens.completion:
+            return Whole(None, body, tokens, reply)
+        usage = self.estimate(chunks_from_reply(chat), tokens)
+        reply = {**reply, "usage": self.dialect.own_usage(usage)}
+        return Whole(None, dump_json(reply), tokens_of({"usage": usage}), reply)
+
+    def estimate(
+        self, chunks: Iterable[Json], known: Tokens | None = None, times: float = 1.0
+    ) -> Json:
+        """A canonical usage for an answer so many times as long, whose provider states none."""
+        prompt = known.prompt if known else 0
+        return estimate_usage(prompt or self.ask.tokens, int(times * chars_said(chunks)))
 
     def _gathered(self, body: bytes) -> Whole:
         """A stream where a whole answer was asked for: subscriptions only stream."""
@@ -12308,6 +12739,9 @@ class Passage:
             return Whole(error)
         if not any(answers(choice) for choice in chat.get("choices") or ()):
             return Whole(Outcome(0, "an answer without content", "empty"))
+        tokens = tokens_of(chat)
+        if not (tokens and tokens.completion):
+            chat = {**chat, "usage": self.estimate(chunks_from_reply(chat), tokens)}
         made = self.ask.surface.whole(chat, self.ask.opening, self.origin)
         return Whole(None, dump_json(made), tokens_of(chat), made)
 
@@ -12351,7 +12785,7 @@ class Said(NamedTuple):
 class Flow:
     """The events of one answer on their way to the client, as they came.
 
-    Fed with blocks of whole events. Before `useful` is set nothing may reach the client;
+    Fed with blocks of whole events. Before it is `ready` nothing may reach the client;
     once `failure` is set nothing more does but what `fail` gives. From its first tool call on
     an answer is held back until it is finished: one that breaks off there is made anew, unseen.
     """
@@ -12371,6 +12805,12 @@ class Flow:
         self.stirred = False  # more than a sign of life has come since this was last reset
         self._passed: list[bytes] = []  # blocks of events that the client got
         self._passed_bytes = 0
+        self._block = b""  # looked at now
+
+    @property
+    def ready(self) -> bool:
+        """May what has come reach the client?"""
+        return self.useful
 
     def take(self, block: bytes) -> bytes:
         """What the client gets for a block of whole events."""
@@ -12378,7 +12818,9 @@ class Flow:
         if block.count(b"data:") > block.count(b'"ping"'):
             self.stirred = True
         if self._calls or not (self.useful and self._dialect.only_content(block)):
+            self._block = block
             made = self._sift(block)
+            self._block = b""
         self._passed_bytes += len(made)
         if made and self._passed_bytes <= MAX_PASSED_BYTES:
             self._passed.append(made)
@@ -12403,11 +12845,42 @@ class Flow:
         if sight.error:
             self.failure = self._dialect.see(masked(data, self._passage.secret)).error or BROKEN
             return b""
+        if sight.counts and not (self._is_counted() or (sight.tokens and sight.tokens.completion)):
+            event = self._counted(event)
         if sight.calls or self._calls or (sight.broken and CALL_MARKS.search(data)):
             return self._hold(event, sight)
         self._note(sight)
         withheld = sight.only_usage and not self._passage.ask.wants_usage
         return b"" if self.failure or withheld or sight.broken else event
+
+    def _counted(self, event: bytes) -> bytes:
+        """The event with an estimate, where the client wants a usage and the provider has none."""
+        if not self._passage.ask.wants_usage:
+            return event
+        first = self._passed[0] if self._passed else self._block
+        return self._dialect.with_usage(split_events(first)[0], event, self._estimated())
+
+    def _estimated(self) -> Json:
+        """A canonical usage of what has come; of long streams only the beginning is kept."""
+        kept = sum(map(len, self._passed))
+        times = max(1.0, self._passed_bytes / max(1, kept))
+        usage = self._passage.estimate(self._told_chunks(), self.tokens, times)
+        self.tokens = tokens_of({"usage": usage})
+        return usage
+
+    def _told_chunks(self) -> Sequence[Json]:
+        """What has come, as canonical chunks."""
+        return self._read(split_events(b"".join([*self._passed, *self._calls, self._block])))
+
+    def spent(self) -> Tokens | None:
+        """The tokens of the answer, as far as it came; an estimate where none were stated."""
+        if self.useful and not self._is_counted():
+            self._estimated()
+        return self.tokens
+
+    def _is_counted(self) -> bool:
+        """Did the provider state what its answer took?"""
+        return self.tokens is not None and self.tokens.completion > 0
 
     def _hold(self, event: bytes, sight: Sight) -> bytes:
         """Events from the first tool call on; all of them once the answer is finished."""
@@ -12450,7 +12923,8 @@ class Flow:
         if sight.tokens:
             old = self.tokens or Tokens()
             pairs = zip(sight.tokens, old, strict=True)
-            self.tokens = Tokens(*(new or before for new, before in pairs))
+            prompt, completion, _ = (new or before for new, before in pairs)
+            self.tokens = Tokens(prompt, completion)
         self.finished = self.finished or sight.finished
         self.done = self.done or sight.done
         self.final = sight.final or self.final
@@ -12475,7 +12949,10 @@ class Flow:
         return block
 
     def _close(self) -> bytes:
-        return self._dialect.closing
+        closing = self._dialect.closing
+        if self._dialect.name == "chat" and not self._is_counted():
+            closing = self._counted(closing)
+        return closing
 
     def adopt(self, body: bytes) -> bytes:
         """A whole answer where a stream was asked for, as a stream."""
@@ -12672,7 +13149,7 @@ class Translation(Flow):
             self.failure = Outcome(0, "a stream without content", "empty")
         if self.failure:
             return block
-        block += self._writer.finish()
+        block += self._ended()
         self.final = getattr(self._writer, "response", None)
         return block
 
@@ -12682,7 +13159,17 @@ class Translation(Flow):
             return b""
         self.finished = self.done = True
         chat = self._passage.canonical(reply)
-        return b"".join(map(self._write, chunks_from_reply(chat))) + self._writer.finish()
+        return b"".join(map(self._write, chunks_from_reply(chat))) + self._ended()
+
+    def _ended(self) -> bytes:
+        """The end of the client's stream, after an estimate where no usage came."""
+        counted = b""
+        if not self._is_counted():
+            counted = self._writer.feed({"choices": [], "usage": self._estimated()})
+        return counted + self._writer.finish()
+
+    def _told_chunks(self) -> Sequence[Json]:
+        return self._told
 
     def said(self) -> Said | None:
         text = spoken(self._told) if len(self._told) < MAX_TOLD else None
@@ -12699,6 +13186,27 @@ class Translation(Flow):
 
 
 MAX_TOLD: Final = 50_000  # chunks
+
+
+class Summary(Translation):
+    """A summary that takes the place of a history: another is asked for one that fails.
+
+    So nothing of it reaches the client before it is whole and found to be one.
+    """
+
+    @property
+    def ready(self) -> bool:
+        return self.useful and self.done and self.failure is None
+
+    def _write(self, chunk: Json) -> bytes:
+        self.alive = True
+        return super()._write(chunk)
+
+    def _ended(self) -> bytes:
+        if not is_a_summary(self._told):
+            self.failure = Outcome(0, NO_SUMMARY, "empty")
+            return b""
+        return super()._ended()
 
 
 class Continuation(Translation):
@@ -13813,6 +14321,7 @@ class Tally:
     completion_tokens: int = 0
     cost_usd: float = 0.0
     unpriced: int = 0  # answers whose price is unknown: unknown is not free
+    estimated: int = 0  # answers whose tokens are an estimate
 
 
 class Usage:
@@ -13840,6 +14349,7 @@ class Usage:
             tally = self._tallies.setdefault(provider, Tally())
             tally.prompt_tokens += tokens.prompt
             tally.completion_tokens += tokens.completion
+            tally.estimated += tokens.estimated
             if cost is None:
                 tally.unpriced += 1
             else:
@@ -14324,6 +14834,7 @@ BAD_THOUGHTS: Final = re.compile(
     r"|thought.?signature.{0,80}(?:missing|not)"
     r"|invalid_encrypted_content"
     r"|encrypted.?content.{0,120}(?:could not|cannot|unable|invalid|not be|verif|decrypt)"
+    r"|invalid.{0,20}data.{0,40}redacted_thinking"
     r"|thinking\W{1,3}blocks?.{0,120}cannot be modified"
     r"|thinking\.signature"
     r"|of type 'reasoning' was provided without|without its required 'reasoning'",
@@ -16321,10 +16832,6 @@ class Relay:
         self.keep: Callable[[Json], None] | None = None  # gets the whole answer at the end
 
     @property
-    def tokens(self) -> Tokens | None:
-        return self.flow.tokens
-
-    @property
     def failure(self) -> Outcome | None:
         return self.flow.failure
 
@@ -16507,7 +17014,9 @@ class Upstream:
             dialects = dialects[1:]
         if response.status not in ANSWERED:
             return self._refused(response, secret.encode(), target.service.provider)
-        passage = Passage(dialects[0], ask, target.provider, secret.encode())
+        reworded = ask.custom and not target.fit.quirk.custom_tools
+        origin = origin_of(target, lease)
+        passage = Passage(dialects[0], ask, origin, secret.encode(), reworded)
         if ask.stream:
             attempt = first_useful(response, passage, self._keep_waiting(ask.guard))
         else:
@@ -16587,7 +17096,7 @@ class Upstream:
             self._transport.origin(service.url),
             dialect.path,
             headers,
-            self._body(target, ask, dialect.name, native),
+            self._body(target, origin_of(target, lease), ask, dialect.name, native),
             ask.guard,
         )
 
@@ -16646,15 +17155,15 @@ class Upstream:
             "Authorization": f"Bearer {token}",
         }
 
-    def _body(self, target: Target, ask: Ask, dialect: str, native: bool) -> bytes:
+    def _body(self, target: Target, origin: str, ask: Ask, dialect: str, native: bool) -> bytes:
         """The client's bytes with the edits this target needs, or its chat in another dialect."""
-        place = (target.label, dialect)
-        if ask.kept_body[0] == place:  # the same for every key
+        place = (target.label, dialect, origin)
+        if ask.kept_body[0] == place:  # the same for every key, if not for every account
             return ask.kept_body[1]
         if dialect == "embeddings":
             made = edit_body(ask.raw, ask.body, model_edit(target, ask))
         else:
-            made = BODIES[dialect](target, ask, native, self._config.reasoning_reserve)
+            made = BODIES[dialect](target, origin, ask, native, self._config.reasoning_reserve)
         learnt = self.lessons.mends(target.provider, target.model, dialect)
         made = mended(made, (*learnt, *ask.mends.get(place, ())))
         ask.kept_body = (place, made)
@@ -16674,17 +17183,25 @@ def header_lines(headers: Mapping[str, str]) -> bytes:
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
 
 
+def origin_of(target: Target, lease: Lease) -> str:
+    """Who alone can read its opaque reasoning: the provider, or one account of a subscription."""
+    if not target.service.provider.accounts:
+        return target.provider
+    return f"{target.provider}@{hashlib.sha256(lease.key.encode()).hexdigest()[:8]}"
+
+
 def model_edit(target: Target, ask: Ask) -> dict[str, object]:
     return {} if ask.body.get("model") == target.model else {"model": target.model}
 
 
-def chat_body(target: Target, ask: Ask, native: bool, reserve: int) -> bytes:
+def chat_body(target: Target, _origin: str, ask: Ask, native: bool, reserve: int) -> bytes:
     """A chat body that this provider takes; the client's own bytes where little must change."""
     if why := target.fit.refuses(ask.chat):
         raise BadRequest(why)
     edits = {**model_edit(target, ask), **target.fit.edits(ask.chat)}
     asked = {**ask.chat, **edits} if edits else ask.chat
     edits |= output_edits(asked, reserve * target.reasoning, target.service.max_output_tokens)
+    target.fit.stream_long(ask.chat, edits)  # the reserve may have made it long
     if edits.get("stream", ask.stream) and target.service.provider.stream_options:
         if not (native and ask.wants_usage):
             options = ask.chat.get("stream_options") or {}
@@ -16697,30 +17214,37 @@ def chat_body(target: Target, ask: Ask, native: bool, reserve: int) -> bytes:
     return dump_json({name: value for name, value in whole.items() if value is not DROP})
 
 
-def messages_body(target: Target, ask: Ask, native: bool, _reserve: int) -> bytes:
+def messages_body(target: Target, origin: str, ask: Ask, native: bool, _reserve: int) -> bytes:
     if native:
-        edits = native_edits(target, ask) | (own_thinking(ask.body, target.provider) or {})
+        edits = native_edits(target, ask) | (own_thinking(ask.body, origin) or {})
+        turns = cast("list[Json]", edits.get("messages", ask.body["messages"]))
+        if (mended_turns := own_turns(turns)) is not None:
+            edits["messages"] = mended_turns
         return edit_body(ask.raw, ask.body, edits)
-    made = chat_to_messages(ask.chat, target.model, target.claude, target.provider)
+    made = chat_to_messages(ask.chat, target.model, target.claude, origin)
     return dump_json({**made, "stream": ask.stream})
 
 
-def codex_body(target: Target, ask: Ask, _native: bool, _reserve: int) -> bytes:
-    return dump_json(chat_to_responses(ask.chat, target.model, target.provider, codex=True))
+def codex_body(target: Target, origin: str, ask: Ask, _native: bool, _reserve: int) -> bytes:
+    return dump_json(chat_to_responses(ask.chat, target.model, origin, codex=True))
 
 
-def responses_body(target: Target, ask: Ask, native: bool, reserve: int) -> bytes:
+def responses_body(target: Target, origin: str, ask: Ask, native: bool, reserve: int) -> bytes:
     if not native:
         ceiling = target.service.max_output_tokens
         chat = {**ask.chat, **output_edits(ask.chat, reserve * target.reasoning, ceiling)}
         reasons = target.facts.reasoning is not False
-        made = chat_to_responses(chat, target.model, target.provider, reasons=reasons)
+        made = chat_to_responses(chat, target.model, origin, reasons=reasons)
         return dump_json({**made, "stream": ask.stream})
     edits, body = native_edits(target, ask), ask.body
     if ask.input is not None:
         body = {**body, "input": ask.input}
         edits |= {"input": ask.input, "previous_response_id": DROP}
-    return edit_body(ask.raw, ask.body, edits | (own_reasoning(body, target.provider) or {}))
+    edits |= own_reasoning(body, origin) or {}
+    items = edits.get("input", body.get("input"))
+    if isinstance(items, list) and (mended_items := own_items(items)) is not None:
+        edits["input"] = mended_items
+    return edit_body(ask.raw, ask.body, edits)
 
 
 def native_edits(target: Target, ask: Ask) -> dict[str, object]:
@@ -16729,7 +17253,7 @@ def native_edits(target: Target, ask: Ask) -> dict[str, object]:
     return model_edit(target, ask) | output_edits(ask.body, 0, ceiling)
 
 
-BODIES: Final[Mapping[str, Callable[[Target, Ask, bool, int], bytes]]] = {
+BODIES: Final[Mapping[str, Callable[[Target, str, Ask, bool, int], bytes]]] = {
     "chat": chat_body,
     "messages": messages_body,
     "responses": responses_body,
@@ -16782,7 +17306,7 @@ def first_useful(response: Response, passage: Passage, extend: Callable[[], None
         if flow.odd:
             flow, anew = flow.translated()
             held = [anew]
-        if flow.useful:
+        if flow.ready:
             return committed(response if data else None, flow, cutter, b"".join(held))
         if not data:
             text = "the stream ended before its first useful event" if begun else "an empty stream"
@@ -17497,7 +18021,7 @@ class Router:
 
     def settle(self, target: Target, lease: Lease, ask: Ask, relay: Relay) -> None:
         """What one provider's part of a stream cost, and what its end means."""
-        self.charge(target, relay.tokens, ask)
+        self.charge(target, relay.flow.spent(), ask)
         if relay.failure:
             ask.trace.note(step_of(target, lease, failed(relay.failure, in_ok=True)))
             self.learn(target, lease, failed(relay.failure, in_ok=True), ask.guard)
@@ -17505,8 +18029,9 @@ class Router:
     def charge(self, target: Target, tokens: Tokens | None, ask: Ask) -> None:
         if tokens is None:
             return
-        self.lessons.disprove(target.provider, target.model, tokens.prompt)
-        self.notice_cut(target, tokens.prompt, ask)
+        if not tokens.estimated:
+            self.lessons.disprove(target.provider, target.model, tokens.prompt)
+            self.notice_cut(target, tokens.prompt, ask)
         facts = target.facts
         cost = None
         if facts.price_in is not None and facts.price_out is not None:
@@ -17827,6 +18352,7 @@ def service_status(router: Router, service: Service) -> Json:
         "tokens": tally.prompt_tokens + tally.completion_tokens,
         "cost_usd": round(tally.cost_usd, 6),
         "unpriced_answers": tally.unpriced,
+        "estimated_answers": tally.estimated,
         "available": not service.resting and not router.breakers.is_open(name),
         "out_of_use": service.resting or None,
         "tier": service.provider.tier,
@@ -18122,6 +18648,7 @@ ENDPOINT_NAMES: Final = {
     "/v1/chat/completions": "chat",
     "/v1/messages": "messages",
     "/v1/responses": "responses",
+    "/v1/responses/compact": "responses",
     "/v1/completions": "completions",
     "/v1/embeddings": "embeddings",
 }
@@ -18160,6 +18687,7 @@ def add_routes(app: flask.Flask, router: Router) -> None:
         ("POST", "/v1/messages", lambda: serve_messages(router)),
         ("POST", "/v1/messages/count_tokens", lambda: serve_count(router)),
         ("POST", "/v1/responses", lambda: serve_responses(router)),
+        ("POST", "/v1/responses/compact", lambda: serve_compact(router)),
         ("GET", "/v1/responses/<own>", lambda own: serve_stored(router, own)),
         ("GET", "/v1/responses/<own>/input_items", lambda own: serve_input(router, own)),
         ("DELETE", "/v1/responses/<own>", lambda own: delete_stored(router, own)),
@@ -18305,7 +18833,9 @@ def serve_chat(router: Router) -> flask.Response:
     request = current_request()
     raw, body = read_body(router, request)
     validate_chat(body)
-    ask = make_ask(router, request, CHAT, raw, body, body)
+    surface = OLDER_CHAT if has_functions(body) else CHAT
+    ask = make_ask(router, request, surface, raw, body, modern_chat(body))
+    ask.custom = bool(custom_names(body))
     options = body.get("stream_options") or {}
     ask.wants_usage = bool(options.get("include_usage"))
     return respond_chat(router, request, ask)
@@ -18351,11 +18881,14 @@ def serve_responses(router: Router) -> flask.Response:
     validate_responses(body)
     caller, previous = request.environ["hermes.caller"].id, body.get("previous_response_id")
     earlier = router.responses.chain(caller, previous) if previous else []
-    surface = responses_surface(is_codex(request, body), earlier)
-    ask = make_ask(router, request, surface, raw, body, responses_to_chat(body, earlier))
+    codex, compacts = is_codex(request, body), asks_to_compact(body)
+    surface = compaction_surface(codex) if compacts else responses_surface(codex, earlier)
+    to_chat = compaction_chat if compacts else responses_to_chat
+    ask = make_ask(router, request, surface, raw, body, to_chat(body, earlier))
     ask.wants_usage = True
-    ask.left_out = plan_tools(body, earlier).unserved
-    items = items_of(body)
+    ask.left_out = () if compacts else plan_tools(body, earlier).unserved
+    ask.make_flow = Summary if compacts else None
+    items = items_of(without_trigger(body))
     if previous:
         ask.input = [*earlier, *items]
 
@@ -18367,7 +18900,7 @@ def serve_responses(router: Router) -> flask.Response:
     try:
         return respond_chat(router, request, ask, keep)
     except (BadRequest, OverLimit) as error:
-        if not told_in_stream(error, ask, is_codex(request, body)):
+        if not told_in_stream(error, ask, codex):
             raise
         return failed_stream(ask, error)
 
@@ -18377,6 +18910,20 @@ def failed_stream(ask: Ask, error: RouterError) -> flask.Response:
     error.message = told_with_wait(error.message, error.retry_after)
     told = ask.surface.writer(ask.opening, "").fail(error)
     return flask.Response(iter([told]), 200, EVENT_STREAM)
+
+
+def serve_compact(router: Router) -> flask.Response:
+    """POST /v1/responses/compact: the context window to go on with."""
+    request = current_request()
+    raw, body = read_body(router, request)
+    validate_responses(body)
+    caller, previous = request.environ["hermes.caller"].id, body.get("previous_response_id")
+    earlier = router.responses.chain(caller, previous) if previous else []
+    body = {**without_trigger(body), "stream": False}
+    chat = compaction_chat(body, earlier)
+    return respond_chat(
+        router, request, make_ask(router, request, compact_surface(earlier), raw, body, chat)
+    )
 
 
 def is_codex(request: flask.Request, body: Json) -> bool:
