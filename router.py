@@ -2353,7 +2353,10 @@ MAX_EVENT_BYTES: Final = 16 << 20
 
 def last_event_end(data: bytes) -> int:
     """Position after the last complete event in `data`, 0 when there is none."""
-    at = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3, data.rfind(b"\r\r") + 2)
+    at = data.rfind(b"\n\n") + 2
+    # The rarer ends only matter behind the usual one: most of a block is looked at once.
+    at = max(at, data.rfind(b"\n\r\n", max(at - 2, 0)) + 3)
+    at = max(at, data.rfind(b"\r\r", max(at - 2, 0)) + 2)
     return at if at > 2 else 0  # 2 = nothing found (or one blank line, which can wait)
 
 
@@ -12284,6 +12287,14 @@ class Renamed:
         return data
 
 
+def stirs(block: bytes) -> bool:
+    """Whether a block of events holds more than signs of life: the first line of data tells."""
+    at = block.find(b"data:")
+    if at >= 0 and b'"ping"' not in block[at : block.find(b"\n", at)]:
+        return True
+    return block.count(b"data:") > block.count(b'"ping"')
+
+
 class Said(NamedTuple):
     """What the client has of an answer that broke off, and what goes on writing for it."""
 
@@ -12317,11 +12328,8 @@ class Flow:
 
     def take(self, block: bytes) -> bytes:
         """What the client gets for a block of whole events."""
-        made = block
-        if block.count(b"data:") > block.count(b'"ping"'):
-            self.stirred = True
-        if self._calls or not (self.useful and self._dialect.only_content(block)):
-            made = self._sift(block)
+        self.stirred = self.stirred or stirs(block)
+        made = self._sift(block)
         self._passed_bytes += len(made)
         if made and self._passed_bytes <= MAX_PASSED_BYTES:
             self._passed.append(made)
@@ -12329,13 +12337,29 @@ class Flow:
 
     def _sift(self, block: bytes) -> bytes:
         """Halving finds the few events that need a look without parsing all the others."""
-        plain = self.useful and not self._calls
-        if plain and self._dialect.only_content(block):
+        if not self._plain:
+            return self._look_on(block)
+        if self._dialect.only_content(block):
             return block
-        cut = last_event_end(block[: len(block) // 2]) if plain else 0
-        if not cut:
-            return b"".join(map(self._look, split_events(block)))
-        return self._sift(block[:cut]) + self._sift(block[cut:])
+        cut = last_event_end(block[: len(block) // 2])
+        return self._sift(block[:cut]) + self._sift(block[cut:]) if cut else self._look_on(block)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether content may pass without a look."""
+        return self.useful and not self._calls and not self.failure
+
+    def _look_on(self, block: bytes) -> bytes:
+        """Event by event, the first of them anyhow, until content may pass again."""
+        out, at = [], 0
+        for match in EVENT_END.finditer(block):
+            out.append(self._look(block[at : match.end()]))
+            at = match.end()
+            if self._plain and at < len(block):
+                return b"".join([*out, self._sift(block[at:])])
+        if at < len(block):
+            out.append(self._look(block[at:]))
+        return b"".join(out)
 
     def _look(self, event: bytes) -> bytes:
         """One event that may be more than content; what the client gets of it."""
@@ -12533,8 +12557,7 @@ class Translation(Flow):
         self._held: list[Json] = []  # chunks from the first tool call on
 
     def take(self, block: bytes) -> bytes:
-        if block.count(b"data:") > block.count(b'"ping"'):
-            self.stirred = True
+        self.stirred = self.stirred or stirs(block)
         return b"".join(map(self._look, split_events(block)))
 
     def _look(self, event: bytes) -> bytes:
@@ -15753,6 +15776,7 @@ class Watchdog:
 
 
 CHUNK_SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,15}")
+CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 
 
 class Dechunker:
@@ -15773,6 +15797,8 @@ class Dechunker:
             data, self._rest = self._rest + data, b""
         at, out = 0, []
         while not self.finished:
+            if self._state == "size":
+                at = self._whole_chunks(data, at, out)
             if self._state == "data":
                 piece = data[at : at + self._left]
                 out.append(piece)
@@ -15787,13 +15813,22 @@ class Dechunker:
                 if len(self._rest) > 8192:
                     raise ValueError("a chunk line without an end")
                 break
-            if self._state == "gap" and end == at:  # the usual case, without a call
-                self._state = "size"
-            else:
-                self._line(data[at:end])
+            self._line(data[at:end])
             at = end + 2
         self.surplus = self.finished and at < len(data)
         return out[0] if len(out) == 1 else b"".join(out)
+
+    @staticmethod
+    def _whole_chunks(data: bytes, at: int, out: list[bytes]) -> int:
+        """Take the chunks that have come whole, which most do; returns where the rest begins."""
+        while match := CHUNK_LINE.match(data, at):
+            start = match.end()
+            end = start + int(match[1], 16)
+            if end == start or data[end : end + 2] != b"\r\n":
+                break
+            out.append(data[start:end])
+            at = end + 2
+        return at
 
     def _line(self, line: bytes) -> None:
         """One line that is not content: a size, the gap after a chunk, a trailer."""
