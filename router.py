@@ -15795,7 +15795,8 @@ class Dechunker:
         """Content in `data`; ValueError when it is not chunked coding."""
         if self._rest:
             data, self._rest = self._rest + data, b""
-        at, out = 0, []
+        at = 0
+        out: list[bytes] = []
         while not self.finished:
             if self._state == "size":
                 at = self._whole_chunks(data, at, out)
@@ -18549,6 +18550,7 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
         self._tasks: deque[Any] = deque()
         self._idle: list[threading.Lock] = []  # each released to wake its thread
         self._count = 0
+        self._own: set[int] = set()  # the ids of these threads
         self._closed = False
         self._guard = threading.Lock()
         self.drains = threading.BoundedSemaphore(max(1, min(8, most // 4)))
@@ -18559,6 +18561,8 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
     def add_task(self, task: Any) -> None:
         with self._guard:
             self._tasks.append(task)
+            if threading.get_ident() in self._own:  # a client's next request: it comes to that
+                return
             if self._idle:
                 self._idle.pop().release()
                 return
@@ -18574,11 +18578,12 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
     def _work(self) -> None:
         wake = threading.Lock()
         wake.acquire()
+        self._own.add(threading.get_ident())
         while True:
             with self._guard:
                 task = self._tasks.popleft() if self._tasks else None
                 if task is None and self._closed:
-                    self._count -= 1
+                    self._leave()
                     return
                 if task is None:
                     self._idle.append(wake)
@@ -18596,8 +18601,12 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
             self._idle.remove(wake)
             if self._count <= self._keep and not self._closed:
                 return False
-            self._count -= 1
+            self._leave()
             return True
+
+    def _leave(self) -> None:
+        self._count -= 1
+        self._own.discard(threading.get_ident())
 
     @staticmethod
     def _run(task: Any) -> None:
@@ -18769,9 +18778,13 @@ class Sockets(dict[int, Any]):
         if self._wanted.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
-    def touch(self, part: Any) -> None:
-        """What `part` waits for may have changed; from any thread, before the loop is woken."""
+    def touch(self, part: Any) -> bool:
+        """What `part` waits for may have changed, as any thread may say; whether it is not read.
+
+        Said before it is asked, and the loop looks the other way round: a change is not missed.
+        """
         self._changed.append(part._fileno)
+        return not self._wanted.get(part._fileno, 0) & select.EPOLLIN
 
     def loop(self, timeout: float, **_options: Any) -> None:
         """Waitress's asyncore.loop; ends when no socket is left."""
@@ -18787,7 +18800,7 @@ class Sockets(dict[int, Any]):
         if now - self._refreshed > self.REFRESH_S:
             self._refreshed = now
             self._changed.extend(self)
-        for _ in range(len(self._changed)):
+        while self._changed:
             fd = self._changed.popleft()
             if fd is not None and (part := self.get(fd)):
                 self._want(fd, self._wishes(part))
@@ -18825,9 +18838,9 @@ class QuietServer:
         channel = self._channel
         unsent = channel.total_outbufs_len or channel.close_when_flushed or channel.will_close
         if unsent or channel.requests:
-            if isinstance(channel._map, Sockets):
-                channel._map.touch(channel)
-            self._server.pull_trigger()
+            unread = channel._map.touch(channel) if isinstance(channel._map, Sockets) else True
+            if unsent or unread:
+                self._server.pull_trigger()
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
@@ -18916,7 +18929,7 @@ def make_server(app: flask.Flask, config: Config) -> Any:
         backlog=1024,
         channel_timeout=120,
         cleanup_interval=15,
-        channel_request_lookahead=1,
+        channel_request_lookahead=2,  # the next one often comes before the last one's end
         recv_bytes=262_144,
         outbuf_high_watermark=1 << 20,  # a slow reader's stream waits instead of filling memory
         inbuf_overflow=64 << 20,
