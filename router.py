@@ -91,6 +91,7 @@ import logging
 import logging.handlers
 import math
 import queue
+import random
 import re
 import secrets
 import select
@@ -18043,32 +18044,66 @@ STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 HARMLESS_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
+class App(flask.Flask):
+    """Flask, with a shorter way for the requests that models answer.
+
+    Contexts, hooks, the URL map and checked headers are half of what such a request costs this
+    file, and their views use none of it: a POST to exactly such a path goes straight to its view.
+    All else, also other methods of these paths, goes Flask's way, on which they are as well.
+    """
+
+    def __init__(self, config: Config, router: Router) -> None:
+        super().__init__("hermes-router", static_folder=None)
+        self.extensions["router"] = router
+        self._router, self._door = router, Door(config)
+        self.before_request(lambda: self._door.check(current_request()))
+        self.register_error_handler(Exception, lambda e: refusal(router, current_request(), e))
+        add_routes(self, router)
+
+    def wsgi_app(self, environ: Json, start_response: Any) -> Iterable[bytes]:
+        serve = (
+            MODEL_CALLS.get(environ["PATH_INFO"]) if environ["REQUEST_METHOD"] == "POST" else None
+        )
+        if serve is None:
+            return super().wsgi_app(environ, start_response)
+        request = self.request_class(environ)
+        reply: Reply | flask.Response
+        try:
+            self._door.check(request)
+            reply = serve(self._router, request)
+        except Exception as error:
+            reply = refusal(self._router, request, error)
+        reply.headers["X-Request-ID"] = request_id(request)
+        return reply(environ, start_response)
+
+
+class Reply:
+    """An answer of a model as WSGI takes it: a whole body, or one that is streamed."""
+
+    def __init__(self, body: bytes | Stream, headers: dict[str, str], status: int = 200) -> None:
+        self.body, self.headers, self.status = body, headers, status
+
+    def __call__(self, _environ: Json, start_response: Any) -> Iterable[bytes]:
+        headers = list(self.headers.items())
+        body = self.body if isinstance(self.body, Stream) else [self.body]
+        if isinstance(body, list):
+            headers.append(("Content-Length", str(len(body[0]))))
+        start_response("200 OK" if self.status == 200 else f"{self.status} Unknown", headers)
+        return body
+
+
 def create_app(config: Config, **parts: Any) -> flask.Flask:
     """A fresh WSGI app around a fresh Router; `parts` (transport, now) go to the Router."""
-    app = flask.Flask("hermes-router", static_folder=None)
-    router = Router(config, **parts)
-    app.extensions["router"] = router
-    door = Door(config)
-    app.before_request(lambda: door.check(current_request()))
-    app.register_error_handler(RouterError, lambda error: error_response(router, error))
-    app.register_error_handler(HTTPException, lambda error: http_error(router, error))
-    app.register_error_handler(Exception, lambda error: crash(router, error))
-    add_routes(app, router)
-    return app
+    return App(config, Router(config, **parts))
 
 
 def add_routes(app: flask.Flask, router: Router) -> None:
     """Every path, the method it answers to, and its function."""
     routes: tuple[tuple[str, str, Callable[..., Any]], ...] = (
-        ("POST", "/v1/chat/completions", lambda: serve_chat(router)),
-        ("POST", "/v1/messages", lambda: serve_messages(router)),
         ("POST", "/v1/messages/count_tokens", lambda: serve_count(router)),
-        ("POST", "/v1/responses", lambda: serve_responses(router)),
         ("GET", "/v1/responses/<own>", lambda own: serve_stored(router, own)),
         ("GET", "/v1/responses/<own>/input_items", lambda own: serve_input(router, own)),
         ("DELETE", "/v1/responses/<own>", lambda own: delete_stored(router, own)),
-        ("POST", "/v1/completions", lambda: serve_completions(router)),
-        ("POST", "/v1/embeddings", lambda: serve_embeddings(router)),
         ("GET", "/v1/models", lambda: serve_models(router)),
         ("GET", "/v1/models/<path:model>", lambda model: serve_model(router, model)),
         ("GET", "/v1/status", lambda: snapshot(router)),
@@ -18087,7 +18122,8 @@ def add_routes(app: flask.Flask, router: Router) -> None:
             lambda: {"status": "ok", "message": "hermes-router is running; see /v1/models"},
         ),
     )
-    for method, path, function in routes:
+    calls = (("POST", path, asked(serve, router)) for path, serve in MODEL_CALLS.items())
+    for method, path, function in (*routes, *calls):
         app.add_url_rule(
             path,
             f"{method} {path}",
@@ -18095,6 +18131,10 @@ def add_routes(app: flask.Flask, router: Router) -> None:
             methods=[method],
             provide_automatic_options=False,
         )
+
+
+def asked(serve: Callable[[Router, flask.Request], Any], router: Router) -> Callable[[], Any]:
+    return lambda: serve(router, current_request())
 
 
 def tagged(function: Callable[..., Any]) -> Callable[..., flask.Response]:
@@ -18120,7 +18160,8 @@ def request_id(request: flask.Request) -> str:
     made = environ.get("hermes.request_id")
     if made is None:
         given = environ.get("HTTP_X_REQUEST_ID", "")
-        made = given if HARMLESS_ID.fullmatch(given) else "req_" + secrets.token_hex(16)
+        # A name and no secret: the system's random numbers cost a turn of this thread.
+        made = given if HARMLESS_ID.fullmatch(given) else f"req_{random.getrandbits(128):032x}"
         environ["hermes.request_id"] = made
     return cast(str, made)
 
@@ -18205,8 +18246,7 @@ def serve_model(router: Router, model: str) -> Json:
     )
 
 
-def serve_chat(router: Router) -> flask.Response:
-    request = current_request()
+def serve_chat(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     validate_chat(body)
     ask = make_ask(router, request, CHAT, raw, body, body)
@@ -18215,8 +18255,7 @@ def serve_chat(router: Router) -> flask.Response:
     return respond_chat(router, request, ask)
 
 
-def serve_messages(router: Router) -> flask.Response:
-    request = current_request()
+def serve_messages(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     ask = make_ask(router, request, MESSAGES, raw, body, messages_to_chat(body))
     ask.wants_usage = True
@@ -18241,16 +18280,14 @@ def serve_count(router: Router) -> Json:
     return {"input_tokens": count_messages_tokens(body, router.encoder)}
 
 
-def serve_completions(router: Router) -> flask.Response:
-    request = current_request()
+def serve_completions(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     ask = make_ask(router, request, COMPLETIONS, raw, body, completions_to_chat(body))
     ask.wants_usage = True
     return respond_chat(router, request, ask)
 
 
-def serve_responses(router: Router) -> flask.Response:
-    request = current_request()
+def serve_responses(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     validate_responses(body)
     caller, previous = request.environ["hermes.caller"].id, body.get("previous_response_id")
@@ -18274,9 +18311,7 @@ def serve_responses(router: Router) -> flask.Response:
         if not told_in_stream(error, ask, is_codex(request, body)):
             raise
         flow = surface.writer(ask.opening, "")
-        return flask.Response(
-            flow.fail(error), 200, {**STREAM_HEADERS, "Content-Type": "text/event-stream"}
-        )
+        return Reply(flow.fail(error), {**STREAM_HEADERS, "Content-Type": "text/event-stream"})
 
 
 def is_codex(request: flask.Request, body: Json) -> bool:
@@ -18323,13 +18358,21 @@ def delete_stored(router: Router, own: str) -> Json:
     return {"id": own, "object": "response", "deleted": True}
 
 
-def serve_embeddings(router: Router) -> flask.Response:
-    request = current_request()
+def serve_embeddings(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     validate_embeddings(body)
     ask = make_ask(router, request, EMBEDDINGS, raw, body, body)
     ask.stream = ask.trace.streaming = False
     return respond(router, request, ask, lambda: router.embed(ask))
+
+
+MODEL_CALLS: Final[Mapping[str, Callable[[Router, flask.Request], Reply]]] = {
+    "/v1/chat/completions": serve_chat,
+    "/v1/messages": serve_messages,
+    "/v1/responses": serve_responses,
+    "/v1/completions": serve_completions,
+    "/v1/embeddings": serve_embeddings,
+}
 
 
 def read_body(router: Router, request: flask.Request) -> tuple[bytes, Json]:
@@ -18339,7 +18382,8 @@ def read_body(router: Router, request: flask.Request) -> tuple[bytes, Json]:
         raise UnsupportedMedia(f"request bodies with content encoding {coding[:40]!r} are not read")
     if (request.content_length or 0) > router.config.max_request_bytes:
         raise TooLarge(f"the request is larger than {router.config.max_request_bytes} bytes")
-    raw = request.get_data(cache=False)
+    own = request.environ.get("wsgi.input_terminated")  # it ends where the body does
+    raw = request.environ["wsgi.input"].read() if own else request.get_data(cache=False)
     return raw, parse_body(raw)
 
 
@@ -18363,7 +18407,7 @@ def respond_chat(
     request: flask.Request,
     ask: Ask,
     keep: Callable[[Json], None] | None = None,
-) -> flask.Response:
+) -> Reply:
     """Answer whatever became a chat; `keep` gets the whole answer once it is known."""
     profile = request.environ.get("HTTP_X_HERMES_PROFILE", "").strip().lower()
     profile = profile if profile in ("fast", "local") else ""
@@ -18376,7 +18420,7 @@ def respond(
     ask: Ask,
     answer: Callable[[], Answer],
     keep: Callable[[Json], None] | None = None,
-) -> flask.Response:
+) -> Reply:
     """Run one request inside the gate, cut when the client goes away."""
     on_close = request.environ.get(ON_CLOSE, forget)
     router.gate.enter()
@@ -18387,7 +18431,7 @@ def respond(
         made = answer()
     except ClientGone:
         visit.leave(499)
-        return flask.Response("", 499)
+        return Reply(b"", {}, 499)
     except BaseException:
         visit.leave(0)
         raise
@@ -18405,13 +18449,13 @@ def respond(
         visit.leave(200, made)
         if keep and made.final:
             keep(made.final)
-        return flask.Response(made.body, 200, headers)
+        return Reply(made.body, headers)
     relay, send = made.body, request.environ.get(SEND)
     relay.keep = keep
     if send:
         ask.guard.show_life(lambda: send(relay.flow.beat()))
     body = Stream(made.body, lambda whole: visit.leave(200 if whole else 499, made))
-    return flask.Response(body, 200, {**headers, **STREAM_HEADERS}, direct_passthrough=True)
+    return Reply(body, {**headers, **STREAM_HEADERS})
 
 
 def forget(_callback: Callable[[], None] | None) -> None:
@@ -18467,9 +18511,19 @@ class Stream:
 WORTH_WAITING_S: Final = 60.0  # longer ones are not honoured by the SDKs: they would hammer
 
 
-def error_response(router: Router, error: RouterError) -> flask.Response:
+def refusal(router: Router, request: flask.Request, error: Exception) -> flask.Response:
+    """What a client is told of any error; one that nobody foresaw is logged with its traceback."""
+    if isinstance(error, RouterError):
+        return error_response(router, request, error)
+    if isinstance(error, HTTPException):
+        return http_error(router, request, error)
+    log.error("%s failed", request_id(request), exc_info=error)
+    text = "an internal error; the log has the details"
+    return error_response(router, request, RouterError(text))
+
+
+def error_response(router: Router, request: flask.Request, error: RouterError) -> flask.Response:
     """Any RouterError in the envelope of the endpoint's dialect."""
-    request = current_request()
     envelope = envelope_for(request.environ, error, request_id(request))
     response = flask.Response(dump_json(envelope), error.status, mimetype="application/json")
     response.headers["X-Request-ID"] = request_id(request)
@@ -18508,26 +18562,19 @@ def envelope_for(environ: Mapping[str, Any], error: RouterError, request_id: str
     return error_body(error)
 
 
-def http_error(router: Router, error: HTTPException) -> flask.Response:
+def http_error(router: Router, request: flask.Request, error: HTTPException) -> flask.Response:
     """Flask's own errors (no such path, wrong method) in the same envelope."""
     status = error.code or 500
-    request = flask.request
     text = {
         404: f"there is no {request.method} {scrub(request.path, 200)} here",
         405: f"{request.method} is not allowed on {scrub(request.path, 200)}",
     }.get(status, error.description or error.name)
     kind = HTTP_ERRORS.get(status, BadRequest if status < 500 else RouterError)
-    response = error_response(router, kind(text))
+    response = error_response(router, request, kind(text))
     response.status_code = status
     if status == 405 and isinstance(allowed := getattr(error, "valid_methods", None), list):
         response.headers["Allow"] = ", ".join(allowed)
     return response
-
-
-def crash(router: Router, error: Exception) -> flask.Response:
-    """The request boundary: a fault of ours is logged with its traceback and told as a 500."""
-    log.error("%s failed", request_id(current_request()), exc_info=error)
-    return error_response(router, RouterError("an internal error; the log has the details"))
 
 
 # =============================================================================
