@@ -91,7 +91,6 @@ import logging
 import logging.handlers
 import math
 import queue
-import random
 import re
 import secrets
 import select
@@ -1480,7 +1479,7 @@ class Service:
     headers: tuple[tuple[str, str], ...] = ()
     resting: str = ""  # why it is never tried: retired, or nothing left of its models
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         return self.provider.name
 
@@ -2470,7 +2469,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         raise bad_number(raw) from None
     if not isinstance(body, dict):
         raise BadRequest(f"{NOT_AN_OBJECT}, not {kind_of(body)}")
-    if nests_too_deep(body):
+    if raw.count(b"{") + raw.count(b"[") > MAX_NESTING and nests_too_deep(body):
         field = next(name for name, value in body.items() if nests_too_deep([value]))
         raise BadRequest(f"{field} is nested deeper than {MAX_NESTING} levels", param=field)
     if (
@@ -13443,7 +13442,7 @@ class Breakers:
     def bucket(self, provider: str) -> int:
         """Health from the window: 0 below 10 % failures, 1 below 50 %, else 2."""
         circuit = self._circuits.get(provider)
-        if circuit is None:
+        if circuit is None or False not in circuit.outcomes:
             return 0
         outcomes = list(circuit.outcomes)
         if len(outcomes) < self._min:
@@ -14897,7 +14896,7 @@ class Target:
     reasoning: bool
     cost: int  # coarse price: 0 free, 1 cheap ... 4 dear
 
-    @property
+    @functools.cached_property
     def provider(self) -> str:
         return self.service.name
 
@@ -18160,8 +18159,7 @@ def request_id(request: flask.Request) -> str:
     made = environ.get("hermes.request_id")
     if made is None:
         given = environ.get("HTTP_X_REQUEST_ID", "")
-        # A name and no secret: the system's random numbers cost a turn of this thread.
-        made = given if HARMLESS_ID.fullmatch(given) else f"req_{random.getrandbits(128):032x}"
+        made = given if HARMLESS_ID.fullmatch(given) else "req_" + secrets.token_hex(16)
         environ["hermes.request_id"] = made
     return cast(str, made)
 
@@ -18596,6 +18594,8 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
         self._keep, self._most = keep, most
         self._tasks: deque[Any] = deque()
         self._idle: list[threading.Lock] = []  # each released to wake its thread
+        self._due: list[threading.Lock] = []  # those to be released next
+        self.put_off = False  # until `wake` is called
         self._count = 0
         self._own: set[int] = set()  # the ids of these threads
         self._closed = False
@@ -18611,7 +18611,9 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
             if threading.get_ident() in self._own:  # a client's next request: it comes to that
                 return
             if self._idle:
-                self._idle.pop().release()
+                self._due.append(self._idle.pop())
+                if not self.put_off:
+                    self.wake()
                 return
             if self._count >= self._most:
                 return
@@ -18621,6 +18623,11 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
         except RuntimeError:  # the system gives no more threads: those there are will do it
             with self._guard:
                 self._count -= 1
+
+    def wake(self) -> None:
+        """Wake the threads for the tasks that were added."""
+        while self._due:
+            self._due.pop().release()
 
     def _work(self) -> None:
         wake = threading.Lock()
@@ -18667,9 +18674,9 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
             self._closed = True
             pending = list(self._tasks) if cancel_pending else []
             self._tasks.clear()
-            for wake in self._idle:
-                wake.release()
+            self._due += self._idle
             self._idle.clear()
+            self.wake()
         for task in pending:
             task.cancel()
         return bool(pending)
@@ -18688,6 +18695,9 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
     """
 
     wrote_header: bool = False
+    has_body: bool = True  # of an answer with this status
+    chunked_response: bool = False
+    close_on_finish: bool = False
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
@@ -18702,15 +18712,36 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
             with suppress(waitress.channel.ClientDisconnected):
                 self.write(data)
 
+    def execute(self) -> None:
+        """What the app answers, as it comes."""
+        answer = self.channel.server.application(self.get_environment(), self.start_response)
+        try:
+            for piece in answer:
+                if piece:
+                    self.write(piece)
+        finally:
+            if close := getattr(answer, "close", None):
+                close()
+        if self.content_length not in (None, self.content_bytes_written):
+            self.close_on_finish = self.close_on_finish or self.request.command != "HEAD"
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], _problem: object = None
+    ) -> Callable[[bytes], None]:
+        """As WSGI has it; that no header holds a line end is seen when they are written."""
+        self.complete, self.status, self.response_headers = True, status, headers
+        self.has_body = status[:1] != "1" and status[:3] not in ("204", "304")
+        for name, value in headers:
+            if name.lower() == "content-length":
+                self.content_length = int(value)
+        return self.write
+
     def build_response_header(self) -> bytes:
         """Status line and headers; decides about chunked coding and keep-alive (RFC 9112)."""
         asked = self.request.headers.get("CONNECTION", "").lower()
         keep = asked != "close" if self.version == "1.1" else asked == "keep-alive"
         lines = [f"HTTP/{self.version} {self.status}"]
-        lines += [f"{k}: {v}" for k, v in self.response_headers if k.lower() != "connection"]
-        headers = {k.lower() for k, _ in self.response_headers}
-        if self.content_length is not None and self.has_body and "content-length" not in headers:
-            lines.append(f"Content-Length: {self.content_length}")
+        lines += [f"{name}: {value}" for name, value in self.response_headers]
         if self.content_length is None and self.has_body:
             self.chunked_response = self.version == "1.1"
             keep = keep and self.chunked_response
@@ -18722,7 +18753,10 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
         elif self.version == "1.0":
             lines.append("Connection: keep-alive")
         lines += ["Server: hermes-router", f"Date: {http_date(int(self.start_time))}", "", ""]
-        return "\r\n".join(lines).encode("latin-1")
+        head = "\r\n".join(lines)
+        if not head.count("\n") == head.count("\r") == len(lines) - 1:
+            raise ValueError("a line end in a header")
+        return head.encode("latin-1")
 
     def write(self, data: bytes) -> None:
         """A piece of the body, with the head in front of the first."""
@@ -18815,6 +18849,7 @@ class Sockets(dict[int, Any]):
         self._wanted: dict[int, int] = {}
         self._changed: deque[int | None] = deque()  # other threads append to it
         self._refreshed = 0.0
+        self.before_wait: Callable[[], None] = lambda: None
 
     def __setitem__(self, fd: int, part: Any) -> None:
         super().__setitem__(fd, part)
@@ -18837,6 +18872,7 @@ class Sockets(dict[int, Any]):
         """Waitress's asyncore.loop; ends when no socket is left."""
         while self:
             self._update()
+            self.before_wait()
             for fd, flags in self._epoll.poll(timeout):
                 if part := self.get(fd):
                     waitress.wasyncore.readwrite(part, flags)
@@ -18981,13 +19017,15 @@ def make_server(app: flask.Flask, config: Config) -> Any:
         outbuf_high_watermark=1 << 20,  # a slow reader's stream waits instead of filling memory
         inbuf_overflow=64 << 20,
         ident="hermes-router",
-        clear_untrusted_proxy_headers=True,
+        clear_untrusted_proxy_headers=False,  # nobody here looks at them
     )
     for part in sockets.values():
         if isinstance(part, waitress.server.BaseWSGIServer):
             part.channel_class = Channel
     if isinstance(sockets, Sockets):
         server.asyncore = sockets  # whose `loop` it runs
+        # A worker woken earlier would wait for the interpreter, which the loop still holds.
+        sockets.before_wait, workers.put_off = workers.wake, True
     return server
 
 
