@@ -84,6 +84,7 @@ import fnmatch
 import functools
 import hashlib
 import hmac
+import http.client
 import http.server
 import itertools
 import json
@@ -1487,7 +1488,7 @@ class Service:
     headers: tuple[tuple[str, str], ...] = ()
     resting: str = ""  # why it is never tried: retired, or nothing left of its models
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         return self.provider.name
 
@@ -2397,7 +2398,10 @@ def legible(block: bytes) -> bytes:
 
 def last_event_end(data: bytes) -> int:
     """Position after the last complete event in `data`, 0 when there is none."""
-    at = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3, data.rfind(b"\r\r") + 2)
+    at = data.rfind(b"\n\n") + 2
+    # The rarer ends only matter behind the usual one: most of a block is looked at once.
+    at = max(at, data.rfind(b"\n\r\n", max(at - 2, 0)) + 3)
+    at = max(at, data.rfind(b"\r\r", max(at - 2, 0)) + 2)
     return at if at > 2 else 0  # 2 = nothing found (or one blank line, which can wait)
 
 
@@ -2510,7 +2514,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         raise bad_number(raw) from None
     if not isinstance(body, dict):
         raise BadRequest(f"{NOT_AN_OBJECT}, not {kind_of(body)}")
-    if nests_too_deep(body):
+    if raw.count(b"{") + raw.count(b"[") > MAX_NESTING and nests_too_deep(body):
         field = next(name for name, value in body.items() if nests_too_deep([value]))
         raise BadRequest(f"{field} is nested deeper than {MAX_NESTING} levels", param=field)
     if (
@@ -12069,9 +12073,11 @@ def only_content(block: bytes) -> bool:
     fast searches for a whole block: a pattern that stops at every quote costs ten times as much,
     parsing fifty times. When in doubt the answer is no, and each event is looked at.
     """
+    if not (block.startswith(b'data: {"') and block.endswith(b"}\n\n")):
+        return False
     count = block.count
     return (
-        count(b'data: {"') == count(b"}\n\n")
+        count(b"\n") == 2 * count(b'}\n\ndata: {"') + 2  # each event is one line
         and (
             count(b'"finish_reason"') == count(b'"finish_reason":null')
             or only_null(block, b"finish_reason")
@@ -12079,8 +12085,6 @@ def only_content(block: bytes) -> bool:
         and b'"error"' not in block
         and (b'"usage"' not in block or only_null(block, b"usage"))
         and (b'"tool_calls"' not in block or only_null(block, b"tool_calls"))
-        and b"[DONE]" not in block
-        and b"event:" not in block
         and b'"x_groq"' not in block
         and count(b"{") == count(b"}")
         and not count(b'"') & 1
@@ -12775,6 +12779,14 @@ class Renamed:
         return data
 
 
+def stirs(block: bytes) -> bool:
+    """Whether a block of events holds more than signs of life: the first line of data tells."""
+    at = block.find(b"data:")
+    if at >= 0 and b'"ping"' not in block[at : block.find(b"\n", at)]:
+        return True
+    return block.count(b"data:") > block.count(b'"ping"')
+
+
 class Said(NamedTuple):
     """What the client has of an answer that broke off, and what goes on writing for it."""
 
@@ -12814,13 +12826,11 @@ class Flow:
 
     def take(self, block: bytes) -> bytes:
         """What the client gets for a block of whole events."""
-        made = block = block if block.isascii() else legible(block)
-        if block.count(b"data:") > block.count(b'"ping"'):
-            self.stirred = True
-        if self._calls or not (self.useful and self._dialect.only_content(block)):
-            self._block = block
-            made = self._sift(block)
-            self._block = b""
+        block = block if block.isascii() else legible(block)
+        self.stirred = self.stirred or stirs(block)
+        self._block = block
+        made = self._sift(block)
+        self._block = b""
         self._passed_bytes += len(made)
         if made and self._passed_bytes <= MAX_PASSED_BYTES:
             self._passed.append(made)
@@ -12828,13 +12838,29 @@ class Flow:
 
     def _sift(self, block: bytes) -> bytes:
         """Halving finds the few events that need a look without parsing all the others."""
-        plain = self.useful and not self._calls
-        if plain and self._dialect.only_content(block):
+        if not self._plain:
+            return self._look_on(block)
+        if self._dialect.only_content(block):
             return block
-        cut = last_event_end(block[: len(block) // 2]) if plain else 0
-        if not cut:
-            return b"".join(map(self._look, split_events(block)))
-        return self._sift(block[:cut]) + self._sift(block[cut:])
+        cut = last_event_end(block[: len(block) // 2])
+        return self._sift(block[:cut]) + self._sift(block[cut:]) if cut else self._look_on(block)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether content may pass without a look."""
+        return self.useful and not self._calls and not self.failure
+
+    def _look_on(self, block: bytes) -> bytes:
+        """Event by event, the first of them anyhow, until content may pass again."""
+        out, at = [], 0
+        for match in EVENT_END.finditer(block):
+            out.append(self._look(block[at : match.end()]))
+            at = match.end()
+            if self._plain and at < len(block):
+                return b"".join([*out, self._sift(block[at:])])
+        if at < len(block):
+            out.append(self._look(block[at:]))
+        return b"".join(out)
 
     def _look(self, event: bytes) -> bytes:
         """One event that may be more than content; what the client gets of it."""
@@ -13085,8 +13111,7 @@ class Translation(Flow):
 
     def take(self, block: bytes) -> bytes:
         block = block if block.isascii() else legible(block)
-        if block.count(b"data:") > block.count(b'"ping"'):
-            self.stirred = True
+        self.stirred = self.stirred or stirs(block)
         return b"".join(map(self._look, split_events(block)))
 
     def _look(self, event: bytes) -> bytes:
@@ -14005,7 +14030,7 @@ class Breakers:
     def bucket(self, provider: str) -> int:
         """Health from the window: 0 below 10 % failures, 1 below 50 %, else 2."""
         circuit = self._circuits.get(provider)
-        if circuit is None:
+        if circuit is None or False not in circuit.outcomes:
             return 0
         outcomes = list(circuit.outcomes)
         if len(outcomes) < self._min:
@@ -15462,7 +15487,7 @@ class Target:
     reasoning: bool
     cost: int  # coarse price: 0 free, 1 cheap ... 4 dear
 
-    @property
+    @functools.cached_property
     def provider(self) -> str:
         return self.service.name
 
@@ -16342,6 +16367,7 @@ class Watchdog:
 
 
 CHUNK_SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,15}")
+CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 
 
 class Dechunker:
@@ -16360,8 +16386,11 @@ class Dechunker:
         """Content in `data`; ValueError when it is not chunked coding."""
         if self._rest:
             data, self._rest = self._rest + data, b""
-        at, out = 0, []
+        at = 0
+        out: list[bytes] = []
         while not self.finished:
+            if self._state == "size":
+                at = self._whole_chunks(data, at, out)
             if self._state == "data":
                 piece = data[at : at + self._left]
                 out.append(piece)
@@ -16376,13 +16405,22 @@ class Dechunker:
                 if len(self._rest) > 8192:
                     raise ValueError("a chunk line without an end")
                 break
-            if self._state == "gap" and end == at:  # the usual case, without a call
-                self._state = "size"
-            else:
-                self._line(data[at:end])
+            self._line(data[at:end])
             at = end + 2
         self.surplus = self.finished and at < len(data)
         return out[0] if len(out) == 1 else b"".join(out)
+
+    @staticmethod
+    def _whole_chunks(data: bytes, at: int, out: list[bytes]) -> int:
+        """Take the chunks that have come whole, which most do; returns where the rest begins."""
+        while match := CHUNK_LINE.match(data, at):
+            start = match.end()
+            end = start + int(match[1], 16)
+            if end == start or data[end : end + 2] != b"\r\n":
+                break
+            out.append(data[start:end])
+            at = end + 2
+        return at
 
     def _line(self, line: bytes) -> None:
         """One line that is not content: a size, the gap after a chunk, a trailer."""
@@ -18663,36 +18701,72 @@ PRELUDE: Final = "hermes.prelude"  # what may have begun a stream before it was 
 HANG_UP: Final = "hermes.hang_up"  # a function of the server that closes the client's connection
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENT_STREAM: Final = {**STREAM_HEADERS, "Content-Type": "text/event-stream"}
+PHRASES: Final = http.client.responses
 HARMLESS_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+class App(flask.Flask):
+    """Flask, with a shorter way for the requests that models answer.
+
+    Contexts, hooks, the URL map and checked headers are half of what such a request costs this
+    file, and their views use none of it: a POST to exactly such a path goes straight to its view.
+    All else, also other methods of these paths, goes Flask's way, on which they are as well.
+    """
+
+    def __init__(self, config: Config, router: Router) -> None:
+        super().__init__("hermes-router", static_folder=None)
+        self.extensions["router"] = router
+        self._router, self._door = router, Door(config)
+        self.before_request(lambda: self._door.check(current_request()))
+        self.register_error_handler(Exception, lambda e: refusal(router, current_request(), e))
+        add_routes(self, router)
+
+    def wsgi_app(self, environ: Json, start_response: Any) -> Iterable[bytes]:
+        serve = (
+            MODEL_CALLS.get(environ["PATH_INFO"]) if environ["REQUEST_METHOD"] == "POST" else None
+        )
+        if serve is None:
+            return super().wsgi_app(environ, start_response)
+        request = self.request_class(environ)
+        try:
+            self._door.check(request)
+            reply = serve(self._router, request)
+        except Exception as error:
+            reply = refusal(self._router, request, error)
+        reply.headers["X-Request-ID"] = request_id(request)
+        return reply(environ, start_response)
+
+
+class Reply:
+    """An answer of a model as WSGI takes it: a whole body, or one that is streamed."""
+
+    def __init__(
+        self, body: bytes | Iterable[bytes], headers: dict[str, str], status: int = 200
+    ) -> None:
+        self.body, self.headers, self.status = body, headers, status
+
+    def __call__(self, _environ: Json, start_response: Any) -> Iterable[bytes]:
+        headers = list(self.headers.items())
+        body = self.body
+        if isinstance(body, bytes):
+            headers.append(("Content-Length", str(len(body))))
+            body = [body]
+        start_response(f"{self.status} {PHRASES.get(self.status, 'Unknown')}", headers)
+        return body
 
 
 def create_app(config: Config, **parts: Any) -> flask.Flask:
     """A fresh WSGI app around a fresh Router; `parts` (transport, now) go to the Router."""
-    app = flask.Flask("hermes-router", static_folder=None)
-    router = Router(config, **parts)
-    app.extensions["router"] = router
-    door = Door(config)
-    app.before_request(lambda: door.check(current_request()))
-    app.register_error_handler(RouterError, lambda error: error_response(router, error))
-    app.register_error_handler(HTTPException, lambda error: http_error(router, error))
-    app.register_error_handler(Exception, lambda error: crash(router, error))
-    add_routes(app, router)
-    return app
+    return App(config, Router(config, **parts))
 
 
 def add_routes(app: flask.Flask, router: Router) -> None:
     """Every path, the method it answers to, and its function."""
     routes: tuple[tuple[str, str, Callable[..., Any]], ...] = (
-        ("POST", "/v1/chat/completions", lambda: serve_chat(router)),
-        ("POST", "/v1/messages", lambda: serve_messages(router)),
         ("POST", "/v1/messages/count_tokens", lambda: serve_count(router)),
-        ("POST", "/v1/responses", lambda: serve_responses(router)),
-        ("POST", "/v1/responses/compact", lambda: serve_compact(router)),
         ("GET", "/v1/responses/<own>", lambda own: serve_stored(router, own)),
         ("GET", "/v1/responses/<own>/input_items", lambda own: serve_input(router, own)),
         ("DELETE", "/v1/responses/<own>", lambda own: delete_stored(router, own)),
-        ("POST", "/v1/completions", lambda: serve_completions(router)),
-        ("POST", "/v1/embeddings", lambda: serve_embeddings(router)),
         ("GET", "/v1/models", lambda: serve_models(router)),
         ("GET", "/v1/models/<path:model>", lambda model: serve_model(router, model)),
         ("GET", "/v1/status", lambda: snapshot(router)),
@@ -18711,7 +18785,8 @@ def add_routes(app: flask.Flask, router: Router) -> None:
             lambda: {"status": "ok", "message": "hermes-router is running; see /v1/models"},
         ),
     )
-    for method, path, function in routes:
+    calls = (("POST", path, asked(serve, router)) for path, serve in MODEL_CALLS.items())
+    for method, path, function in (*routes, *calls):
         app.add_url_rule(
             path,
             f"{method} {path}",
@@ -18719,6 +18794,10 @@ def add_routes(app: flask.Flask, router: Router) -> None:
             methods=[method],
             provide_automatic_options=False,
         )
+
+
+def asked(serve: Callable[[Router, flask.Request], Any], router: Router) -> Callable[[], Any]:
+    return lambda: serve(router, current_request())
 
 
 def tagged(function: Callable[..., Any]) -> Callable[..., flask.Response]:
@@ -18829,8 +18908,7 @@ def serve_model(router: Router, model: str) -> Json:
     )
 
 
-def serve_chat(router: Router) -> flask.Response:
-    request = current_request()
+def serve_chat(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     validate_chat(body)
     surface = OLDER_CHAT if has_functions(body) else CHAT
@@ -18841,8 +18919,7 @@ def serve_chat(router: Router) -> flask.Response:
     return respond_chat(router, request, ask)
 
 
-def serve_messages(router: Router) -> flask.Response:
-    request = current_request()
+def serve_messages(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     ask = make_ask(router, request, MESSAGES, raw, body, messages_to_chat(body))
     ask.wants_usage = True
@@ -18867,16 +18944,14 @@ def serve_count(router: Router) -> Json:
     return {"input_tokens": count_messages_tokens(body, router.encoder)}
 
 
-def serve_completions(router: Router) -> flask.Response:
-    request = current_request()
+def serve_completions(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     ask = make_ask(router, request, COMPLETIONS, raw, body, completions_to_chat(body))
     ask.wants_usage = True
     return respond_chat(router, request, ask)
 
 
-def serve_responses(router: Router) -> flask.Response:
-    request = current_request()
+def serve_responses(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     validate_responses(body)
     caller, previous = request.environ["hermes.caller"].id, body.get("previous_response_id")
@@ -18905,16 +18980,15 @@ def serve_responses(router: Router) -> flask.Response:
         return failed_stream(ask, error)
 
 
-def failed_stream(ask: Ask, error: RouterError) -> flask.Response:
+def failed_stream(ask: Ask, error: RouterError) -> Reply:
     """A stream that holds an error only. Its length is not stated, as it may have begun."""
     error.message = told_with_wait(error.message, error.retry_after)
     told = ask.surface.writer(ask.opening, "").fail(error)
-    return flask.Response(iter([told]), 200, EVENT_STREAM)
+    return Reply(iter([told]), dict(EVENT_STREAM))
 
 
-def serve_compact(router: Router) -> flask.Response:
+def serve_compact(router: Router, request: flask.Request) -> Reply:
     """POST /v1/responses/compact: the context window to go on with."""
-    request = current_request()
     raw, body = read_body(router, request)
     validate_responses(body)
     caller, previous = request.environ["hermes.caller"].id, body.get("previous_response_id")
@@ -18970,13 +19044,22 @@ def delete_stored(router: Router, own: str) -> Json:
     return {"id": own, "object": "response", "deleted": True}
 
 
-def serve_embeddings(router: Router) -> flask.Response:
-    request = current_request()
+def serve_embeddings(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     validate_embeddings(body)
     ask = make_ask(router, request, EMBEDDINGS, raw, body, body)
     ask.stream = ask.trace.streaming = False
     return respond(router, request, ask, lambda: router.embed(ask))
+
+
+MODEL_CALLS: Final[Mapping[str, Callable[[Router, flask.Request], Reply]]] = {
+    "/v1/chat/completions": serve_chat,
+    "/v1/messages": serve_messages,
+    "/v1/responses": serve_responses,
+    "/v1/responses/compact": serve_compact,
+    "/v1/completions": serve_completions,
+    "/v1/embeddings": serve_embeddings,
+}
 
 
 def read_body(router: Router, request: flask.Request) -> tuple[bytes, Json]:
@@ -18986,7 +19069,8 @@ def read_body(router: Router, request: flask.Request) -> tuple[bytes, Json]:
         raise UnsupportedMedia(f"request bodies with content encoding {coding[:40]!r} are not read")
     if (request.content_length or 0) > router.config.max_request_bytes:
         raise TooLarge(f"the request is larger than {router.config.max_request_bytes} bytes")
-    raw = request.get_data(cache=False)
+    own = request.environ.get("wsgi.input_terminated")  # it ends where the body does
+    raw = request.environ["wsgi.input"].read() if own else request.get_data(cache=False)
     return raw, parse_body(raw)
 
 
@@ -19010,7 +19094,7 @@ def respond_chat(
     request: flask.Request,
     ask: Ask,
     keep: Callable[[Json], None] | None = None,
-) -> flask.Response:
+) -> Reply:
     """Answer whatever became a chat; `keep` gets the whole answer once it is known."""
     profile = request.environ.get("HTTP_X_HERMES_PROFILE", "").strip().lower()
     profile = profile if profile in ("fast", "local") else ""
@@ -19023,7 +19107,7 @@ def respond(
     ask: Ask,
     answer: Callable[[], Answer],
     keep: Callable[[Json], None] | None = None,
-) -> flask.Response:
+) -> Reply:
     """Run one request inside the gate, cut when the client goes away."""
     on_close = request.environ.get(ON_CLOSE, forget)
     router.gate.enter()
@@ -19035,7 +19119,7 @@ def respond(
             made = answer()
     except ClientGone:
         visit.leave(499)
-        return flask.Response("", 499)
+        return Reply(b"", {}, 499)
     except BaseException:
         visit.leave(0)
         raise
@@ -19053,14 +19137,14 @@ def respond(
         visit.leave(200, made)
         if keep and made.final:
             keep(made.final)
-        return flask.Response(made.body, 200, headers)
+        return Reply(made.body, headers)
     relay, send = made.body, request.environ.get(SEND)
     relay.keep = keep
     if send:
         beat = ask.surface.beat
         ask.guard.show_life(lambda: send(beat if relay.mending else relay.flow.beat()))
     body = Stream(made.body, lambda whole: visit.leave(200 if whole else 499, made))
-    return flask.Response(body, 200, {**headers, **STREAM_HEADERS}, direct_passthrough=True)
+    return Reply(body, {**headers, **STREAM_HEADERS})
 
 
 class Prelude:
@@ -19097,7 +19181,7 @@ class Prelude:
         if self._send:
             self._send(self._ask.surface.beat, self._headers)
 
-    def fail(self, error: RouterError) -> flask.Response:
+    def fail(self, error: RouterError) -> Reply:
         return failed_stream(self._ask, error)
 
 
@@ -19154,14 +19238,25 @@ class Stream:
 WORTH_WAITING_S: Final = 60.0  # longer ones are not honoured by the SDKs: they would hammer
 
 
-def error_response(router: Router, error: RouterError) -> flask.Response:
+def refusal(router: Router, request: flask.Request, error: Exception) -> Reply:
+    """What a client is told of any error; one that nobody foresaw is logged with its traceback."""
+    if isinstance(error, RouterError):
+        return error_response(router, request, error)
+    if isinstance(error, HTTPException):
+        return http_error(router, request, error)
+    log.error("%s failed", request_id(request), exc_info=error)
+    text = "an internal error; the log has the details"
+    return error_response(router, request, RouterError(text))
+
+
+def error_response(router: Router, request: flask.Request, error: RouterError) -> Reply:
     """Any RouterError in the envelope of the endpoint's dialect."""
-    request = current_request()
-    envelope = envelope_for(request.environ, error, request_id(request))
-    response = flask.Response(dump_json(envelope), error.status, mimetype="application/json")
-    prelude = request.environ.get(PRELUDE)
+    prelude: Prelude | None = request.environ.get(PRELUDE)
     if prelude and prelude.begun:
         response = prelude.fail(error)
+    else:
+        envelope = envelope_for(request.environ, error, request_id(request))
+        response = Reply(dump_json(envelope), {"Content-Type": "application/json"}, error.status)
     response.headers["X-Request-ID"] = request_id(request)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
@@ -19198,26 +19293,19 @@ def envelope_for(environ: Mapping[str, Any], error: RouterError, request_id: str
     return error_body(error)
 
 
-def http_error(router: Router, error: HTTPException) -> flask.Response:
+def http_error(router: Router, request: flask.Request, error: HTTPException) -> Reply:
     """Flask's own errors (no such path, wrong method) in the same envelope."""
     status = error.code or 500
-    request = flask.request
     text = {
         404: f"there is no {request.method} {scrub(request.path, 200)} here",
         405: f"{request.method} is not allowed on {scrub(request.path, 200)}",
     }.get(status, error.description or error.name)
     kind = HTTP_ERRORS.get(status, BadRequest if status < 500 else RouterError)
-    response = error_response(router, kind(text))
-    response.status_code = status
+    response = error_response(router, request, kind(text))
+    response.status = status
     if status == 405 and isinstance(allowed := getattr(error, "valid_methods", None), list):
         response.headers["Allow"] = ", ".join(allowed)
     return response
-
-
-def crash(router: Router, error: Exception) -> flask.Response:
-    """The request boundary: a fault of ours is logged with its traceback and told as a 500."""
-    log.error("%s failed", request_id(current_request()), exc_info=error)
-    return error_response(router, RouterError("an internal error; the log has the details"))
 
 
 # =============================================================================
@@ -19240,7 +19328,10 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
         self._keep, self._most = keep, most
         self._tasks: deque[Any] = deque()
         self._idle: list[threading.Lock] = []  # each released to wake its thread
+        self._due: list[threading.Lock] = []  # those to be released next
+        self.put_off = False  # until `wake` is called
         self._count = 0
+        self._own: set[int] = set()  # the ids of these threads
         self._closed = False
         self._guard = threading.Lock()
         self.drains = threading.BoundedSemaphore(max(1, min(8, most // 4)))
@@ -19251,8 +19342,12 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
     def add_task(self, task: Any) -> None:
         with self._guard:
             self._tasks.append(task)
+            if threading.get_ident() in self._own:  # a client's next request: it comes to that
+                return
             if self._idle:
-                self._idle.pop().release()
+                self._due.append(self._idle.pop())
+                if not self.put_off:
+                    self.wake()
                 return
             if self._count >= self._most:
                 return
@@ -19263,14 +19358,20 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
             with self._guard:
                 self._count -= 1
 
+    def wake(self) -> None:
+        """Wake the threads for the tasks that were added."""
+        while self._due:
+            self._due.pop().release()
+
     def _work(self) -> None:
         wake = threading.Lock()
         wake.acquire()
+        self._own.add(threading.get_ident())
         while True:
             with self._guard:
                 task = self._tasks.popleft() if self._tasks else None
                 if task is None and self._closed:
-                    self._count -= 1
+                    self._leave()
                     return
                 if task is None:
                     self._idle.append(wake)
@@ -19288,8 +19389,12 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
             self._idle.remove(wake)
             if self._count <= self._keep and not self._closed:
                 return False
-            self._count -= 1
+            self._leave()
             return True
+
+    def _leave(self) -> None:
+        self._count -= 1
+        self._own.discard(threading.get_ident())
 
     @staticmethod
     def _run(task: Any) -> None:
@@ -19303,9 +19408,9 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
             self._closed = True
             pending = list(self._tasks) if cancel_pending else []
             self._tasks.clear()
-            for wake in self._idle:
-                wake.release()
+            self._due += self._idle
             self._idle.clear()
+            self.wake()
         for task in pending:
             task.cancel()
         return bool(pending)
@@ -19324,6 +19429,9 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
     """
 
     wrote_header: bool = False
+    has_body: bool = True  # of an answer with this status
+    chunked_response: bool = False
+    close_on_finish: bool = False
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
@@ -19343,15 +19451,36 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
             with suppress(waitress.channel.ClientDisconnected):
                 self.write(data)
 
+    def execute(self) -> None:
+        """What the app answers, as it comes."""
+        answer = self.channel.server.application(self.get_environment(), self.start_response)
+        try:
+            for piece in answer:
+                if piece:
+                    self.write(piece)
+        finally:
+            if close := getattr(answer, "close", None):
+                close()
+        if self.content_length not in (None, self.content_bytes_written):
+            self.close_on_finish = self.close_on_finish or self.request.command != "HEAD"
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], _problem: object = None
+    ) -> Callable[[bytes], None]:
+        """As WSGI has it; that no header holds a line end is seen when they are written."""
+        self.complete, self.status, self.response_headers = True, status, headers
+        self.has_body = status[:1] != "1" and status[:3] not in ("204", "304")
+        for name, value in headers:
+            if name.lower() == "content-length":
+                self.content_length = int(value)
+        return self.write
+
     def build_response_header(self) -> bytes:
         """Status line and headers; decides about chunked coding and keep-alive (RFC 9112)."""
         asked = self.request.headers.get("CONNECTION", "").lower()
         keep = asked != "close" if self.version == "1.1" else asked == "keep-alive"
         lines = [f"HTTP/{self.version} {self.status}"]
-        lines += [f"{k}: {v}" for k, v in self.response_headers if k.lower() != "connection"]
-        headers = {k.lower() for k, _ in self.response_headers}
-        if self.content_length is not None and self.has_body and "content-length" not in headers:
-            lines.append(f"Content-Length: {self.content_length}")
+        lines += [f"{name}: {value}" for name, value in self.response_headers]
         if self.content_length is None and self.has_body:
             self.chunked_response = self.version == "1.1"
             keep = keep and self.chunked_response
@@ -19363,7 +19492,10 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
         elif self.version == "1.0":
             lines.append("Connection: keep-alive")
         lines += ["Server: hermes-router", f"Date: {http_date(int(self.start_time))}", "", ""]
-        return "\r\n".join(lines).encode("latin-1")
+        head = "\r\n".join(lines)
+        if not head.count("\n") == head.count("\r") == len(lines) - 1:
+            raise ValueError("a line end in a header")
+        return head.encode("latin-1")
 
     def write(self, data: bytes) -> None:
         """A piece of the body, with the head in front of the first."""
@@ -19459,6 +19591,7 @@ class Sockets(dict[int, Any]):
         self._wanted: dict[int, int] = {}
         self._changed: deque[int | None] = deque()  # other threads append to it
         self._refreshed = 0.0
+        self.before_wait: Callable[[], None] = lambda: None
 
     def __setitem__(self, fd: int, part: Any) -> None:
         super().__setitem__(fd, part)
@@ -19469,14 +19602,19 @@ class Sockets(dict[int, Any]):
         if self._wanted.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
-    def touch(self, part: Any) -> None:
-        """What `part` waits for may have changed; from any thread, before the loop is woken."""
+    def touch(self, part: Any) -> bool:
+        """What `part` waits for may have changed, as any thread may say; whether it is not read.
+
+        Said before it is asked, and the loop looks the other way round: a change is not missed.
+        """
         self._changed.append(part._fileno)
+        return not self._wanted.get(part._fileno, 0) & select.EPOLLIN
 
     def loop(self, timeout: float, **_options: Any) -> None:
         """Waitress's asyncore.loop; ends when no socket is left."""
         while self:
             self._update()
+            self.before_wait()
             for fd, flags in self._epoll.poll(timeout):
                 if part := self.get(fd):
                     waitress.wasyncore.readwrite(part, flags)
@@ -19487,7 +19625,7 @@ class Sockets(dict[int, Any]):
         if now - self._refreshed > self.REFRESH_S:
             self._refreshed = now
             self._changed.extend(self)
-        for _ in range(len(self._changed)):
+        while self._changed:
             fd = self._changed.popleft()
             if fd is not None and (part := self.get(fd)):
                 self._want(fd, self._wishes(part))
@@ -19525,9 +19663,9 @@ class QuietServer:
         channel = self._channel
         unsent = channel.total_outbufs_len or channel.close_when_flushed or channel.will_close
         if unsent or channel.requests:
-            if isinstance(channel._map, Sockets):
-                channel._map.touch(channel)
-            self._server.pull_trigger()
+            unread = channel._map.touch(channel) if isinstance(channel._map, Sockets) else True
+            if unsent or unread:
+                self._server.pull_trigger()
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
@@ -19619,18 +19757,20 @@ def make_server(app: flask.Flask, config: Config) -> Any:
         backlog=1024,
         channel_timeout=120,
         cleanup_interval=15,
-        channel_request_lookahead=1,
+        channel_request_lookahead=2,  # the next one often comes before the last one's end
         recv_bytes=262_144,
         outbuf_high_watermark=1 << 20,  # a slow reader's stream waits instead of filling memory
         inbuf_overflow=64 << 20,
         ident="hermes-router",
-        clear_untrusted_proxy_headers=True,
+        clear_untrusted_proxy_headers=False,  # nobody here looks at them
     )
     for part in sockets.values():
         if isinstance(part, waitress.server.BaseWSGIServer):
             part.channel_class = Channel
     if isinstance(sockets, Sockets):
         server.asyncore = sockets  # whose `loop` it runs
+        # A worker woken earlier would wait for the interpreter, which the loop still holds.
+        sockets.before_wait, workers.put_off = workers.wake, True
     return server
 
 

@@ -219,7 +219,11 @@ def test_bytes_of_a_provider_of_the_same_dialect_stay_as_they_are(upstream, serv
         {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
         {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}},
         {"type": "content_block_stop", "index": 0},
-        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {}},
+        {
+            "type": "message_delta",
+            "delta": {"stop_reason": "end_turn"},
+            "usage": {"input_tokens": 3, "output_tokens": 1},
+        },
         {"type": "message_stop"},
     ]
     chunks = [f"event: {e['type']}\n".encode() + sse(e) for e in events]
