@@ -14588,7 +14588,7 @@ class Quotas:
             wait = grant.meter.window.wait(now, limit)
         elif check.wait == "day":
             used = check.used(grant.meter, grant.today)
-            if used + (check.asked(grant) or 0) > round(limit * check.unit):
+            if used + max(check.asked(grant) or 0, 1) > round(limit * check.unit):
                 wait = self._until_midnight(wall)
         return OverQuota(f"quota exceeded ({words})", retry_after=max(wait, 1.0))
 
