@@ -14132,13 +14132,14 @@ class Usage:
         """Everything, ever; day 0 = before yesterday."""
         with self._lock:
             rows = [*self._earlier.items(), *self._places.items()]
-            return [(place, replace(tally)) for place, tally in rows]
+        return [(place, replace(tally)) for place, tally in rows]  # numbers that only grow
 
     def days(self, since: int) -> list[tuple[Place, Tally]]:
         """By day, caller and provider from the day `since` on, the oldest first."""
         with self._lock:
-            recent = [(p, replace(t)) for p, t in self._places.items() if p.day >= since]
+            recent = [(p, t) for p, t in self._places.items() if p.day >= since]
             live = min((p.day for p in self._places), default=self.today)
+        recent = [(p, replace(t)) for p, t in recent]
         if not self.database.open:
             return recent
         found = self.database.read(
@@ -14192,9 +14193,11 @@ class Usage:
                 self._saved.update(self._sent)
             else:
                 self._changed |= self._sent.keys()
-            self._sent = {p: replace(self._places[p]) for p in self._changed if p in self._places}
+            self._sent = {p: self._places[p] for p in self._changed if p in self._places}
             self._changed = set()
-            pairs = [(p, tally, self._saved.get(p) or Tally()) for p, tally in self._sent.items()]
+        # Copied outside the lock: what changes meanwhile is told of again and sent next time.
+        self._sent = {p: replace(tally) for p, tally in self._sent.items()}
+        pairs = [(p, tally, self._saved.get(p) or Tally()) for p, tally in self._sent.items()]
         return [
             (
                 ADD_USAGE,
@@ -18782,7 +18785,7 @@ def day_usage(config: Config, rows: Spent) -> list[Json]:
 
 def requests_by_name(router: Router) -> dict[str, int]:
     """Requests that were admitted, by the caller's name; two of the same name are one."""
-    names = {caller.id: caller.name for caller in router.config.callers}
+    names = {"open": "open", **{caller.id: caller.name for caller in router.config.callers}}
     rows = [(p, t) for p, t in router.usage.places() if not p.provider]
     found = summed(rows, lambda place: names.get(place.caller, "(others)"))
     return {name: tally.requests for name, tally in sorted(found.items())}
