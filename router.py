@@ -14267,11 +14267,15 @@ class Prices:
         )
         if named:
             return named
-        if service.provider.tier in self.FREE and not {id, label} & self._overridden:
+        if self._is_free(service.provider) and not {id, label} & self._overridden:
             return NOTHING
         if facts.price_in is None or facts.price_out is None:
             return None
         return Price(facts.price_in, facts.price_out)
+
+    def _is_free(self, row: Provider) -> bool:
+        """Whether all its models are: one that marks free ids is paid for the others."""
+        return row.tier in self.FREE and not any(map(is_free_id, row.models))
 
 
 # =============================================================================
@@ -15922,6 +15926,7 @@ def why_not(target: Target, traits: Traits, tokens: int) -> str:
     local = target.service.provider.tier == "local"
     reasons = (
         (traits.scope and target.provider not in traits.scope, "not within this key's providers"),
+        (not keeps(target.service, traits.privacy), f"not {traits.privacy} (X-Privacy)"),
         (traits.profile == "local" and not local, "not local"),
         (traits.tools and not target.tools, "does not support tools"),
         (traits.vision and not target.vision, "does not read images"),

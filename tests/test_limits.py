@@ -633,6 +633,10 @@ def test_who_may_see_a_prompt(three):
     assert said(live, "no-train") <= {"groq", "local"}
     assert said(live, "local-only") == {"local"}
     assert said(live, "Local-Only", model="gemini/m1") == {"local"}
+    id = live.chat().headers["X-Request-ID"]
+    told = live.session.get(f"{live.url}/v1/why/{id}").json()
+    reasons = {row["candidate"]: row["why"] for row in told["left_out"]}
+    assert reasons == dict.fromkeys(("gemini/m1", "groq/m1"), "not local-only (X-Privacy)")
     assert said(live, "", model="gemini/m1") == {"gemini"}
 
 

@@ -219,6 +219,11 @@ def test_what_is_free_by_its_provider_costs_nothing(name):
     assert priced(name, "openai/gpt-oss-120b", own)[:2] == (1, 2)  # somebody pays for it
 
 
+def test_a_provider_that_marks_what_is_free_is_paid_for_the_rest():
+    assert priced("openrouter", "google/gemma-4-31b-it:free")[:2] == (0, 0)
+    assert priced("openrouter", "openai/gpt-oss-120b")[:2] == (0.15, 0.6)
+
+
 def test_the_file_of_prices_wins_and_the_longest_key_of_it():
     own = {"gpt": [1, 1], "gpt-4o": [2, 2], "openai/gpt-4o-mini": [3, 3], "4o-mini": [4, 4],
            "openai/gpt-4o-mini-2024-07-18": [5, 5]}  # fmt: skip
