@@ -14654,22 +14654,25 @@ class Addresses:
         return self._network(peer)
 
     def _is_trusted(self, text: str) -> bool:
-        try:
-            address = ipaddress.ip_address(text)
-        except ValueError:
-            return False
-        return any(address in network for network in self._trusted)
+        address = read_address(text)
+        return address is not None and any(address in network for network in self._trusted)
 
     @staticmethod
     def _network(text: str) -> str:
-        try:
-            address = ipaddress.ip_address(text)
-        except ValueError:
-            return text[:64]
-        if isinstance(address, ipaddress.IPv4Address):
-            return str(address)
-        mapped = address.ipv4_mapped
-        return str(mapped or ipaddress.ip_network((int(address) >> 64 << 64, 64)))
+        address = read_address(text)
+        if isinstance(address, ipaddress.IPv6Address):
+            return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
+        return str(address or text[:64])
+
+
+def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address, alone or with a port as some proxies write it; an IPv4 one within IPv6 is IPv4."""
+    bare = re.sub(r"^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$", r"\1\2", text)
+    try:
+        address = ipaddress.ip_address(bare)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 # =============================================================================
@@ -18753,10 +18756,18 @@ def model_usage(router: Router, spent: Spent) -> list[Json]:
             "provider": provider,
             "model": model,
             "key_tail": tails.get(key),
+            "price": price_of(router, provider, model),
             **used(router.config, tally, attempts=True),
         }
         for (provider, model, key), tally in sorted(rows.items(), key=lambda row: -row[1].tokens)
     ]
+
+
+def price_of(router: Router, provider: str, model: str) -> list[float | None] | None:
+    """[in, out, cached in] in USD per 1M tokens as of now; None = unknown."""
+    service = router.directory.services.get(provider)
+    price = service and router.prices.of(service, router.directory.facts(provider, model))
+    return list(price) if price else None
 
 
 def caller_usage(router: Router, caller: Caller, rows: Spent) -> Json:
@@ -19514,7 +19525,6 @@ def respond(
             error.headers = rate_headers(router, ask)
         raise
     headers = {
-        **rate_headers(router, ask),
         "X-Provider": made.provider,
         "X-Hermes-Model": made.model.encode("ascii", "replace").decode(),
         "X-Hermes-Attempts": str(made.attempts),
@@ -19528,13 +19538,14 @@ def respond(
         visit.leave(200, made)
         if keep and made.final:
             keep(made.final)
-        return flask.Response(made.body, 200, headers)
+        return flask.Response(made.body, 200, {**headers, **rate_headers(router, ask)})
     relay, send = made.body, request.environ.get(SEND)
     relay.keep = keep
     if send:
         ask.guard.show_life(lambda: send(relay.flow.beat()))
+    headers |= {**STREAM_HEADERS, **rate_headers(router, ask)}
     body = Stream(made.body, lambda whole: visit.leave(200 if whole else 499, made))
-    return flask.Response(body, 200, {**headers, **STREAM_HEADERS}, direct_passthrough=True)
+    return flask.Response(body, 200, headers, direct_passthrough=True)
 
 
 def rate_headers(router: Router, ask: Ask) -> Json:

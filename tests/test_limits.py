@@ -399,10 +399,11 @@ def test_codex_hears_it_inside_the_stream(limited):
 def test_a_stream_is_settled_with_what_it_used(upstream, serve):
     live = serve(**provider("groq", upstream(good())), PROXY_LIMIT_TOKENS_DAY=1000)
     quotas, bob = live.app.extensions["router"].quotas, live.app.extensions["router"].config.callers
-    assert live.chat(stream=True).text
+    assert live.chat().headers["x-ratelimit-remaining-tokens"] == "990"  # what was really used
+    assert int(live.chat(stream=True).headers["x-ratelimit-remaining-tokens"]) < 980  # reserved
     until(lambda: quotas.snapshot(bob[0])["in_flight"] == 0)
     found = quotas.snapshot(bob[0])
-    assert (found["tokens_today"], found["tokens_reserved"], found["streams"]) == (10, 0, 0)
+    assert (found["tokens_today"], found["tokens_reserved"], found["streams"]) == (20, 0, 0)
 
 
 def test_a_request_that_fails_costs_no_tokens_but_counts(upstream, serve):
@@ -577,6 +578,10 @@ def environ(peer: str, forwarded: str = "") -> dict[str, str]:
         ("10.0.0.2", "", "10.0.0.2"),
         ("2001:db8:1:2:aaaa::1", "", "2001:db8:1:2::/64"),
         ("::ffff:1.2.3.4", "", "1.2.3.4"),
+        ("::ffff:10.0.0.2", "1.1.1.1:5678", "1.1.1.1"),
+        ("10.0.0.2", "[2001:db8::9]:443", "2001:db8::/64"),
+        ("10.0.0.2", "unknown", "unknown"),
+        ("", "", ""),
     ],
 )
 def test_whose_address_counts(peer, forwarded, client):

@@ -312,6 +312,8 @@ def test_an_admin_sees_it_all(busy):
     assert providers["deepseek"]["cached_tokens"] == 4
     (paid,) = [row for row in told["models"] if row["provider"] == "deepseek"]
     assert (paid["model"], paid["key_tail"], paid["tokens"]) == ("m2", "y-0001", 10)
+    assert paid["price"] == [100_000, 200_000, 50_000]
+    assert [r["price"] for r in told["models"] if r["model"] == "m3"] == [None]
     bob, eve = told["keys"]
     assert (bob["name"], bob["req_today"], bob["tokens_today"]) == ("bob", 2, 20)
     assert bob["cost_today"] == bob["cost_total"] == usd
