@@ -14666,7 +14666,7 @@ class Addresses:
 
 
 def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """An address, alone or with a port as some proxies write it; an IPv4 one within IPv6 is IPv4."""
+    """An address, be it with a port as some proxies write it; IPv4 within IPv6 is IPv4."""
     bare = re.sub(r"^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$", r"\1\2", text)
     try:
         address = ipaddress.ip_address(bare)
