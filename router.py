@@ -32,23 +32,24 @@ Contents (each section uses only the ones above it):
               22. Breakers         which provider is resting
               23. State            what of it survives a restart
               24. Usage            what was asked, answered, failed and spent
-              25. Traces           what became of the latest requests, for logs, metrics and why
-              26. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   27. Difficulty       how hard is this request?
-              28. Plan             which candidates, in what order, and why
-              29. Verdicts         what an outcome means, and what rests for how long
-  ACTION      30. Transport        connections to providers, cut when nobody waits any more
-              31. Upstream         one attempt: send, wait for something useful, judge
-              32. Checks           keys that a provider called dead, asked again in the background
-              33. Router           plan, try, learn, answer
-  SURFACE     34. Status           what /v1/status, /v1/models and /metrics say
-              35. Endpoints        Flask: routes, auth, errors
-              36. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              37. Crash test       how these settings fare when providers misbehave
-              38. Documents        .env.example and the printed pages of docs/
-              39. Command line     serve, check, key, status, docs ...
+              25. Limits           what each caller may still use
+              26. Traces           what became of the latest requests, for logs, metrics and why
+              27. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   28. Difficulty       how hard is this request?
+              29. Plan             which candidates, in what order, and why
+              30. Verdicts         what an outcome means, and what rests for how long
+  ACTION      31. Transport        connections to providers, cut when nobody waits any more
+              32. Upstream         one attempt: send, wait for something useful, judge
+              33. Checks           keys that a provider called dead, asked again in the background
+              34. Router           plan, try, learn, answer
+  SURFACE     35. Status           what /v1/status, /v1/models and /metrics say
+              36. Endpoints        Flask: routes, auth, errors
+              37. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              38. Crash test       how these settings fare when providers misbehave
+              39. Documents        .env.example and the printed pages of docs/
+              40. Command line     the table of commands, and what comes from it
 
-Rooms that later releases open: Limits, Cache and Registry after Usage, Catalog after Router,
+Rooms that later releases open: Cache and Registry after Limits, Catalog after Router,
 Dashboard after Status.
 """
 
@@ -86,6 +87,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import ipaddress
 import itertools
 import json
 import logging
@@ -150,7 +152,9 @@ class RouterError(Exception):
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "router_error"
+    detail: ClassVar[str] = ""  # for clients of FastAPI-style servers; "" = the message
     code: str | None = None
+    headers: Mapping[str, str] = MappingProxyType({})  # more of the answer
 
     def __init__(
         self,
@@ -175,6 +179,7 @@ class BadRequest(RouterError):
 
 class Unauthorized(RouterError):
     status, kind, code = 401, "authentication_error", "invalid_api_key"
+    detail = "Unauthorized"
 
 
 class Forbidden(RouterError):
@@ -199,6 +204,12 @@ class UnsupportedMedia(RouterError):
 
 class OverLimit(RouterError):
     status, kind, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class OverQuota(OverLimit):
+    """A limit of this router itself, before any provider was asked."""
+
+    detail = "Rate limit exceeded"
 
 
 class Exhausted(RouterError):
@@ -242,7 +253,7 @@ def error_body(error: RouterError) -> Json:
             "code": error.code,
             **({"attempts": list(error.tried)} if error.tried else {}),
         },
-        "detail": "Unauthorized" if error.status == 401 else error.message,
+        "detail": error.detail or error.message,
     }
 
 
@@ -928,7 +939,8 @@ def split_http_url(url: str) -> SplitResult:
 # 3. Models
 # =============================================================================
 
-# One line per offer, in the order of PROVIDERS, as of 2026-11-20:
+MODELS_AS_OF: Final = "2026-11-20"
+# One line per offer, in the order of PROVIDERS, as of that day:
 # provider/id, rating 1 (strongest) to 5, window and longest answer in tokens, USD per 1M tokens
 # in and out, flags. - is unknown. t tools, v vision, r reasoning, j JSON schema (a ? behind
 # the letter: unknown; no letter: no; ? alone: nothing known), e embedding, x retired.
@@ -1265,6 +1277,23 @@ class Model:
     retired: bool = False
 
 
+class Price(NamedTuple):
+    """USD per 1M tokens; `cached` for input that a provider had already, None = as `input`."""
+
+    input: float
+    output: float
+    cached: float | None = None
+
+    def of(self, prompt: int, completion: int, cached: int = 0) -> float:
+        """The cost of one answer in USD; `cached` is a part of `prompt`."""
+        known = self.input if self.cached is None else self.cached
+        fresh = prompt - cached
+        return (fresh * self.input + cached * known + completion * self.output) / 1e6
+
+
+NOTHING: Final = Price(0.0, 0.0)
+
+
 class ModelFacts:
     """Looks up models: overrides first, then MODELS, then what the name gives away."""
 
@@ -1494,6 +1523,21 @@ class Service:
 
 
 @dataclass(frozen=True)
+class Quota:
+    """What one caller may use; 0 = no limit. A day is a UTC day, money is USD."""
+
+    rpm: int = 0
+    req_per_day: int = 0
+    tokens_per_day: int = 0
+    cost_per_day: float = 0.0
+    streams: int = 0  # at once
+
+    @functools.cached_property
+    def limited(self) -> bool:
+        return any(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True)
 class Caller:
     """Who asks: the owner of one of this router's keys, and what that key may do.
 
@@ -1506,11 +1550,15 @@ class Caller:
     key: str = field(default="", repr=False)
     scope: frozenset[str] = frozenset()  # names of providers; empty = every one
     admin: bool = False
+    quota: Quota = Quota()
+    privacy: str = ""  # one of PRIVACY; "" = none asked for
 
     def may_use(self, provider: str) -> bool:
         return not self.scope or provider in self.scope
 
 
+# How far prompts may travel: the later, the stricter.
+PRIVACY: Final = ("no-train", "local-only")
 ITSELF: Final = Caller("router", "router")  # the router asks for reasons of its own
 
 
@@ -1544,6 +1592,55 @@ class Config:
     )
     metrics_require_auth: bool = setting(
         False, "METRICS_REQUIRE_AUTH", "Access", "1 = /metrics needs a key"
+    )
+    limit_rpm: int = setting(
+        0, "PROXY_LIMIT_RPM", "Limits", "requests per minute of a caller's key; 0 = no limit"
+    )
+    limit_req_day: int = setting(
+        0, "PROXY_LIMIT_REQ_DAY", "Limits", "requests per UTC day of a caller's key; 0 = no limit"
+    )
+    limit_tokens_day: int = setting(
+        0, "PROXY_LIMIT_TOKENS_DAY", "Limits", "tokens per UTC day of a caller's key; 0 = no limit"
+    )
+    limit_cost_day: float = setting(
+        0.0, "PROXY_LIMIT_COST_DAY", "Limits", "USD per UTC day of a caller's key; 0 = no limit"
+    )
+    limit_streams: int = setting(
+        0, "PROXY_LIMIT_STREAMS", "Limits", "streams at once of a caller's key; 0 = no limit"
+    )
+    rate_limit_requests: int = setting(
+        0,
+        "RATE_LIMIT_REQUESTS",
+        "Limits",
+        "requests per RATE_LIMIT_WINDOW of one address, with or without a key; 0 = no limit",
+    )
+    rate_limit_window: float = setting(
+        60.0, "RATE_LIMIT_WINDOW", "Limits", "seconds of RATE_LIMIT_REQUESTS", low=1, high=86_400
+    )
+    trusted_proxies: tuple[str, ...] = setting(
+        (),
+        "TRUSTED_PROXIES",
+        "Limits",
+        "reverse proxies whose X-Forwarded-For is believed, comma list of addresses or networks",
+    )
+    usage_file: str = setting(
+        "usage.db",
+        "USAGE_DB_PATH",
+        "Files",
+        "SQLite file of requests, tokens and cost (HR_HOME); set to nothing = forgotten at the end",
+        blank=True,
+    )
+    prices_file: str = setting(
+        "",
+        "MODEL_PRICES_FILE",
+        "Files",
+        "JSON file of prices: part of a provider/model -> USD per 1M tokens [in, out, cached in]",
+    )
+    cost_currency: str = setting(
+        "USD", "COST_CURRENCY", "Limits", "a second currency that costs are also shown in"
+    )
+    cost_fx_rate: float = setting(
+        0.0, "COST_FX_RATE", "Limits", "what one USD is in COST_CURRENCY; 0 = USD only"
     )
     log_level: str = setting(
         "INFO",
@@ -1736,6 +1833,7 @@ class Config:
     accounts: tuple[Account, ...] = ()
     key_rows: Mapping[str, Json] = field(default_factory=dict, repr=False)  # of auth.json
     model_overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    prices: Mapping[str, Price] = field(default_factory=dict)  # of MODEL_PRICES_FILE
     home: Path = Path(".")
     env_file: Path = Path(".env")
     warnings: tuple[str, ...] = ()
@@ -1766,6 +1864,8 @@ class Config:
             if "=" not in row
         ]
         reader.check_overrides(overrides)
+        reader.check_key_rows(rows)
+        reader.check_networks(values["trusted_proxies"])
         if reader.problems:
             raise ConfigError(reader.problems)
         return cls(
@@ -1774,6 +1874,7 @@ class Config:
             accounts=accounts,
             key_rows=MappingProxyType(rows),
             model_overrides=MappingProxyType(overrides),
+            prices=MappingProxyType(reader.prices(home, values["prices_file"])),
             home=home,
             env_file=env_file,
             warnings=tuple(reader.warnings),
@@ -1791,8 +1892,21 @@ class Config:
                 key=key,
                 scope=read_scope(row.get("allowed_providers")),
                 admin=key in admins if admins else n == 1,
+                quota=read_quota(row, self.quota),
+                privacy=row.get("privacy") or "",
             )
             for n, (key, row) in enumerate(rows, 1)
+        )
+
+    @property
+    def quota(self) -> Quota:
+        """What a caller may use whose row in auth.json says nothing else."""
+        return Quota(
+            self.limit_rpm,
+            self.limit_req_day,
+            self.limit_tokens_day,
+            self.limit_cost_day,
+            self.limit_streams,
         )
 
 
@@ -1938,6 +2052,40 @@ class SettingsReader:
         except (ValueError, TypeError, AttributeError) as error:
             self.problems.append(f"MODELS_FILE: {error}")
 
+    def check_key_rows(self, rows: Mapping[str, Json]) -> None:
+        """Limits that cannot be read must not mean "no limit"; the key itself is not shown."""
+        for n, row in enumerate(rows.values(), 1):
+            where = f"auth.json: proxy_keys: {row.get('name') or f'row {n}'}:"
+            self.problems += [
+                f"{where} {f.name} cannot be {row[f.name]!r}: expected a number from 0"
+                for f in fields(Quota)
+                if row.get(f.name) is not None and not is_allowance(row[f.name], f.default)
+            ]
+            if (privacy := row.get("privacy")) and privacy not in PRIVACY:
+                expected = " or ".join(PRIVACY)
+                self.problems.append(f"{where} privacy cannot be {privacy!r}: expected {expected}")
+
+    def check_networks(self, networks: Iterable[str]) -> None:
+        for text in networks:
+            try:
+                ipaddress.ip_network(text, strict=False)
+            except ValueError:
+                self.problems.append(f"TRUSTED_PROXIES: {text!r} is no address and no network")
+
+    def prices(self, home: Path, name: str) -> dict[str, Price]:
+        """The rows of MODEL_PRICES_FILE in lower case; what cannot be used is a warning."""
+        found = {}
+        for key, row in self.document(home / Path(name).expanduser()).items() if name else ():
+            price = read_price(row)
+            if price is None or not key.strip():
+                self.warnings.append(
+                    f"MODEL_PRICES_FILE: {key!r} is ignored: expected [in, out] in USD per 1M"
+                    " tokens"
+                )
+            else:
+                found[key.strip().lower()] = price
+        return found
+
 
 def split_list(text: str | None) -> list[str]:
     """Items of a comma list, trimmed, blanks dropped."""
@@ -1953,6 +2101,26 @@ def read_key_rows(auth: Json) -> dict[str, Json]:
         for key, row in rows
         if key.strip()
     }
+
+
+def is_allowance(value: object, like: object) -> bool:
+    """A number from 0, whole where `like` is."""
+    kinds = (int,) if isinstance(like, int) else (int, float)
+    return type(value) in kinds and 0 <= cast(float, value) < math.inf
+
+
+def read_quota(row: Json, usual: Quota) -> Quota:
+    """The limits of one row; what it does not say is as usual."""
+    said = {f.name: row.get(f.name) for f in fields(Quota)}
+    told = {n: v for n, v in said.items() if v is not None}
+    return replace(usual, **told) if told else usual
+
+
+def read_price(row: object) -> Price | None:
+    """[in, out] or [in, out, cached in], USD per 1M tokens."""
+    if not isinstance(row, list) or len(row) not in (2, 3) or None in row:
+        return None
+    return Price(*map(float, row)) if all(map(is_price, row)) else None
 
 
 def read_name(name: object) -> str:
@@ -2974,6 +3142,7 @@ class Tokens(NamedTuple):
 
     prompt: int = 0
     completion: int = 0
+    cached: int = 0  # of the prompt, where the provider says so
     estimated: bool = False  # the provider stated none
 
 
@@ -4512,7 +4681,8 @@ def tokens_of(value: Any) -> Tokens | None:
     usage = canonical_usage(value)
     if usage is None:
         return None
-    return Tokens(usage["prompt_tokens"], usage["completion_tokens"], "hermes" in usage)
+    cached = min(usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"])
+    return Tokens(usage["prompt_tokens"], usage["completion_tokens"], cached, "hermes" in usage)
 
 
 def find_usage(value: Any) -> Json | None:
@@ -8869,7 +9039,8 @@ def messages_tokens(event: Any) -> Tokens | None:
     if not isinstance(usage, dict):
         return None
     count = usage_from_messages(usage)
-    return Tokens(count["prompt_tokens"], count["completion_tokens"])
+    cached = count["prompt_tokens_details"]["cached_tokens"]
+    return Tokens(count["prompt_tokens"], count["completion_tokens"], cached)
 
 
 # -- the answer ------------------------------------------------------------------
@@ -12627,6 +12798,8 @@ class Ask:
     wants_usage: bool = False
     caller: Caller = ITSELF
     trace: Trace = field(default_factory=lambda: Trace("", "", ITSELF, 0.0))
+    privacy: str = ""  # one of PRIVACY, or none asked for
+    grant: Grant | None = None  # what its caller was allowed, to be settled at its end
     started: float = 0.0
     request_id: str = ""
     tokens: int = 0  # how large it is, about
@@ -12949,8 +13122,8 @@ class Flow:
         if sight.tokens:
             old = self.tokens or Tokens()
             pairs = zip(sight.tokens, old, strict=True)
-            prompt, completion, _ = (new or before for new, before in pairs)
-            self.tokens = Tokens(prompt, completion)
+            prompt, completion, cached, _ = (new or before for new, before in pairs)
+            self.tokens = Tokens(prompt, completion, cached)
         self.finished = self.finished or sight.finished
         self.done = self.done or sight.done
         self.final = sight.final or self.final
@@ -13324,14 +13497,22 @@ class Database:
     everything queued is committed together every EVERY_S seconds. Nothing that happens to the
     file disturbs anybody: a disk that fails is told once, what cannot be written is dropped and
     counted. A file that is no database is set aside. `path` None = off: reads find nothing.
+    `gather` is asked for more statements before each writing, and told whether the last one
+    worked: what it gives is either written whole or not at all.
     """
 
     EVERY_S: ClassVar[float] = 0.5
     MAX_QUEUED: ClassVar[int] = 10_000
     MAX_READERS: ClassVar[int] = 8
 
-    def __init__(self, path: Path | None, schema: str) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        schema: str,
+        gather: Callable[[bool], list[tuple[str, Sequence[object]]]] | None = None,
+    ) -> None:
         self._path, self._schema = path, schema
+        self._gather, self._landed = gather, True
         self._queue: deque[tuple[str, Sequence[object]]] = deque(maxlen=self.MAX_QUEUED)
         self._readers: deque[Any] = deque(maxlen=self.MAX_READERS)
         self._lock = threading.Lock()  # of the one connection that writes
@@ -13343,6 +13524,11 @@ class Database:
     @property
     def on(self) -> bool:
         return self._path is not None
+
+    @property
+    def open(self) -> bool:
+        """Whether it is written to."""
+        return self._thread is not None
 
     def start(self) -> None:
         """Open the file and begin to write what is queued."""
@@ -13378,17 +13564,24 @@ class Database:
         return cast("list[tuple[Any, ...]]", found)
 
     def flush(self) -> None:
-        """Write what is queued now."""
-        batch = [self._queue.popleft() for _ in range(len(self._queue))]
-        if not batch or self._writer is None:
-            return
-        try:
-            with self._lock, self._writer:
-                for statement, values in batch:
-                    self._writer.execute(statement, values)
-        except Exception as error:
-            self._tell(error)
-            return
+        """Write what is queued and gathered now."""
+        with self._lock:
+            batch = [self._queue.popleft() for _ in range(len(self._queue))]
+            if self._writer is None:
+                return
+            if self._gather:
+                batch += self._gather(self._landed)
+            if not batch:
+                return
+            self._landed = False
+            try:
+                with self._writer:
+                    for statement, values in batch:
+                        self._writer.execute(statement, values)
+            except Exception as error:
+                self._tell(error)
+                return
+            self._landed = True
         if self._failing:
             self._failing = False
             log.info("%s can be written again", self._name)
@@ -14334,58 +14527,178 @@ class StateFile:
 # =============================================================================
 
 
+DAY_S: Final = 86_400
+
+
+class Place(NamedTuple):
+    """Where something was spent. Without a provider: requests that callers were allowed."""
+
+    day: int  # days since 1970, UTC
+    caller: str  # Caller.id
+    provider: str = ""
+    model: str = ""
+    key: str = ""  # key_id of the provider's key
+
+
+@functools.lru_cache(maxsize=4096)
+def key_id(key: str) -> str:
+    """A name for a provider's key that tells nothing of it; "" for none."""
+    text = b"hermes-router key\0" + key.encode()
+    return hashlib.sha256(text).hexdigest()[:16] if key else ""
+
+
+def day_text(day: int) -> str:
+    return datetime.fromtimestamp(day * DAY_S, timezone.utc).date().isoformat()
+
+
+def day_number(text: str) -> int:
+    return int(datetime.fromisoformat(text).replace(tzinfo=timezone.utc).timestamp()) // DAY_S
+
+
 @dataclass
 class Tally:
-    """Counts of one provider since the start."""
+    """What happened at one place."""
 
-    requests: int = 0
+    requests: int = 0  # attempts, where there is a provider
     errors: int = 0
-    latency_s: float = 0.0
-    answered: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt tokens
+    estimated_tokens: int = 0  # of all tokens: nobody stated them
     cost_usd: float = 0.0
     unpriced: int = 0  # answers whose price is unknown: unknown is not free
+    latency_s: float = 0.0
+    answered: int = 0
     estimated: int = 0  # answers whose tokens are an estimate
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def add(self, other: Tally) -> Tally:
+        """More of the same; itself."""
+        for name in TALLY_FIELDS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
+
+TALLY_FIELDS: Final = tuple(f.name for f in fields(Tally))
+KEPT_FIELDS: Final = TALLY_FIELDS[:8]  # over a restart
+COUNTS: Final = ", ".join(KEPT_FIELDS)
+SUMS: Final = ", ".join(f"sum({name})" for name in KEPT_FIELDS)
+USAGE_SCHEMA: Final = f"""
+CREATE TABLE IF NOT EXISTS usage (
+    day TEXT NOT NULL, caller TEXT NOT NULL, provider TEXT NOT NULL, model TEXT NOT NULL,
+    key TEXT NOT NULL, {", ".join(f"{name} NUMERIC NOT NULL" for name in KEPT_FIELDS)},
+    PRIMARY KEY (day, caller, provider, model, key)
+) WITHOUT ROWID"""
+ON_CONFLICT: Final = "ON CONFLICT DO UPDATE SET " + ", ".join(
+    f"{name} = {name} + excluded.{name}" for name in KEPT_FIELDS
+)
+ADD_USAGE: Final = (
+    f"INSERT INTO usage VALUES ({', '.join('?' * (5 + len(KEPT_FIELDS)))}) {ON_CONFLICT}"
+)
+# Days long past become months; "2025-10" sorts before all days of it.
+FOLD_USAGE: Final = (
+    f"INSERT INTO usage SELECT substr(day, 1, 7), caller, provider, model, key, {SUMS} FROM usage"
+    f" WHERE day < ? AND length(day) > 7 GROUP BY 1, 2, 3, 4, 5 {ON_CONFLICT}"
+)
+DROP_FOLDED: Final = "DELETE FROM usage WHERE day < ? AND length(day) > 7"
 
 
 class Usage:
-    """What was asked, answered, failed and spent, per provider. One lock."""
+    """What was asked, answered, failed and spent, per caller, provider, model, key and day.
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._tallies: dict[str, Tally] = {}
+    One lock. Today and yesterday are kept in memory by place, what was before without its day;
+    every half second the changes go into a SQLite file, and from there they come back after a
+    restart. `path` None = memory only. `now` is monotonic, `wall` gives unix seconds.
+    """
+
+    MAX_PLACES: ClassVar[int] = 5000  # then models and keys are not told apart any more
+    OTHERS: ClassVar[str] = "(others)"
+    KEEP_DAYS: ClassVar[int] = 400
+
+    def __init__(
+        self,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        path: Path | None = None,
+    ) -> None:
+        self._tallies: dict[str, Tally] = {}  # by provider, since the start
         self._statuses: dict[int, int] = {}
-        self._now, self._lock = now, threading.Lock()
+        self._rejected: dict[str, int] = {}
+        self._now, self._wall, self._lock = now, wall, threading.Lock()
+        self._places: dict[Place, Tally] = {}
+        self._earlier: dict[Place, Tally] = {}  # day 0 stands for all before `_places`
+        self._saved: dict[Place, Tally] = {}  # as the file has it
+        self._sent: dict[Place, Tally] = {}  # as it will, once what was gathered is written
+        self._changed: set[Place] = set()
+        self._newest = 0  # day
+        self.database = Database(path, USAGE_SCHEMA, self._changes)
         self.started = now()
 
-    def attempt(self, provider: str, ok: bool, seconds: float) -> None:
+    def start(self) -> None:
+        """Take up what the file holds, and write to it from now on."""
+        self.database.start()
+        self._restore()
+
+    def close(self) -> None:
+        self.database.close()
+
+    # -- counting --------------------------------------------------------------------------
+
+    def attempt(self, place: Place, ok: bool, seconds: float) -> None:
         with self._lock:
-            tally = self._tallies.setdefault(provider, Tally())
+            tally, row = self._tallies.get(place.provider), self._row(place)
+            if tally is None:
+                tally = self._tallies[place.provider] = Tally()
             tally.requests += 1
+            row.requests += 1
             if ok:
                 tally.answered += 1
                 tally.latency_s += seconds
             else:
                 tally.errors += 1
+                row.errors += 1
 
-    def spent(self, provider: str, tokens: Tokens, cost: float | None) -> None:
+    def spent(self, place: Place, tokens: Tokens, cost: float | None) -> None:
         """Tokens of one answer and its price in USD (None = unknown)."""
+        prompt, completion, cached, estimated = tokens
         with self._lock:
-            tally = self._tallies.setdefault(provider, Tally())
-            tally.prompt_tokens += tokens.prompt
-            tally.completion_tokens += tokens.completion
-            tally.estimated += tokens.estimated
-            if cost is None:
-                tally.unpriced += 1
-            else:
-                tally.cost_usd += cost
+            tally = self._tallies.get(place.provider)
+            if tally is None:
+                tally = self._tallies[place.provider] = Tally()
+            for row in (tally, self._row(place)):
+                row.prompt_tokens += prompt
+                row.completion_tokens += completion
+                row.cached_tokens += cached
+                if estimated:
+                    row.estimated += 1
+                    row.estimated_tokens += prompt + completion
+                if cost is None:
+                    row.unpriced += 1
+                else:
+                    row.cost_usd += cost
+
+    def admitted(self, day: int, caller: str) -> None:
+        """One request of a caller who may make it."""
+        with self._lock:
+            self._row(Place(day, caller)).requests += 1
+
+    def rejected(self, why: str) -> None:
+        """One request that a limit of this router kept out."""
+        with self._lock:
+            self._rejected[why] = self._rejected.get(why, 0) + 1
 
     def answered(self, status: int) -> None:
         """One response to a client."""
         with self._lock:
             self._statuses[status] = self._statuses.get(status, 0) + 1
 
+    # -- telling ---------------------------------------------------------------------------
+
     def tally(self, provider: str) -> Tally:
+        """One provider since the start."""
         with self._lock:
             return replace(self._tallies.get(provider) or Tally())
 
@@ -14393,13 +14706,559 @@ class Usage:
         with self._lock:
             return dict(self._statuses)
 
+    def rejections(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._rejected)
+
+    def places(self) -> list[tuple[Place, Tally]]:
+        """Everything, ever; day 0 = before yesterday."""
+        with self._lock:
+            rows = [*self._earlier.items(), *self._places.items()]
+        return [(place, replace(tally)) for place, tally in rows]  # numbers that only grow
+
+    def days(self, since: int) -> list[tuple[Place, Tally]]:
+        """By day, caller and provider from the day `since` on, the oldest first."""
+        with self._lock:
+            recent = [(p, t) for p, t in self._places.items() if p.day >= since]
+            live = min((p.day for p in self._places), default=self.today)
+        recent = [(p, replace(t)) for p, t in recent]
+        if not self.database.open:
+            return recent
+        found = self.database.read(
+            f"SELECT day, caller, provider, {SUMS} FROM usage"
+            " WHERE day >= ? AND day < ? AND length(day) > 7 GROUP BY 1, 2, 3",
+            day_text(since),
+            day_text(live),
+        )
+        old = [(Place(day_number(d), c, p), Tally(*counts)) for d, c, p, *counts in found]
+        return old + recent
+
+    @property
+    def today(self) -> int:
+        return int(self._wall() // DAY_S)
+
     @property
     def uptime_s(self) -> float:
         return self._now() - self.started
 
+    # -- memory and file -------------------------------------------------------------------
+
+    def _row(self, place: Place) -> Tally:
+        row = self._places.get(place)
+        if row is None:
+            if place.day > self._newest:
+                self._newest = place.day
+                self._forget_days()
+            if len(self._places) >= self.MAX_PLACES and place.provider:
+                place = place._replace(model=self.OTHERS, key="")
+            row = self._places.setdefault(place, Tally())
+        self._changed.add(place)
+        return row
+
+    def _forget_days(self) -> None:
+        """What was before yesterday needs no day any more, once the file has it."""
+        waiting = self._changed | self._sent.keys() if self.database.on else set()
+        for place in [p for p in self._places if p.day < self._newest - 1 and p not in waiting]:
+            self._saved.pop(place, None)
+            self._changed.discard(place)
+            self._add_earlier(place._replace(day=0), self._places.pop(place))
+
+    def _add_earlier(self, place: Place, tally: Tally) -> None:
+        if place not in self._earlier and len(self._earlier) >= self.MAX_PLACES and place.provider:
+            place = place._replace(model=self.OTHERS, key="")
+        self._earlier.setdefault(place, Tally()).add(tally)
+
+    def _changes(self, landed: bool) -> list[tuple[str, Sequence[object]]]:
+        """What the file does not have yet, as sums to be added there."""
+        with self._lock:
+            if landed:
+                self._saved.update(self._sent)
+            else:
+                self._changed |= self._sent.keys()
+            self._sent = {p: self._places[p] for p in self._changed if p in self._places}
+            self._changed = set()
+        # Copied outside the lock: what changes meanwhile is told of again and sent next time.
+        self._sent = {p: replace(tally) for p, tally in self._sent.items()}
+        pairs = [(p, tally, self._saved.get(p) or Tally()) for p, tally in self._sent.items()]
+        return [
+            (
+                ADD_USAGE,
+                (day_text(p.day), *p[1:], *(getattr(t, n) - getattr(s, n) for n in KEPT_FIELDS)),
+            )
+            for p, t, s in pairs
+        ]
+
+    def _restore(self) -> None:
+        if not self.database.open:
+            return
+        yesterday = day_text(self.today - 1)
+        recent = self.database.read(
+            f"SELECT day, caller, provider, model, key, {COUNTS} FROM usage WHERE day >= ?",
+            yesterday,
+        )
+        earlier = self.database.read(
+            f"SELECT caller, provider, model, key, {SUMS} FROM usage WHERE day < ?"
+            " GROUP BY 1, 2, 3, 4",
+            yesterday,
+        )
+        with self._lock:
+            for day, caller, provider, model, key, *counts in recent:
+                place = Place(day_number(day), caller, provider, model, key)
+                self._places.setdefault(place, Tally()).add(Tally(*counts))
+                self._saved[place] = Tally(*counts)
+            for row in earlier:
+                self._add_earlier(Place(0, *row[:4]), Tally(*row[4:]))
+            self._newest = max((p.day for p in self._places), default=0)
+        past = day_text(self.today - self.KEEP_DAYS)
+        self.database.write(FOLD_USAGE, past)
+        self.database.write(DROP_FOLDED, past)
+
+
+class Prices:
+    """What an answer costs at a (provider, model); None = unknown, which is not free.
+
+    First MODEL_PRICES_FILE: a key that is the provider/model, else the longest that is part of
+    it. Then nothing where the provider is free, unless MODELS_FILE gives a price. Then MODELS.
+    """
+
+    FREE: ClassVar = frozenset({"free", "local", "subscription"})
+
+    def __init__(
+        self,
+        own: Mapping[str, Price] = MappingProxyType({}),
+        overrides: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
+    ) -> None:
+        self._own = {key: own[key] for key in sorted(own, key=len, reverse=True)}
+        priced = {"price_in", "price_out"}
+        self._overridden = {key.lower() for key, row in overrides.items() if priced & row.keys()}
+        # Reads and writes of one entry are atomic; two threads at worst find the same price.
+        self._memo: dict[tuple[str, str], Price | None] = {}
+
+    def of(self, service: Service, facts: Model) -> Price | None:
+        place = (service.name, facts.id)
+        if place not in self._memo:
+            if len(self._memo) >= MEMO_SIZE:
+                self._memo.clear()
+            self._memo[place] = self._find(service, facts)
+        return self._memo.get(place)
+
+    def _find(self, service: Service, facts: Model) -> Price | None:
+        id, label = facts.id.lower(), f"{service.name}/{facts.id}".lower()
+        named = self._own.get(label) or next(
+            (price for key, price in self._own.items() if key in label), None
+        )
+        if named:
+            return named
+        if self._is_free(service.provider) and not {id, label} & self._overridden:
+            return NOTHING
+        if facts.price_in is None or facts.price_out is None:
+            return None
+        return Price(facts.price_in, facts.price_out)
+
+    def _is_free(self, row: Provider) -> bool:
+        """Whether all its models are: one that marks free ids is paid for the others."""
+        return row.tier in self.FREE and not any(map(is_free_id, row.models))
+
 
 # =============================================================================
-# 25. Traces
+# 25. Limits
+# =============================================================================
+
+MINUTE_S: Final = 60.0
+NANO: Final = 1_000_000_000  # money is counted in nano-dollars: sums of whole numbers are exact
+
+
+class Window:
+    """How many events the last so many seconds saw, on a clock in steps of a 480th of that.
+
+    An event is never forgotten too early, and at most one step too late.
+    """
+
+    __slots__ = ("_marks", "_step", "count", "seconds")
+    STEPS: ClassVar[int] = 480
+
+    def __init__(self, seconds: float = MINUTE_S) -> None:
+        self.seconds, self._step, self.count = seconds, seconds / self.STEPS, 0
+        self._marks: deque[list[float]] = deque()  # [when it leaves, how many]
+
+    def slide(self, now: float) -> int:
+        """How many there are now."""
+        marks = self._marks
+        while marks and marks[0][0] <= now:
+            self.count -= int(marks.popleft()[1])
+        return self.count
+
+    def add(self, now: float) -> None:
+        until = math.ceil(now / self._step) * self._step + self.seconds
+        self.count += 1
+        if self._marks and self._marks[-1][0] >= until:
+            self._marks[-1][1] += 1
+        else:
+            self._marks.append([until, 1])
+
+    def wait(self, now: float, limit: int) -> float:
+        """Seconds until fewer than `limit` are left."""
+        left = self.count
+        for until, many in self._marks:
+            left -= int(many)
+            if left < limit:
+                return until - now
+        return 0.0
+
+
+@dataclass(slots=True)
+class Day:
+    """What a caller used on one UTC day, and what requests under way have reserved."""
+
+    requests: int = 0
+    tokens: int = 0
+    nano: int = 0  # USD
+    held_tokens: int = 0
+    held_nano: int = 0
+
+
+@dataclass(slots=True)
+class Meter:
+    """One caller's counters."""
+
+    window: Window = field(default_factory=Window)
+    days: dict[int, Day] = field(default_factory=dict)  # the latest two, so that a clock may jump
+    streams: int = 0
+    inside: int = 0  # requests under way
+    answer_tokens: float = 0.0  # of its usual answer
+
+    def day(self, number: int) -> Day:
+        day = self.days.get(number)
+        if day is None:
+            if len(self.days) > 1:
+                del self.days[next(iter(self.days))]
+            day = self.days[number] = Day()
+        return day
+
+
+@dataclass(slots=True)
+class Grant:
+    """One request that was admitted: what it has reserved, and what it has used so far."""
+
+    meter: Meter
+    today: Day
+    day: int  # which day that is; all it uses counts there, whenever it ends
+    tokens: int
+    nano: int
+    stream: bool
+    used_tokens: int = 0
+    used_nano: int = 0
+    said_tokens: int = 0  # of the used ones: answers
+    open: bool = True
+
+    def use(self, tokens: Tokens, cost: float | None) -> None:
+        """Part of the request, paid; an unknown price counts as nothing."""
+        self.used_tokens += tokens.prompt + tokens.completion
+        self.said_tokens += tokens.completion
+        self.used_nano += round((cost or 0.0) * NANO)
+
+
+class Check(NamedTuple):
+    """One limit: a field of Quota, the words for it, and what counts against it."""
+
+    name: str
+    words: str
+    used: Callable[[Meter, Day], int]
+    held: Callable[[Meter, Day], int]
+    asked: Callable[[Grant], int | None]  # None = the request is none of its business
+    wait: str  # for the "day" to end, the "minute", or a "stream"
+    unit: int = 1
+
+
+# In the order in which they are looked at.
+CHECKS: Final = (
+    Check(
+        "cost_per_day",
+        "${} cost/day",
+        lambda meter, day: day.nano,
+        lambda meter, day: day.held_nano,
+        lambda grant: grant.nano,
+        "day",
+        NANO,
+    ),
+    Check(
+        "tokens_per_day",
+        "{} tokens/day",
+        lambda meter, day: day.tokens,
+        lambda meter, day: day.held_tokens,
+        lambda grant: grant.tokens,
+        "day",
+    ),
+    Check(
+        "rpm",
+        "{} requests/min",
+        lambda meter, day: meter.window.count,
+        lambda meter, day: 0,
+        lambda grant: 1,
+        "minute",
+    ),
+    Check(
+        "req_per_day",
+        "{} requests/day",
+        lambda meter, day: day.requests,
+        lambda meter, day: 0,
+        lambda grant: 1,
+        "day",
+    ),
+    Check(
+        "streams",
+        "{} streams at once",
+        lambda meter, day: 0,
+        lambda meter, day: meter.streams,
+        lambda grant: 1 if grant.stream else None,
+        "stream",
+    ),
+)
+
+
+class Rate(NamedTuple):
+    """What is left of one limit; all of it is back after `reset_s` seconds."""
+
+    limit: int
+    remaining: int
+    reset_s: float
+
+
+class Quotas:
+    """What each caller may still use: reserved when a request is admitted, settled at its end.
+
+    One lock, held for dictionary work only. Counters go by Caller.id, limits by the Caller that
+    comes with each request: a limit that is changed holds from the next request on. `now` is
+    monotonic, `wall` gives unix seconds; there are as many meters as there are callers.
+    """
+
+    SMOOTHING: ClassVar[int] = 8  # answers that "usual" looks back at
+    RETRY_S: ClassVar[float] = 1.0  # where requests under way may give back what they reserved
+
+    def __init__(
+        self,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._now, self._wall, self._lock = now, wall, threading.Lock()
+        self._meters: dict[str, Meter] = {}
+
+    def restore(self, places: Iterable[tuple[Place, Tally]]) -> None:
+        """What the days of Usage say of each caller, after a restart."""
+        with self._lock:
+            for place, tally in sorted(places, key=lambda row: row[0].day):
+                if place.day:
+                    day = self._meter(place.caller).day(place.day)
+                    day.requests += 0 if place.provider else tally.requests
+                    day.tokens += tally.tokens
+                    day.nano += round(tally.cost_usd * NANO)
+
+    def admit(
+        self,
+        caller: Caller,
+        tokens: int = 0,
+        price: Price | None = None,
+        most: int = 0,
+        stream: bool = False,
+    ) -> Grant:
+        """Let one request in and reserve what it probably needs, or raise OverQuota.
+
+        `tokens` are those of the prompt, `most` is the longest answer (0 = any). A day's first
+        request always passes: what it needs is a guess, and a limit is no lock.
+        """
+        quota, now, wall = caller.quota, self._now(), self._wall()
+        number = int(wall // DAY_S)
+        with self._lock:
+            meter = self._meters.get(caller.id) or self._meter(caller.id)
+            day = meter.days.get(number) or meter.day(number)
+            grant = Grant(meter, day, number, 0, 0, stream)
+            meter.window.slide(now)
+            if quota.limited:
+                self._reserve(grant, tokens, price, most)
+                if found := self._exceeded(quota, grant):
+                    raise self._refusal(quota, grant, found, now, wall)
+                day.held_tokens += grant.tokens
+                day.held_nano += grant.nano
+            meter.window.add(now)
+            meter.inside += 1
+            meter.streams += stream
+            day.requests += 1
+        return grant
+
+    def settle(self, grant: Grant) -> None:
+        """The request has ended, however: what it used replaces what it had reserved."""
+        with self._lock:
+            if not grant.open:
+                return
+            grant.open = False
+            meter, day = grant.meter, grant.today
+            day.held_tokens -= grant.tokens
+            day.held_nano -= grant.nano
+            day.tokens += grant.used_tokens
+            day.nano += grant.used_nano
+            meter.inside -= 1
+            meter.streams -= grant.stream
+            if grant.said_tokens:
+                usual = meter.answer_tokens or grant.said_tokens
+                meter.answer_tokens = usual + (grant.said_tokens - usual) / self.SMOOTHING
+
+    def rates(self, caller: Caller) -> dict[str, Rate]:
+        """What is left of the "requests" and "tokens" that are limited."""
+        quota, now, left = caller.quota, self._now(), self._until_midnight()
+        with self._lock:
+            meter, day = self._look(caller.id)
+            made = meter.window.slide(now)
+            soon = meter.window.wait(now, 1)
+        found = []
+        if quota.rpm:
+            found.append(Rate(quota.rpm, max(quota.rpm - made, 0), soon))
+        if quota.req_per_day:
+            rest = max(quota.req_per_day - day.requests, 0)
+            found.append(Rate(quota.req_per_day, rest, left))
+        rates = {"requests": min(found, key=lambda rate: rate.remaining)} if found else {}
+        if quota.tokens_per_day:
+            rest = max(quota.tokens_per_day - day.tokens - day.held_tokens, 0)
+            rates["tokens"] = Rate(quota.tokens_per_day, rest, left)
+        return rates
+
+    def snapshot(self, caller: Caller) -> Json:
+        """What a caller has used today and in the last minute."""
+        with self._lock:
+            meter, day = self._look(caller.id)
+            return {
+                "rpm_window": meter.window.slide(self._now()),
+                "req_today": day.requests,
+                "tokens_today": day.tokens,
+                "cost_today": round(day.nano / NANO, 6),
+                "tokens_reserved": day.held_tokens,
+                "in_flight": meter.inside,
+                "streams": meter.streams,
+            }
+
+    def _meter(self, id: str) -> Meter:
+        return self._meters.setdefault(id, Meter())
+
+    def _look(self, id: str) -> tuple[Meter, Day]:
+        """A caller's counters, made up where there are none."""
+        meter = self._meters.get(id) or Meter()
+        return meter, meter.days.get(int(self._wall() // DAY_S)) or Day()
+
+    @staticmethod
+    def _reserve(grant: Grant, tokens: int, price: Price | None, most: int) -> None:
+        """A guess at tokens and money: the prompt and the caller's usual answer."""
+        meter, day = grant.meter, grant.today
+        answer = math.ceil(meter.answer_tokens)
+        answer = min(answer, most) if most else answer
+        grant.tokens = tokens + answer
+        if price:
+            grant.nano = round(price.of(tokens, answer) * NANO)
+        elif day.tokens:
+            grant.nano = round(grant.tokens * day.nano / day.tokens)
+
+    @staticmethod
+    def _exceeded(quota: Quota, grant: Grant) -> Check | None:
+        """The first limit that leaves no room for one more."""
+        meter, day = grant.meter, grant.today
+        for check in CHECKS:
+            if limit := round(getattr(quota, check.name) * check.unit):
+                taken, asked = check.used(meter, day) + check.held(meter, day), check.asked(grant)
+                full = taken >= limit or (taken and taken + (asked or 0) > limit)
+                if full and asked is not None:
+                    return check
+        return None
+
+    def _refusal(
+        self, quota: Quota, grant: Grant, check: Check, now: float, wall: float
+    ) -> OverQuota:
+        limit = getattr(quota, check.name)
+        words = check.words.format(f"{limit:.10g}")
+        wait = self.RETRY_S
+        if check.wait == "minute":
+            wait = grant.meter.window.wait(now, limit)
+        elif check.wait == "day":
+            used = check.used(grant.meter, grant.today)
+            if used + max(check.asked(grant) or 0, 1) > round(limit * check.unit):
+                wait = self._until_midnight(wall)
+        return OverQuota(f"quota exceeded ({words})", retry_after=max(wait, 1.0))
+
+    def _until_midnight(self, wall: float | None = None) -> float:
+        return DAY_S - (self._wall() if wall is None else wall) % DAY_S
+
+
+class Addresses:
+    """How often each address may ask, whoever it is; `most` 0 = as often as it likes.
+
+    The peer's address counts. Where the peer is one of the trusted proxies, it is the last
+    address in X-Forwarded-For that is none of them. Of IPv6 the network (/64) counts.
+    """
+
+    MAX_KNOWN: ClassVar[int] = 4096  # then the one that was quiet longest is forgotten
+
+    def __init__(
+        self,
+        most: int,
+        seconds: float = MINUTE_S,
+        trusted: Iterable[str] = (),
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.most, self._seconds, self._now = most, seconds, now
+        self._trusted = [ipaddress.ip_network(text, strict=False) for text in trusted]
+        self._windows: dict[str, Window] = {}
+        self._lock = threading.Lock()
+
+    def check(self, environ: Mapping[str, Any]) -> None:
+        """Count one request; OverQuota if it is one too many."""
+        if not self.most:
+            return
+        client, now = self.client(environ), self._now()
+        with self._lock:
+            window = self._windows.pop(client, None) or Window(self._seconds)
+            self._windows[client] = window  # as the latest
+            if len(self._windows) > self.MAX_KNOWN:
+                del self._windows[next(iter(self._windows))]
+            if window.slide(now) < self.most:
+                window.add(now)
+                return
+            wait = window.wait(now, self.most)
+        raise OverQuota(
+            f"quota exceeded ({self.most} requests per {self._seconds:g} s from one address)",
+            retry_after=wait,
+        )
+
+    def client(self, environ: Mapping[str, Any]) -> str:
+        """The address that counts, as a key for its window."""
+        peer = environ.get("REMOTE_ADDR", "")
+        if self._trusted and self._is_trusted(peer):
+            for given in reversed(environ.get("HTTP_X_FORWARDED_FOR", "").split(",")):
+                if not self._is_trusted(given.strip()):
+                    peer = given.strip() or peer
+                    break
+        return self._network(peer)
+
+    def _is_trusted(self, text: str) -> bool:
+        address = read_address(text)
+        return address is not None and any(address in network for network in self._trusted)
+
+    @staticmethod
+    def _network(text: str) -> str:
+        address = read_address(text)
+        if isinstance(address, ipaddress.IPv6Address):
+            return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
+        return str(address or text[:64])
+
+
+def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address, be it with a port as some proxies write it; IPv4 within IPv6 is IPv4."""
+    bare = re.sub(r"^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$", r"\1\2", text)
+    try:
+        address = ipaddress.ip_address(bare)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+# =============================================================================
+# 26. Traces
 # =============================================================================
 
 LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -14492,7 +15351,7 @@ def trace_line(trace: Trace) -> str:
 
 
 # =============================================================================
-# 26. Lessons
+# 27. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -15324,7 +16183,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 27. Difficulty
+# 28. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -15453,7 +16312,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 28. Plan
+# 29. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -15535,6 +16394,7 @@ class Traits(NamedTuple):
     profile: str = ""  # "", "fast" or "local"
     quick: bool = False  # small enough for fast routing
     scope: frozenset[str] = frozenset()  # providers the caller may use; empty = all
+    privacy: str = ""  # one of PRIVACY
 
 
 class Choice(NamedTuple):
@@ -15582,13 +16442,21 @@ def cost_bucket(service: Service, facts: Model) -> int:
     return next((n for n, top in enumerate((0.0, 1.0, 5.0, 20.0)) if price <= top), 4)
 
 
+def keeps(service: Service, privacy: str) -> bool:
+    """Whether a prompt of that privacy may go there; where training is unknown it may not."""
+    row = service.provider
+    silent = privacy == PRIVACY[0] and row.trains_on_prompts == "no"
+    return not privacy or silent or row.tier == "local"
+
+
 def arrange(targets: Sequence[Target], traits: Traits, prefer: str = "fit") -> tuple[Group, ...]:
     """Targets in order of fit: groups of equal rank, split into equals by price and speed.
 
     Filters for tools and vision have a safety net: where nothing qualifies, they are off.
-    The caller's scope has none.
+    The caller's scope and privacy have none.
     """
     pool = [t for t in targets if not traits.scope or t.provider in traits.scope]
+    pool = [t for t in pool if keeps(t.service, traits.privacy)]
     if traits.profile == "local":
         pool = [t for t in pool if t.service.provider.tier == "local"]
     if traits.tools:
@@ -15644,6 +16512,7 @@ def why_not(target: Target, traits: Traits, tokens: int) -> str:
     local = target.service.provider.tier == "local"
     reasons = (
         (traits.scope and target.provider not in traits.scope, "not within this key's providers"),
+        (not keeps(target.service, traits.privacy), f"not {traits.privacy} (X-Privacy)"),
         (traits.profile == "local" and not local, "not local"),
         (traits.tools and not target.tools, "does not support tools"),
         (traits.vision and not target.vision, "does not read images"),
@@ -15805,7 +16674,7 @@ class Directory:
 
 
 # =============================================================================
-# 29. Verdicts
+# 30. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -16197,7 +17066,7 @@ def next_sunday(date: datetime) -> float:
 
 
 # =============================================================================
-# 30. Transport
+# 31. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -16797,7 +17666,7 @@ class Transport:
 
 
 # =============================================================================
-# 31. Upstream
+# 32. Upstream
 # =============================================================================
 
 ANSWERED: Final = frozenset({200, 201, 202, 203})  # web frameworks answer a POST with 201
@@ -17371,7 +18240,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 32. Checks
+# 33. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -17570,7 +18439,7 @@ class KeyChecks:
 
 
 # =============================================================================
-# 33. Router
+# 34. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -17728,6 +18597,7 @@ class Router:
         transport: Transport | None = None,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self.config, self.now, self.sleep = config, now, sleep
         self.directory = Directory(config)
@@ -17739,7 +18609,13 @@ class Router:
             config.breaker_cooldown,
             now,
         )
-        self.usage = Usage(now)
+        name = config.usage_file
+        self.usage = Usage(now, wall, config.home / Path(name).expanduser() if name else None)
+        self.quotas = Quotas(now, wall)
+        self.addresses = Addresses(
+            config.rate_limit_requests, config.rate_limit_window, config.trusted_proxies, now
+        )
+        self.prices = Prices(config.prices, config.model_overrides)
         self.traces = Traces(config.request_log_size)
         self.lessons = Lessons(now)
         self.gate = Gate(config.max_streams)
@@ -17764,6 +18640,8 @@ class Router:
     def start(self) -> None:
         """What goes on beside requests: health is kept in a file, dead keys are asked again."""
         self.state.start()
+        self.usage.start()
+        self.quotas.restore(self.usage.places())
         if self.config.key_recheck:
             self.checks.start()
 
@@ -17772,6 +18650,7 @@ class Router:
         self.probe.close()
         self.checks.close()
         self.state.close()
+        self.usage.close()
         self.transport.close()
 
     # -- one request -----------------------------------------------------------------------
@@ -17780,6 +18659,8 @@ class Router:
         """Answer a chat request, or raise the RouterError that says why not."""
         choice = self.directory.choose(ask.chat.get("model") or "", ask.fallback)
         tokens = ask.tokens = self.size(ask)
+        lead = [t for t in choice.lead if self.may_use(ask, t.service)]
+        self.admit(ask, lead)
         if choice.echo or self.echoes:
             return echo_answer(ask)
         profile = choice.profile or profile
@@ -17791,9 +18672,9 @@ class Router:
             profile,
             0 < tokens < threshold,
             ask.caller.scope,
+            ask.privacy,
         )
         groups, turn = self.directory.arranged(traits)
-        lead = [t for t in choice.lead if ask.caller.may_use(t.provider)]
         if choice.lead and not choice.spill:
             groups = ()
         limits = Limits(tokens, self.breakers.bucket, self.breakers.is_open, self.window)
@@ -17805,7 +18686,11 @@ class Router:
 
     def embed(self, ask: Ask) -> Answer:
         """Answer an embeddings request inside one family of models, never mixing vectors."""
-        family = self.embedders(str(ask.body.get("model") or ""), ask.caller)
+        family = self.embedders(str(ask.body.get("model") or ""), ask)
+        ask.tokens = token_bounds(text_bytes(ask.raw), ask.chat).likely
+        self.admit(ask, family)
+        if not family and ask.privacy:
+            raise self.no_privacy(ask.privacy)
         if not family:
             raise Exhausted(
                 "no embedding-capable providers configured"
@@ -17814,16 +18699,44 @@ class Router:
         limits = Limits(0, self.breakers.bucket, self.breakers.is_open)
         return self.answer(ask, plan(family, (), limits, 0, "embedding family"), 0)
 
-    def embedders(self, model: str, caller: Caller) -> list[Target]:
+    def admit(self, ask: Ask, targets: Sequence[Target]) -> None:
+        """Let the request in, or raise OverQuota; from here on `finish` has to be called.
+
+        The price of the first target is taken for that of the request, where there is one.
+        """
+        price, most = None, 0
+        if ask.caller.quota.limited:
+            price = self.prices.of(targets[0].service, targets[0].facts) if targets else None
+            wishes = (ask.chat.get(name) for name in ("max_completion_tokens", "max_tokens"))
+            most = next(filter(None, map(natural, wishes)), 0)
+        try:
+            grant = self.quotas.admit(ask.caller, ask.tokens, price, most, ask.stream)
+        except OverQuota:
+            self.usage.rejected("quota")
+            raise
+        ask.grant = grant
+        self.usage.admitted(grant.day, ask.caller.id)
+
+    def finish(self, ask: Ask) -> None:
+        """The request is over, however it ended."""
+        if ask.grant:
+            self.quotas.settle(ask.grant)
+
+    @staticmethod
+    def may_use(ask: Ask, service: Service) -> bool:
+        """Whether this caller's prompt may go there."""
+        return ask.caller.may_use(service.name) and keeps(service, ask.privacy)
+
+    def embedders(self, model: str, ask: Ask) -> list[Target]:
         """Targets of the family asked for, in configuration order; by default the first one's."""
         able = [
             self.directory.target(s, s.embed_model)
             for s in self.directory.services.values()
-            if s.embed_model and caller.may_use(s.name)
+            if s.embed_model and self.may_use(ask, s)
         ]
         named = [t for t in able if model.lower() in (t.model.lower(), t.label.lower())]
         if not named:
-            named = [t for t in self.directory.explicit(model) if caller.may_use(t.provider)]
+            named = [t for t in self.directory.explicit(model) if self.may_use(ask, t.service)]
         chosen = (named or able)[:1]
         family = {embedding_family(t.model) for t in chosen}
         return [*chosen, *(t for t in able if embedding_family(t.model) in family)]
@@ -17851,7 +18764,7 @@ class Router:
                         attempt.stream.rescue = rescue.go_on
                     return answer
                 walk.rule(target, attempt.verdict)
-                self.learn(target, lease, attempt, ask.guard, first)
+                self.learn(target, lease, attempt, ask, first)
                 if attempt.verdict.then == "stop":
                     break
         except BaseException:
@@ -17860,7 +18773,7 @@ class Router:
                 attempt.stream.close()
             raise
         self.watchdog.unwatch(ask.guard)
-        error = self.exhausted(walk, tokens, self.now() >= deadline)
+        error = self.exhausted(walk, tokens, self.now() >= deadline, ask.privacy)
         error.attempts = walk.candidates
         raise error
 
@@ -17891,7 +18804,7 @@ class Router:
             return False  # its other keys come next
         walk.repeated = True
         ask.trace.note(step_of(target, lease, attempt))
-        self.usage.attempt(target.provider, False, attempt.seconds)
+        self.usage.attempt(self.place(target, lease, ask), False, attempt.seconds)
         log.info("%s: %s, asked again in %.1f s", target.label, verdict.name, pause)
         until = self.now() + pause
         while (left := until - self.now()) > 0 and not ask.guard.gone:
@@ -17906,6 +18819,8 @@ class Router:
             attempt = self.upstream.send(target, lease, ask, deadline, last)
         except BaseException:
             self.breakers.leave(target.provider, ask.guard)
+            if ask.guard.gone:  # the provider had the prompt: what it made of it nobody knows
+                self.charge(target, lease, None, ask)
             raise
         if attempt.verdict is CONTENT_FILTER and self.config.content_filter_failover:
             attempt.verdict = FILTERED_HERE
@@ -17996,7 +18911,7 @@ class Router:
             walk.skipped.append(f"{target.label}: resting {math.ceil(wait)} s ({why})")
 
     def learn(
-        self, target: Target, lease: Lease, attempt: Attempt, owner: Guard, first: bool = True
+        self, target: Target, lease: Lease, attempt: Attempt, ask: Ask, first: bool = True
     ) -> None:
         """Let rest what the verdict blames, and tell the breaker: of one model once a request."""
         verdict, outcome = attempt.verdict, attempt.outcome
@@ -18011,9 +18926,9 @@ class Router:
         if verdict.name in DEAD:
             self.checks.wake()
         if verdict.counts and first:
-            self.breakers.note(target.provider, False, owner)
-        self.breakers.leave(target.provider, owner)
-        self.usage.attempt(target.provider, False, attempt.seconds)
+            self.breakers.note(target.provider, False, ask.guard)
+        self.breakers.leave(target.provider, ask.guard)
+        self.usage.attempt(self.place(target, lease, ask), False, attempt.seconds)
         log.warning(
             "%s %s key=%s: %s (%s) %s%s",
             "attempt failed:",
@@ -18031,7 +18946,7 @@ class Router:
         """A success: health, usage, and for a stream what happens when it ends."""
         self.keys.forgive(lease)
         self.breakers.note(target.provider, True, ask.guard)
-        self.usage.attempt(target.provider, True, attempt.seconds)
+        self.usage.attempt(self.place(target, lease, ask), True, attempt.seconds)
         trace = ask.trace
         if not trace.provider:  # a rescue adds to an answer that somebody else began
             trace.provider, trace.model = target.provider, target.model
@@ -18040,7 +18955,7 @@ class Router:
         answer.left_out = attempt.left_out
         if attempt.stream is None:
             self.watchdog.unwatch(ask.guard)
-            self.charge(target, attempt.tokens, ask)
+            self.charge(target, lease, attempt.tokens, ask)
             answer.final = attempt.final
             return answer
         answer.body = attempt.stream
@@ -18059,23 +18974,28 @@ class Router:
 
     def settle(self, target: Target, lease: Lease, ask: Ask, relay: Relay) -> None:
         """What one provider's part of a stream cost, and what its end means."""
-        self.charge(target, relay.flow.spent(), ask)
+        self.charge(target, lease, relay.flow.spent(), ask)
         if relay.failure:
             ask.trace.note(step_of(target, lease, failed(relay.failure, in_ok=True)))
-            self.learn(target, lease, failed(relay.failure, in_ok=True), ask.guard)
+            self.learn(target, lease, failed(relay.failure, in_ok=True), ask)
 
-    def charge(self, target: Target, tokens: Tokens | None, ask: Ask) -> None:
-        if tokens is None:
-            return
+    def charge(self, target: Target, lease: Lease, tokens: Tokens | None, ask: Ask) -> None:
+        """Count what one provider's part of a request took, for the owner and for the caller."""
+        tokens = tokens or Tokens(ask.tokens, estimated=True)  # it had the prompt
         if not tokens.estimated:
             self.lessons.disprove(target.provider, target.model, tokens.prompt)
             self.notice_cut(target, tokens.prompt, ask)
-        facts = target.facts
-        cost = None
-        if facts.price_in is not None and facts.price_out is not None:
-            cost = (tokens.prompt * facts.price_in + tokens.completion * facts.price_out) / 1e6
-        self.usage.spent(target.provider, tokens, cost)
+        price = self.prices.of(target.service, target.facts)
+        cost = price.of(tokens.prompt, tokens.completion, tokens.cached) if price else None
+        self.usage.spent(self.place(target, lease, ask), tokens, cost)
         ask.trace.spent(tokens.prompt, tokens.completion, cost)
+        if ask.grant:
+            ask.grant.use(tokens, cost)
+
+    def place(self, target: Target, lease: Lease, ask: Ask) -> Place:
+        """Where an attempt is counted: on the day on which its request came."""
+        day = ask.grant.day if ask.grant else self.usage.today
+        return Place(day, ask.caller.id, target.provider, target.model, key_id(lease.key))
 
     def notice_cut(self, target: Target, counted: int, ask: Ask) -> None:
         """Ollama cuts a long prompt without a word; its count gives that away (Reasonix#10245)."""
@@ -18111,13 +19031,13 @@ class Router:
             return count_tokens(ask.chat, self.encoder) or estimate.likely
         return estimate.likely
 
-    def exhausted(self, walk: Walk, tokens: int, late: bool) -> RouterError:
+    def exhausted(self, walk: Walk, tokens: int, late: bool, privacy: str = "") -> RouterError:
         """The one error that says honestly why nobody answered."""
         told = walk.told()
         if error := self.clients_own(walk, told):
             return self.sized(error, walk, tokens)
         if not walk.tried and not walk.waits:
-            return self.nobody(tokens)
+            return self.nobody(tokens, privacy)
         wait = self.soonest(walk)
         if walk.limited and not late:
             return OverLimit(
@@ -18186,8 +19106,20 @@ class Router:
         rests = [a.rest_s for _, a in walk.tried if a.verdict and a.verdict.rests]
         return min([*walk.waits, *rests], default=None)
 
-    def nobody(self, tokens: int) -> RouterError:
+    @staticmethod
+    def no_privacy(privacy: str) -> RouterError:
+        """Nobody may see this prompt: waiting does not help."""
+        told = {
+            "no-train": "that is known not to train on prompts",
+            "local-only": "on this machine",
+        }
+        text = f"no provider {told.get(privacy, '')} can serve this request (X-Privacy: {privacy})"
+        return BadRequest(text, param="X-Privacy", code="privacy")
+
+    def nobody(self, tokens: int, privacy: str = "") -> RouterError:
         """No candidate at all: say which setting made it so."""
+        if privacy and not any(keeps(t.service, privacy) for t in self.directory.targets):
+            return self.no_privacy(privacy)
         ceilings = [
             t.service.skip_tokens_over for t in self.directory.targets if too_large(t, tokens)
         ]
@@ -18272,7 +19204,7 @@ class Rescue:
             if attempt.verdict is None:
                 return attempt
             self._walk.rule(target, attempt.verdict)
-            self._router.learn(target, lease, attempt, ask.guard)
+            self._router.learn(target, lease, attempt, ask)
             if attempt.verdict is CONTENT_FILTER:
                 return attempt
             if attempt.verdict.rests or attempt.verdict.counts:
@@ -18341,11 +19273,11 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 34. Status
+# 35. Status
 # =============================================================================
 
 
-def snapshot(router: Router) -> Json:
+def snapshot(router: Router, caller: Caller = ITSELF) -> Json:
     """GET /v1/status: everything an owner wants to know; keys by their last characters."""
     config = router.config
     return {
@@ -18361,6 +19293,7 @@ def snapshot(router: Router) -> Json:
             "fast_providers": sorted(FAST_PROVIDERS),
         },
         "rotation": {"mode": config.rotation_mode},
+        "limits": limits_status(router, caller),
         "circuit_breaker": {
             "window": config.breaker_window,
             "min_samples": config.breaker_min_samples,
@@ -18370,6 +19303,153 @@ def snapshot(router: Router) -> Json:
         "tokenizer": "exact" if router.encoder.ready else "estimate",
         "warnings": list(config.warnings),
     }
+
+
+def seen_callers(router: Router, caller: Caller) -> list[Caller]:
+    """Whose numbers a caller may see: an admin everybody's, the others their own."""
+    known = list(router.config.callers)
+    return known if caller.admin or caller is ITSELF else [caller]
+
+
+def limits_status(router: Router, caller: Caller) -> Json:
+    """The callers that have limits, and what they used of them."""
+    limited = [c for c in seen_callers(router, caller) if c.quota.limited]
+    return {
+        "enabled": bool(limited),
+        "keys": [
+            {
+                "key_tail": key_tail(c.key),
+                "name": c.name,
+                "limits": {f.name: getattr(c.quota, f.name) for f in fields(Quota)},
+                "usage": router.quotas.snapshot(c),
+            }
+            for c in limited
+        ],
+    }
+
+
+USAGE_DAYS: Final = 31
+
+
+def usage_report(router: Router, caller: Caller) -> Json:
+    """GET /v1/usage: what was used, ever, today and day by day; by provider, model and caller."""
+    shown = seen_callers(router, caller)
+    ids = {c.id for c in shown}
+    everything = caller.admin or caller is ITSELF
+    rows = [(p, t) for p, t in router.usage.places() if everything or p.caller in ids]
+    spent = [(p, t) for p, t in rows if p.provider]
+    total = summed(spent, lambda place: "").get("", Tally())
+    config, usage = router.config, router.usage
+    days = [
+        (p, t) for p, t in usage.days(usage.today - USAGE_DAYS + 1) if everything or p.caller in ids
+    ]
+    return {
+        "uptime_s": round(usage.uptime_s, 1),
+        "totals": used(config, total),
+        "providers": {
+            name: used(config, tally, attempts=True)
+            for name, tally in sorted(summed(spent, lambda place: place.provider).items())
+        },
+        "models": model_usage(router, spent),
+        "keys": [caller_usage(router, c, rows) for c in shown],
+        "days": day_usage(config, days),
+        "cache": {"hits": 0, "misses": 0, "hit_rate": 0.0, "semantic_hits": 0},
+        "prices": {"as_of": MODELS_AS_OF, "own": len(config.prices)},
+    }
+
+
+Spent = Sequence[tuple[Place, Tally]]
+
+
+def summed(rows: Spent, by: Callable[[Place], Any]) -> dict[Any, Tally]:
+    """One tally for each value of `by`."""
+    found: dict[Any, Tally] = {}
+    for place, tally in rows:
+        found.setdefault(by(place), Tally()).add(tally)
+    return found
+
+
+def used(config: Config, tally: Tally, attempts: bool = False) -> Json:
+    """Tokens and known cost; estimated and unpriced ones are marked."""
+    counts = {"requests": tally.requests, "errors": tally.errors} if attempts else {}
+    return {
+        **counts,
+        "tokens": tally.tokens,
+        "prompt_tokens": tally.prompt_tokens,
+        "completion_tokens": tally.completion_tokens,
+        "cached_tokens": tally.cached_tokens,
+        "estimated_tokens": tally.estimated_tokens,
+        "unpriced_answers": tally.unpriced,
+        "cost": cost_object(config, tally.cost_usd),
+    }
+
+
+def cost_object(config: Config, usd: float) -> Json:
+    """{"usd": ...}, and the second currency where one is set."""
+    cost, name = {"usd": round(usd, 6)}, config.cost_currency.lower()
+    if config.cost_fx_rate > 0 and name != "usd":
+        cost[name] = round(usd * config.cost_fx_rate, 4)
+    return cost
+
+
+def model_usage(router: Router, spent: Spent) -> list[Json]:
+    """One row per provider, model and key of it, what cost most tokens first."""
+    tails = {key_id(key): key_tail(key) for s in router.config.services for key in s.keys}
+    rows = summed(spent, lambda place: (place.provider, place.model, place.key))
+    return [
+        {
+            "provider": provider,
+            "model": model,
+            "key_tail": tails.get(key),
+            "price": price_of(router, provider, model),
+            **used(router.config, tally, attempts=True),
+        }
+        for (provider, model, key), tally in sorted(rows.items(), key=lambda row: -row[1].tokens)
+    ]
+
+
+def price_of(router: Router, provider: str, model: str) -> list[float | None] | None:
+    """[in, out, cached in] in USD per 1M tokens as of now; None = unknown."""
+    service = router.directory.services.get(provider)
+    price = service and router.prices.of(service, router.directory.facts(provider, model))
+    return list(price) if price else None
+
+
+def caller_usage(router: Router, caller: Caller, rows: Spent) -> Json:
+    own = [(p, t) for p, t in rows if p.caller == caller.id]
+    total = summed(own, lambda place: bool(place.provider))
+    asked, spent = total.get(False, Tally()), total.get(True, Tally())
+    return {
+        "key_tail": key_tail(caller.key),
+        "name": caller.name,
+        **router.quotas.snapshot(caller),
+        "req_total": asked.requests,
+        "tokens_total": spent.tokens,
+        "cost_total": round(spent.cost_usd, 6),
+        "unpriced_answers": spent.unpriced,
+    }
+
+
+def day_usage(config: Config, rows: Spent) -> list[Json]:
+    """One row per UTC day, the latest first; requests are those of callers."""
+    asked = summed([(p, t) for p, t in rows if not p.provider], lambda place: place.day)
+    spent = summed([(p, t) for p, t in rows if p.provider], lambda place: place.day)
+    return [
+        {
+            "day": day_text(day),
+            "requests": asked.get(day, Tally()).requests,
+            **used(config, spent.get(day, Tally())),
+        }
+        for day in sorted({*asked, *spent}, reverse=True)
+    ]
+
+
+def requests_by_name(router: Router) -> dict[str, int]:
+    """Requests that were admitted, by the caller's name; two of the same name are one."""
+    names = {"open": "open", **{caller.id: caller.name for caller in router.config.callers}}
+    rows = [(p, t) for p, t in router.usage.places() if not p.provider]
+    found = summed(rows, lambda place: names.get(place.caller, "(others)"))
+    return {name: tally.requests for name, tally in sorted(found.items())}
 
 
 def service_status(router: Router, service: Service) -> Json:
@@ -18387,7 +19467,7 @@ def service_status(router: Router, service: Service) -> Json:
         },
         "breaker": router.breakers.snapshot(name),
         "lessons": router.lessons.snapshot(name),
-        "tokens": tally.prompt_tokens + tally.completion_tokens,
+        "tokens": tally.tokens,
         "cost_usd": round(tally.cost_usd, 6),
         "unpriced_answers": tally.unpriced,
         "estimated_answers": tally.estimated,
@@ -18627,9 +19707,21 @@ METRICS: Final = (
         "tokens_total",
         "counter",
         "Tokens used.",
-        per_provider(lambda t: t.prompt_tokens + t.completion_tokens),
+        per_provider(lambda t: t.tokens),
     ),
     Metric("cost_usd_total", "counter", "Known cost in USD.", per_provider(lambda t: t.cost_usd)),
+    Metric(
+        "key_requests_total",
+        "counter",
+        "Requests of a caller that were let in.",
+        lambda r: [({"key": name}, n) for name, n in requests_by_name(r).items()],
+    ),
+    Metric(
+        "rejected_requests_total",
+        "counter",
+        "Requests that a limit of this router kept out.",
+        lambda r: [({"limit": why}, n) for why, n in sorted(r.usage.rejections().items())],
+    ),
     Metric(
         "responses_total",
         "counter",
@@ -18679,7 +19771,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 35. Endpoints
+# 36. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -18691,6 +19783,7 @@ ENDPOINT_NAMES: Final = {
     "/v1/embeddings": "embeddings",
 }
 PUBLIC: Final = frozenset({"/health", "/", "/favicon.ico"})
+FREELY_ASKED: Final = frozenset({"/health", "/metrics"})  # as often as anybody likes
 HTTP_ERRORS: Final = {404: NotFound, 405: MethodNotAllowed, 413: TooLarge, 415: UnsupportedMedia}
 # The server below puts a setter here; called with a function it runs that function
 # when the client's connection closes, with None it forgets it.
@@ -18716,7 +19809,7 @@ class App(flask.Flask):
     def __init__(self, config: Config, router: Router) -> None:
         super().__init__("hermes-router", static_folder=None)
         self.extensions["router"] = router
-        self._router, self._door = router, Door(config)
+        self._router, self._door = router, Door(config, router)
         self.before_request(lambda: self._door.check(current_request()))
         self.register_error_handler(Exception, lambda e: refusal(router, current_request(), e))
         add_routes(self, router)
@@ -18769,9 +19862,10 @@ def add_routes(app: flask.Flask, router: Router) -> None:
         ("DELETE", "/v1/responses/<own>", lambda own: delete_stored(router, own)),
         ("GET", "/v1/models", lambda: serve_models(router)),
         ("GET", "/v1/models/<path:model>", lambda model: serve_model(router, model)),
-        ("GET", "/v1/status", lambda: snapshot(router)),
         ("GET", "/v1/logs", lambda: serve_logs(router)),
         ("GET", "/v1/why/<id>", lambda id: serve_why(router, id)),
+        ("GET", "/v1/status", lambda: snapshot(router, current_caller())),
+        ("GET", "/v1/usage", lambda: usage_report(router, current_caller())),
         (
             "GET",
             "/metrics",
@@ -18817,6 +19911,10 @@ def current_request() -> flask.Request:
     return cast(flask.Request, flask.request._get_current_object())  # type: ignore[attr-defined]
 
 
+def current_caller() -> Caller:
+    return cast(Caller, current_request().environ["hermes.caller"])
+
+
 def request_id(request: flask.Request) -> str:
     """The client's own id where it is a harmless one, else a new one; the same for one request."""
     environ = request.environ
@@ -18831,15 +19929,26 @@ def request_id(request: flask.Request) -> str:
 class Door:
     """Who may come in."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, router: Router) -> None:
+        self._stranger = Caller("open", "open", quota=config.quota)
+        self._addresses, self._usage = router.addresses, router.usage
         self._open = config.auth_mode == "open"
         self._public = PUBLIC if config.metrics_require_auth else PUBLIC | {"/metrics"}
         self._callers = [(caller.key.encode(), caller) for caller in config.callers]
 
     def check(self, request: flask.Request) -> None:
-        """Before anything else of a request is looked at; Unauthorized stops it here."""
+        """Before anything else of a request is looked at; RouterError stops it here."""
+        if self._addresses.most and request.path not in FREELY_ASKED:
+            self._count(request)
         if request.path not in self._public:
             request.environ["hermes.caller"] = self.caller(request)
+
+    def _count(self, request: flask.Request) -> None:
+        try:
+            self._addresses.check(request.environ)
+        except OverQuota:
+            self._usage.rejected("address")
+            raise
 
     def caller(self, request: flask.Request) -> Caller:
         """The owner of the key in Authorization (with or without Bearer) or x-api-key.
@@ -18858,7 +19967,7 @@ class Door:
         if found:
             return found
         if self._open:
-            return Caller("open", "open")
+            return self._stranger
         raise Unauthorized(
             "unauthorized: send one of this router's keys as `Authorization: Bearer <key>`"
         )
@@ -19085,8 +20194,19 @@ def make_ask(
         ask.request_id, surface.dialect, ask.caller, time.time(), ask.started, ask.stream, asked
     )
     request.environ["hermes.trace"] = ask.trace
+    ask.privacy = privacy_of(request, ask.caller)
     ask.fallback = request.environ.get("HTTP_X_ROUTE_FALLBACK", "").lower() == "allow"
     return ask
+
+
+def privacy_of(request: flask.Request, caller: Caller) -> str:
+    """The stricter of what the header X-Privacy and the caller's row ask for."""
+    asked = request.environ.get("HTTP_X_PRIVACY", "").strip().lower()
+    if asked and asked not in PRIVACY:
+        expected = " or ".join(PRIVACY)
+        raise BadRequest(f"X-Privacy: {asked[:40]!r} is not {expected}", param="X-Privacy")
+    wishes = {asked, caller.privacy}
+    return next((level for level in reversed(PRIVACY) if level in wishes), "")
 
 
 def respond_chat(
@@ -19120,8 +20240,10 @@ def respond(
     except ClientGone:
         visit.leave(499)
         return Reply(b"", {}, 499)
-    except BaseException:
+    except BaseException as error:
         visit.leave(0)
+        if isinstance(error, RouterError):
+            error.headers = rate_headers(router, ask)
         raise
     headers = {
         "X-Provider": made.provider,
@@ -19137,14 +20259,14 @@ def respond(
         visit.leave(200, made)
         if keep and made.final:
             keep(made.final)
-        return Reply(made.body, headers)
+        return Reply(made.body, {**headers, **rate_headers(router, ask)})
     relay, send = made.body, request.environ.get(SEND)
     relay.keep = keep
     if send:
         beat = ask.surface.beat
         ask.guard.show_life(lambda: send(beat if relay.mending else relay.flow.beat()))
     body = Stream(made.body, lambda whole: visit.leave(200 if whole else 499, made))
-    return Reply(body, {**headers, **STREAM_HEADERS})
+    return Reply(body, {**headers, **STREAM_HEADERS, **rate_headers(router, ask)})
 
 
 class Prelude:
@@ -19185,6 +20307,26 @@ class Prelude:
         return failed_stream(self._ask, error)
 
 
+def rate_headers(router: Router, ask: Ask) -> Json:
+    """What is left of the caller's limits, where there are any, in the words of the dialect."""
+    if not ask.caller.quota.limited:
+        return {}
+    claude, found = ask.surface.dialect == "messages", {}
+    for kind, (limit, remaining, reset_s) in router.quotas.rates(ask.caller).items():
+        names = [f"anthropic-ratelimit-{kind}-", ""] if claude else ["x-ratelimit-", f"-{kind}"]
+        back = utc_text(round(time.time() + reset_s)) if claude else short_duration(reset_s)
+        for what, value in (("limit", limit), ("remaining", remaining), ("reset", back)):
+            found[names[0] + what + names[1]] = str(value)
+    return found
+
+
+def short_duration(seconds: float) -> str:
+    """As OpenAI tells it: 90 -> 1m30s."""
+    left = math.ceil(seconds)
+    parts = [(left // 3600, "h"), (left // 60 % 60, "m"), (left % 60, "s")]
+    return "".join(f"{n}{unit}" for n, unit in parts if n) or "0s"
+
+
 def forget(_callback: Callable[[], None] | None) -> None:
     """Stands in where the server cannot tell that a client left."""
 
@@ -19197,6 +20339,7 @@ class Visit:
 
     def leave(self, status: int, answer: Answer | None = None) -> None:
         self._router.gate.leave()
+        self._router.finish(self._ask)
         self._on_close(None)
         if status:
             trace = self._ask.trace
@@ -19258,6 +20401,7 @@ def error_response(router: Router, request: flask.Request, error: RouterError) -
         envelope = envelope_for(request.environ, error, request_id(request))
         response = Reply(dump_json(envelope), {"Content-Type": "application/json"}, error.status)
     response.headers["X-Request-ID"] = request_id(request)
+    response.headers.update(error.headers)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, OverLimit):
@@ -19309,7 +20453,7 @@ def http_error(router: Router, request: flask.Request, error: HTTPException) -> 
 
 
 # =============================================================================
-# 36. Server
+# 37. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -19762,7 +20906,7 @@ def make_server(app: flask.Flask, config: Config) -> Any:
         outbuf_high_watermark=1 << 20,  # a slow reader's stream waits instead of filling memory
         inbuf_overflow=64 << 20,
         ident="hermes-router",
-        clear_untrusted_proxy_headers=False,  # nobody here looks at them
+        clear_untrusted_proxy_headers=not config.trusted_proxies,
     )
     for part in sockets.values():
         if isinstance(part, waitress.server.BaseWSGIServer):
@@ -19817,7 +20961,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 37. Crash test
+# 38. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -20456,6 +21600,12 @@ def crash_config(config: Config, mocks: Sequence[Mock], home: str) -> Config:
         accounts=(),
         services=tuple(services),
         home=Path(home),
+        rate_limit_requests=0,
+        limit_rpm=0,
+        limit_req_day=0,
+        limit_tokens_day=0,
+        limit_cost_day=0.0,
+        limit_streams=0,
     )
 
 
@@ -20603,7 +21753,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 38. Documents
+# 39. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -20773,7 +21923,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 39. Command line
+# 40. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3

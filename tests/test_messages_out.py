@@ -705,7 +705,7 @@ def test_usage_is_put_together_from_both_ends() -> None:
     ]
     found = folded(events)["usage"]
     assert (found["prompt_tokens"], found["completion_tokens"]) == (13, 30)
-    assert router.messages_tokens(events[0]) == router.Tokens(13, 1)
+    assert router.messages_tokens(events[0]) == router.Tokens(13, 1, cached=4)
     assert router.messages_tokens(events[1]) == router.Tokens(0, 30)
     assert router.messages_tokens({"type": "ping"}) is None
 
