@@ -12,42 +12,45 @@ Contents (each section uses only the ones above it):
                2. Providers        the provider table, and base URLs
                3. Models           rating, window, price and abilities of known models
                4. Config           every setting, read once from the environment
-               5. Tokens           how large a request is
-  LANGUAGES    6. Events           server-sent events as bytes, and where they end
-               7. Chat             the one shape used inside: parse, check, look at it
-               8. Replies          what a provider's answer holds: useful, empty, error, usage
-               9. Outgoing         the body a provider gets: the client's bytes with few edits
-              10. Hub              what every translation shares: an answer's opening, sealed values
-              11. Accents          chat answers of every provider made canonical
-              12. Quirks           chat bodies fitted to what each provider accepts
-              13. Messages in      Anthropic Messages as clients speak it
-              14. Messages out     Anthropic Messages as providers speak it
-              15. Responses in     OpenAI Responses as clients speak it
-              16. Responses out    OpenAI Responses as providers speak it
-              17. Completions      the older completions endpoint
-              18. Dialects         which dialect is read how, and events on their way to the client
-  MEMORY      19. Database         SQLite files: written in batches by a thread, read by anybody
-              20. Keys             which key may be used, per (key, model)
-              21. Accounts         subscriptions whose tokens are renewed
-              22. Breakers         which provider is resting
-              23. State            what of it survives a restart
-              24. Usage            what was asked, answered, failed and spent
-              25. Limits           what each caller may still use
-              26. Traces           what became of the latest requests, for logs, metrics and why
-              27. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   28. Difficulty       how hard is this request?
-              29. Plan             which candidates, in what order, and why
-              30. Verdicts         what an outcome means, and what rests for how long
-  ACTION      31. Transport        connections to providers, cut when nobody waits any more
-              32. Upstream         one attempt: send, wait for something useful, judge
-              33. Checks           keys that a provider called dead, asked again in the background
-              34. Router           plan, try, learn, answer
-  SURFACE     35. Status           what /v1/status, /v1/models and /metrics say
-              36. Endpoints        Flask: routes, auth, errors
-              37. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              38. Crash test       how these settings fare when providers misbehave
-              39. Documents        .env.example and the printed pages of docs/
-              40. Command line     the table of commands, and what comes from it
+               5. Files            auth.json and .env: locked, read anew, written in one step
+               6. Tokens           how large a request is
+  LANGUAGES    7. Events           server-sent events as bytes, and where they end
+               8. Chat             the one shape used inside: parse, check, look at it
+               9. Replies          what a provider's answer holds: useful, empty, error, usage
+              10. Outgoing         the body a provider gets: the client's bytes with few edits
+              11. Hub              what every translation shares: an answer's opening, sealed values
+              12. Accents          chat answers of every provider made canonical
+              13. Quirks           chat bodies fitted to what each provider accepts
+              14. Messages in      Anthropic Messages as clients speak it
+              15. Messages out     Anthropic Messages as providers speak it
+              16. Responses in     OpenAI Responses as clients speak it
+              17. Responses out    OpenAI Responses as providers speak it
+              18. Completions      the older completions endpoint
+              19. Dialects         which dialect is read how, and events on their way to the client
+  MEMORY      20. Database         SQLite files: written in batches by a thread, read by anybody
+              21. Keys             which key may be used, per (key, model)
+              22. Accounts         subscriptions whose tokens are renewed
+              23. Breakers         which provider is resting
+              24. State            what of it survives a restart
+              25. Usage            what was asked, answered, failed and spent
+              26. Limits           what each caller may still use
+              27. Traces           what became of the latest requests, for logs, metrics and why
+              28. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   29. Difficulty       how hard is this request?
+              30. Plan             which candidates, in what order, and why
+              31. Verdicts         what an outcome means, and what rests for how long
+  ACTION      32. Transport        connections to providers, cut when nobody waits any more
+              33. Upstream         one attempt: send, wait for something useful, judge
+              34. Checks           keys that a provider called dead, asked again in the background
+              35. Router           plan, try, learn, answer
+              36. Reload           changed settings taken over while requests go on
+  SURFACE     37. Configuration    what admins see and change over HTTP
+              38. Status           what /v1/status, /v1/models and /metrics say
+              39. Endpoints        Flask: routes, auth, errors
+              40. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              41. Crash test       how these settings fare when providers misbehave
+              42. Documents        .env.example and the printed pages of docs/
+              43. Command line     the table of commands, and what comes from it
 
 Rooms that later releases open: Cache and Registry after Limits, Catalog after Router,
 Dashboard after Status.
@@ -81,6 +84,8 @@ if __name__ == "__main__" and sys.argv[1:] in ([], ["serve"]) and hasattr(os, "m
 import argparse
 import base64
 import bisect
+import codecs
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -116,7 +121,7 @@ from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import SplitResult, urlsplit
 
 import flask
@@ -192,6 +197,18 @@ class NotFound(RouterError):
 
 class MethodNotAllowed(RouterError):
     status, kind, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class Conflict(RouterError):
+    """What is asked does not fit how things stand here, such as a variable of the process."""
+
+    status, kind, code = 409, "invalid_request_error", "conflict"
+
+
+class NotStored(RouterError):
+    """A file could not be written: nothing was changed."""
+
+    status, kind, code = 500, "router_error", "not_stored"
 
 
 class TooLarge(RouterError):
@@ -935,6 +952,45 @@ def split_http_url(url: str) -> SplitResult:
     return parts
 
 
+# Where clouds tell their machines who they are, keys and all: no provider is there.
+METADATA_HOSTS: Final = frozenset({"metadata", "metadata.google.internal", "instance-data"})
+METADATA_NETS: Final = (
+    "169.254.0.0/16", "fe80::/10", "fd00:ec2::/64", "100.100.100.200/32", "168.63.129.16/32",
+    "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8",
+)  # fmt: skip
+
+
+def safe_url(url: str) -> str:
+    """The URL, if a person at a distance may point the router there; ValueError says why not.
+
+    An http(s) address without credentials. This machine and private networks are allowed, model
+    servers stand there; link-local and metadata addresses are not, however they are spelt.
+    """
+    host = (split_http_url(url).hostname or "").rstrip(".").partition("%")[0]
+    if not host.isascii() or "%" in url.partition("://")[2].partition("/")[0]:
+        raise ValueError("must have a plain ASCII host")
+    address = host_address(host)
+    nets = [ipaddress.ip_network(net) for net in METADATA_NETS]
+    hidden = address is not None and any(address in net for net in nets)
+    if hidden or host.lower() in METADATA_HOSTS:
+        raise ValueError("must not be a link-local or metadata address")
+    return url
+
+
+def host_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is, in any spelling that a resolver takes; None for a name."""
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            return ipaddress.IPv4Address(socket.inet_aton(host))  # 2852039166, 0xA9.254.43518
+        except OSError:
+            return None
+    if isinstance(found, ipaddress.IPv6Address):
+        return found.ipv4_mapped or found.sixtofour or found
+    return found
+
+
 # =============================================================================
 # 3. Models
 # =============================================================================
@@ -1479,7 +1535,8 @@ def setting(default: Any, env: str, group: str, help: str, **extra: Any) -> Any:
     """One row of the settings table; the field's annotation says how the text is read.
 
     `also` names older variables that are read when `env` is unset, `low`/`high` bound a
-    number, `choices` lists the words allowed, `blank` lets an empty text stand.
+    number, `choices` lists the words allowed, `blank` lets an empty text stand, `restart` says
+    that a running router cannot change it.
     """
     shown = not extra.get("secret", False)
     row = {"env": env, "group": group, "help": help, **extra}
@@ -1566,8 +1623,12 @@ ITSELF: Final = Caller("router", "router")  # the router asks for reasons of its
 class Config:
     """Every setting. `from_env` is the only reader of the environment."""
 
-    host: str = setting("127.0.0.1", "HOST", "Server", "address to bind; 0.0.0.0 = every interface")
-    port: int = setting(8319, "PORT", "Server", "port to listen on; 0 = any free one", high=65535)
+    host: str = setting(
+        "127.0.0.1", "HOST", "Server", "address to bind; 0.0.0.0 = every interface", restart=True
+    )
+    port: int = setting(
+        8319, "PORT", "Server", "port to listen on; 0 = any free one", high=65535, restart=True
+    )
     proxy_keys: tuple[str, ...] = setting(
         (),
         "PROXY_API_KEYS",
@@ -1655,6 +1716,7 @@ class Config:
         "LOG_PATH",
         "Files",
         "file that gets a line per request as well, a new one each day, 7 kept (HR_HOME)",
+        restart=True,
     )
     request_log_size: int = setting(
         500,
@@ -1674,6 +1736,7 @@ class Config:
         "rests, dead keys and breakers, kept over a restart (HR_HOME); set to nothing = not kept",
         also=("STATE_FILE",),
         blank=True,
+        restart=True,
     )
     models_file: str = setting(
         "models.json", "MODELS_FILE", "Files", "JSON file that adds or overrides model rows"
@@ -1688,6 +1751,7 @@ class Config:
         "threads kept when idle; more start on demand",
         low=1,
         high=512,
+        restart=True,
     )
     max_streams: int = setting(
         1000,
@@ -1837,17 +1901,22 @@ class Config:
     home: Path = Path(".")
     env_file: Path = Path(".env")
     warnings: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()  # files that are there but cannot be read, and why
+    given: Mapping[str, str] = field(default_factory=dict, repr=False)  # the environment read
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None) -> Config:
+    def from_env(
+        cls, env: Mapping[str, str] | None = None, lines: Mapping[str, str] | None = None
+    ) -> Config:
         """Read `env` (the process environment by default), HR_HOME/.env and auth.json.
 
-        Raises ConfigError naming every setting that cannot be used.
+        `lines` stands in for what .env holds. Raises ConfigError naming every setting that
+        cannot be used.
         """
         given = os.environ if env is None else env
         home = Path(given.get("HR_HOME") or Path(__file__).resolve().parent).expanduser()
         env_file = home / Path(given.get("HR_ENV_FILE") or ".env").expanduser()
-        reader = SettingsReader(layered(read_dotenv(env_file), given))
+        reader = SettingsReader(layered(read_dotenv(env_file) if lines is None else lines, given))
         values = {f.name: reader.value(f) for f in fields(cls) if "env" in f.metadata}
         auth = reader.document(home / Path(values["auth_file"]).expanduser())
         overrides = reader.document(home / Path(values["models_file"]).expanduser())
@@ -1856,8 +1925,7 @@ class Config:
         rows = read_key_rows(auth)
         known = (*values["proxy_keys"], *rows, *values["admin_keys"])
         values["proxy_keys"] = tuple(dict.fromkeys(k for k in known if k not in PLACEHOLDER_KEYS))
-        if values["auth_mode"] == "open" and values["host"] not in LOOPBACK:
-            reader.problems.append("AUTH_MODE=open needs a loopback HOST (127.0.0.1)")
+        reader.problems += open_to_all(values["auth_mode"], values["host"])
         reader.warnings += [
             f"MODEL_ALIASES: {row!r} is not pattern=provider/model"
             for row in values["model_aliases"]
@@ -1878,7 +1946,18 @@ class Config:
             home=home,
             env_file=env_file,
             warnings=tuple(reader.warnings),
+            broken=tuple(reader.broken),
+            given=MappingProxyType(dict(given)),
         )
+
+    @property
+    def auth_path(self) -> Path:
+        return self.home / Path(self.auth_file).expanduser()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What people and programs edit while the router runs."""
+        return self.env_file, self.auth_path, self.home / Path(self.models_file).expanduser()
 
     @property
     def callers(self) -> tuple[Caller, ...]:
@@ -1891,7 +1970,7 @@ class Config:
                 id=caller_id(key),
                 key=key,
                 scope=read_scope(row.get("allowed_providers")),
-                admin=key in admins if admins else n == 1,
+                admin=key in admins if admins else n == 1 and self.auth_mode == "keys",
                 quota=read_quota(row, self.quota),
                 privacy=row.get("privacy") or "",
             )
@@ -1934,6 +2013,33 @@ def layered(file: Mapping[str, str], process: Mapping[str, str]) -> dict[str, st
     }
 
 
+def open_to_all(auth_mode: str, host: str) -> list[str]:
+    """The problem with letting everybody in who reaches this host, if there is one."""
+    unsafe = auth_mode == "open" and host not in LOOPBACK
+    return ["AUTH_MODE=open needs a loopback HOST (127.0.0.1)"] if unsafe else []
+
+
+def waiting_for_restart(running: Config, wanted: Config) -> tuple[str, ...]:
+    """Names of settings that differ and that a running router cannot change."""
+    return tuple(
+        row.metadata["env"]
+        for row in fields(Config)
+        if row.metadata.get("restart") and getattr(running, row.name) != getattr(wanted, row.name)
+    )
+
+
+def as_running(running: Config, wanted: Config) -> Config:
+    """What a running router takes over: all but what needs a restart."""
+    fixed = [row.name for row in fields(Config) if row.metadata.get("restart")]
+    return replace(wanted, **{name: getattr(running, name) for name in fixed})
+
+
+def staying(old: Config, new: Config) -> frozenset[str]:
+    """The providers that both have at the same URL: what was learnt of them holds on."""
+    places = {(service.name, service.url) for service in old.services}
+    return frozenset(s.name for s in new.services if (s.name, s.url) in places)
+
+
 def read_dotenv(path: Path) -> dict[str, str]:
     """KEY=VALUE lines of a .env file; a missing file is an empty one."""
     try:
@@ -1965,6 +2071,7 @@ class SettingsReader:
         self.env = env
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        self.broken: list[str] = []
 
     def text(self, *names: str) -> str | None:
         """The first of `names` that is set to something."""
@@ -2038,11 +2145,15 @@ class SettingsReader:
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, RecursionError) as error:
-            self.warnings.append(f"{path.name} is ignored, it cannot be read: {error}")
-            return {}
+            return self.ignore(path, f"it cannot be read: {error}")
         if isinstance(data, dict):
             return data
-        self.warnings.append(f"{path.name} is ignored, it does not hold a JSON object")
+        return self.ignore(path, "it does not hold a JSON object")
+
+    def ignore(self, path: Path, why: str) -> Json:
+        """Go on without a file; a running router keeps its settings instead."""
+        self.warnings.append(f"{path.name} is ignored, {why}")
+        self.broken.append(f"{path.name}: {why}")
         return {}
 
     def check_overrides(self, overrides: Json) -> None:
@@ -2356,48 +2467,606 @@ def read_headers(reader: SettingsReader, row: Provider) -> tuple[tuple[str, str]
     )
 
 
-def write_private(path: Path, text: str) -> None:
-    """Replace a file atomically, readable by its owner only (0600). OSError if that fails."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+# =============================================================================
+# 5. Files
+# =============================================================================
+
+# auth.json and .env are written by the router, by `hr` and by people. Whoever writes holds the
+# file's lock, reads it anew, changes only what is meant, and replaces it in one step.
+
+
+class FileProblem(Exception):
+    """A file cannot be read or written; the text names it, and the line and column at fault."""
+
+
+class BadValue(ValueError):
+    """A value that may not be stored; `field` names it, the text does not repeat a secret."""
+
+    def __init__(self, field: str, text: str) -> None:
+        super().__init__(text)
+        self.field, self.text = field, text
+
+
+class NoSuchEntry(BadValue):
+    """Nothing, or more than one thing, is meant by what was given."""
+
+
+class FileLock:
+    """Keeps every other writer of a file away, in this process and in others.
+
+    What is locked is a file beside it, `.auth.json.lock`, which stays there: were it removed,
+    two could hold it. Raises FileProblem when the lock is not had within `patience_s` seconds.
+    """
+
+    PATIENCE_S: ClassVar[float] = 10.0
+    PAUSE_S: ClassVar[float] = 0.01
+
+    def __init__(self, path: Path, patience_s: float = PATIENCE_S) -> None:
+        self.name = path.name
+        self.path = path.with_name(f".{path.name.lstrip('.')}.lock")
+        self._patience_s = patience_s
+        self._handle = -1
+
+    def __enter__(self) -> FileLock:
+        new = not self.path.exists()
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, stat.S_IRUSR | stat.S_IWUSR)
+        try:
+            if new:
+                give_to_owner(self.path, self.path.parent)
+            self._wait(handle)
+        except BaseException:
+            os.close(handle)
+            raise
+        self._handle = handle
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)  # which unlocks it
+
+    def _wait(self, handle: int) -> None:
+        end = time.monotonic() + self._patience_s
+        while not lock_at_once(handle):
+            if time.monotonic() >= end:
+                raise FileProblem(
+                    f"{self.name} is being written by another program for {self._patience_s:g} s;"
+                    f" nothing was changed (lock: {self.path.name})"
+                )
+            time.sleep(self.PAUSE_S)
+
+
+def lock_at_once(handle: int) -> bool:
+    """Lock an open file unless somebody else holds it; OSError where files cannot be locked."""
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def give_to_owner(path: Path, like: Path) -> None:
+    """What root writes (`sudo hr ...`) gets the owner of `like`, whose router must read it."""
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        owner = like.stat()
+        with suppress(PermissionError):  # root of a container without CAP_CHOWN
+            os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def write_private(path: Path, text: str | bytes) -> None:
+    """Replace a file atomically, readable by its owner only (0600). OSError if that fails."""
+    data = text.encode() if isinstance(text, str) else text
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, stat.S_IRUSR | stat.S_IWUSR)
+        give_to_owner(temporary, path if path.exists() else path.parent)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def sweep_left(path: Path, wall: float) -> None:
+    """Remove what a program that was killed while it wrote `path` left beside it."""
+    left = re.compile(re.escape(f".{path.name}.") + r"\w{8}")
+    with suppress(OSError):
+        for file in list(path.parent.iterdir()):
+            if left.fullmatch(file.name) and file.stat().st_mtime < wall - 3600:
+                file.unlink()
+
+
+def edit_file(path: Path, change: Callable[[bytes], bytes]) -> bool:
+    """Under its lock, replace a file's content by what `change` makes of it; was it changed?
+
+    A missing file is an empty one, its folder is made. A link stays one. FileProblem if that
+    fails; the file is as it was then.
+    """
+    try:
+        real = path.resolve()
+        real.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with FileLock(real):
+            sweep_left(real, time.time())
+            old = real.read_bytes() if real.exists() else b""
+            new = change(old)
+            if new != old:
+                write_private(real, new)
+            return new != old
+    except OSError as error:
+        raise FileProblem(f"{path.name} cannot be written: {told_error(error)}") from error
+    except RuntimeError as error:  # Python < 3.13: links in a ring
+        raise FileProblem(f"{path.name} cannot be written: {error}") from error
+
+
+def told_error(error: OSError) -> str:
+    """What an OSError says, without a path; some with the way out."""
+    text = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.EBUSY:
+        text += " (if it is mounted into a container by itself, mount its folder instead)"
+    return text
+
+
+# -- JSON ------------------------------------------------------------------------
+
+Made = TypeVar("Made")
+
+
+def edit_json(path: Path, change: Callable[[Json], Made]) -> Made:
+    """Let `change` edit the object in a JSON file, read anew under its lock; what it returned.
+
+    Members that `change` does not touch stay. A file that holds something else than an object
+    is never written: FileProblem names line and column, and a copy is kept beside it.
+    """
+    made: list[Made] = []
+
+    def rewrite(old: bytes) -> bytes:
+        document = read_object(path, old)
+        before = file_bytes(document)
+        made.append(change(document))
+        after = file_bytes(document)
+        return old if after == before else after
+
+    edit_file(path, rewrite)
+    return made[0]
+
+
+def file_bytes(document: Json) -> bytes:
+    """As it stands in a file: two spaces of indent and a newline at the end."""
+    try:
+        return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can hold
+        return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def read_object(path: Path, data: bytes) -> Json:
+    """The object that `data`, the content of `path`, holds; an empty file holds an empty one."""
+    if not data.strip():
+        return {}
+    try:
+        return parse_object(data)
+    except ValueError as error:
+        copy = keep_copy(path, data)
+        kept = f", a copy is in {copy}" if copy else ""
+        raise FileProblem(
+            f"{path.name} cannot be used: {error}; it was left as it is{kept}"
+        ) from None
+
+
+def parse_object(data: bytes) -> Json:
+    """The JSON object in the bytes of a file; ValueError says where it is broken."""
+    try:
+        document = json.loads(data.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        before = data[: error.start].split(b"\n")
+        place = f"line {len(before)}, column {len(before[-1]) + 1}"
+        raise ValueError(f"{place}: not UTF-8") from None
+    except RecursionError:
+        raise ValueError("line 1, column 1: it is nested too deeply") from None
+    if not isinstance(document, dict):
+        raise ValueError("line 1, column 1: expected an object, {...}")
+    return document
+
+
+def keep_copy(path: Path, data: bytes) -> str:
+    """Put a broken file's content beside it, once; the copy's name, "" if that fails."""
+    mark = hashlib.sha256(data).hexdigest()[:8]
+    try:
+        real = path.resolve()
+        copy = real.with_name(f"{real.name}.broken-{mark}")
+        if not copy.exists():
+            write_private(copy, data)
+    except OSError as error:
+        log.warning("no copy of %s could be kept: %s", path.name, told_error(error))
+        return ""
+    return copy.name
+
+
+# -- .env ------------------------------------------------------------------------
+
+
+def edit_env(
+    path: Path,
+    changes: Mapping[str, str | None],
+    unless: Callable[[str], object] = lambda _: False,
+) -> bool:
+    """Set lines of a .env file, or remove them (None); every other line stays. Was it changed?
+
+    A name whose value is good already, says `unless`, keeps it. Raises BadValue for what no
+    line can hold, FileProblem when the file cannot be written.
+    """
+    texts = {name: env_text(name, value) for name, value in changes.items()}
+
+    def rewrite(old: bytes) -> bytes:
+        mark = codecs.BOM_UTF8 if old.startswith(codecs.BOM_UTF8) else b""
+        lines = old[len(mark) :].decode("utf-8", "surrogateescape").splitlines(keepends=True)
+        for name, text in texts.items():
+            if not any(unless(value) for _, value in env_values(lines, name)):
+                lines = with_env_line(lines, name, text)
+        return mark + "".join(lines).encode("utf-8", "surrogateescape")
+
+    return edit_file(path, rewrite)
+
+
+def env_text(name: str, value: str | None) -> str | None:
+    """How a value is written so that `read_dotenv` gives it back; None stays None."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise BadValue(name, "a name has only letters, digits and underscores")
+    if value is None:
+        return None
+    if value.splitlines() not in ([], [value]) or "\0" in value:
+        raise BadValue(name, f"{name} must be one line of text")
+    if not is_unicode(value):
+        raise BadValue(name, f"{name} must be Unicode text")
+    for text in (value, f'"{value}"', f"'{value}'"):
+        if parse_dotenv_line(f"{name}={text}") == (name, value):
+            return text
+    raise BadValue(name, f"{name} must not hold both kinds of quotation marks")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it: half of a surrogate pair is none."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def env_values(lines: Sequence[str], name: str) -> Iterator[tuple[int, str]]:
+    """(place, value) of every line that sets a name."""
+    for at, line in enumerate(lines):
+        pair = parse_dotenv_line(line)
+        if pair and pair[0] == name:
+            yield at, pair[1]
+
+
+def with_env_line(lines: Sequence[str], name: str, text: str | None) -> list[str]:
+    """The lines with a name set once, where it stood first or at the end; None = nowhere."""
+    places = [at for at, _ in env_values(lines, name)]
+    end = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
+    made = list(lines)
+    if text is not None and places:
+        old = made[places[0]]
+        before = "export " if old.lstrip().startswith("export ") else ""
+        ending = old[len(old.rstrip("\r\n")) :]
+        made[places.pop(0)] = f"{before}{name}={text}{env_remark(old)}{ending}"
+    elif text is not None:
+        if made and not made[-1].endswith(("\n", "\r")):
+            made[-1] += end
+        made.append(f"{name}={text}{end}")
+    return [line for at, line in enumerate(made) if at not in places]
+
+
+def env_remark(line: str) -> str:
+    """The comment at the end of a line, with the blank before it."""
+    value = line.partition("=")[2].strip()
+    if value[:1] in {"'", '"'}:
+        end = value.find(value[0], 1)
+        value = value[end + 1 :] if end > 0 else ""
+    remark = re.search(r"(?:^|\s)#.*", value)
+    return " " + remark[0].strip() if remark else ""
+
+
+# -- auth.json -------------------------------------------------------------------
+
+MAX_CALLER_NAME: Final = 80  # characters of a caller's name
+MAX_KEY: Final = 8192
+MAX_LIMIT: Final = 10**15
+CALLER_LIMITS: Final = {
+    "rpm": int,
+    "req_per_day": int,
+    "tokens_per_day": int,
+    "cost_per_day": float,
+    "streams": int,
+}
+
+
+def key_tail(key: str) -> str:
+    """What people may see of a key."""
+    return key[-6:] if len(key) > 12 else "*" * len(key[-3:])
+
+
+class Added(NamedTuple):
+    provider: str
+    added: bool
+    duplicate: bool
+    total: int  # keys of the provider in the file
+
+
+def key_provider(name: object) -> Provider:
+    """The provider of this name or alias, which takes keys; BadValue for any other."""
+    row = provider_named(name) if isinstance(name, str) else None
+    if row is None:
+        raise BadValue("provider", "unknown provider: " + shown_name(name))
+    if row.accounts:
+        raise BadValue("provider", f"{row.name} has no keys: import its accounts instead")
+    return row
+
+
+def shown_name(value: object) -> str:
+    """A value from outside, short and printable."""
+    text = value if isinstance(value, str) else type(value).__name__
+    return "".join(filter(str.isprintable, text))[:MAX_CALLER_NAME] or "(empty)"
+
+
+def check_key(field: str, key: object) -> str:
+    """A key without blanks around it; BadValue if no header could carry it."""
+    text = key.strip() if isinstance(key, str) else ""
+    if not text:
+        raise BadValue(field, f"{field} must be a text that is not empty")
+    if len(text) > MAX_KEY or not re.fullmatch(r"[!-~]+", text):
+        raise BadValue(
+            field, f"{field} must be one word of at most {MAX_KEY} printable ASCII letters"
+        )
+    return text
+
+
+def member_of(document: Json, name: str, kind: type[Made], place: str = "auth.json") -> Made:
+    """A member that is a `kind`, made if it is missing; BadValue if it is something else."""
+    value = document.setdefault(name, kind())
+    if not isinstance(value, kind):
+        what = "a list" if issubclass(kind, list) else "an object"
+        raise BadValue(name, f"{place}: {name} must be {what}; mend it by hand")
+    return value
+
+
+def key_lists(document: Json, row: Provider) -> list[list[Any]]:
+    """The lists of an auth.json that hold a provider's keys, under its name and its aliases."""
+    stored = document.get("providers")
+    stored = stored if isinstance(stored, dict) else {}
+    found = (stored.get(name) for name in (row.name, *row.aliases))
+    return [keys for keys in found if isinstance(keys, list)]
+
+
+def stored_keys(document: Json, row: Provider) -> list[str]:
+    """A provider's keys in an auth.json, each once."""
+    texts = (key for keys in key_lists(document, row) for key in keys if isinstance(key, str))
+    return list(dict.fromkeys(key.strip() for key in texts if key.strip()))
+
+
+def add_provider_key(document: Json, provider: object, key: object) -> Added:
+    """Put a key into an auth.json, unless it is there."""
+    row, text = key_provider(provider), check_key("key", key)
+    duplicate = text in stored_keys(document, row)
+    if not duplicate:
+        keys = member_of(member_of(document, "providers", dict), row.name, list)
+        keys[:] = [old for old in keys if not isinstance(old, str) or old.strip()]
+        keys.append(text)
+    return Added(row.name, not duplicate, duplicate, len(stored_keys(document, row)))
+
+
+def remove_provider_key(document: Json, provider: object, which: str) -> str:
+    """Take a key out of an auth.json: the one with this tail or id, or itself. Its tail."""
+    row = key_provider(provider)
+    key = find_secret(stored_keys(document, row), which, f"{row.name} key in auth.json")
+    for keys in key_lists(document, row):
+        keys[:] = [old for old in keys if not isinstance(old, str) or old.strip() != key]
+    return key_tail(key)
+
+
+def find_secret(keys: Iterable[str], which: str, what: str) -> str:
+    """The one secret that ends in `which`, has it as its id, or is it; NoSuchEntry otherwise."""
+    known, which = dict.fromkeys(keys), which.strip()
+    exact = [key for key in known if which in (key, caller_id(key))]
+    found = exact or [key for key in known if len(which) >= 4 and key.endswith(which)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ids = ", ".join(caller_id(key) for key in found[:5])
+        raise NoSuchEntry("key", f"{len(found)} {what}s end in this: say which by id ({ids})")
+    hint = "" if len(which) >= 4 else "; give at least its last 4 characters"
+    raise NoSuchEntry("key", f"no {what} ends in this{hint}")
+
+
+def check_caller(values: Mapping[str, object]) -> Json:
+    """What may be said of a proxy key, checked; None takes a member away.
+
+    Members: name, admin, allowed_providers, privacy, and CALLER_LIMITS. BadValue names the one at fault.
+    """
+    checks: dict[str, Callable[[str, object], Any]] = {
+        "name": check_name,
+        "admin": check_flag,
+        "allowed_providers": check_providers,
+        "privacy": check_privacy,
+        **dict.fromkeys(CALLER_LIMITS, check_limit),
+    }
+    for name in values:
+        if name not in checks:
+            raise BadValue(shown_name(name), f"unknown member: {shown_name(name)}")
+    return {
+        name: None if value is None else checks[name](name, value) for name, value in values.items()
+    }
+
+
+def check_name(field: str, value: object) -> str:
+    if not isinstance(value, str) or len(value.strip()) > MAX_CALLER_NAME:
+        raise BadValue(field, f"{field} must be a text of at most {MAX_CALLER_NAME} characters")
+    if not value.strip().isprintable():
+        raise BadValue(field, f"{field} must hold printable characters only")
+    return value.strip()
+
+
+def check_flag(field: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise BadValue(field, f"{field} must be true or false")
+    return value
+
+
+def check_privacy(field: str, value: object) -> str:
+    if value not in PRIVACY:
+        raise BadValue(field, f"{field} must be {' or '.join(PRIVACY)}")
+    return cast(str, value)
+
+
+def check_providers(field: str, value: object) -> list[str]:
+    if not isinstance(value, list):
+        raise BadValue(field, f"{field} must be a list of provider names")
+    rows = [(name, provider_named(name) if isinstance(name, str) else None) for name in value]
+    for name, row in rows:
+        if row is None:
+            raise BadValue(field, f"{field}: unknown provider: {shown_name(name)}")
+    return list(dict.fromkeys(row.name for _, row in rows if row))
+
+
+def check_limit(field: str, value: object) -> int | float:
+    kind, word = (
+        CALLER_LIMITS[field],
+        "a whole number" if CALLER_LIMITS[field] is int else "a number",
+    )
+    fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not fits or not 0 <= cast(float, value) <= MAX_LIMIT:
+        raise BadValue(field, f"{field} must be {word} from 0 (no limit) to {MAX_LIMIT}")
+    return cast(float, value)
+
+
+def set_members(row: Json, values: Json) -> None:
+    """Lay checked values over a row: what is None, or an empty name or list, goes."""
+    for name, value in values.items():
+        if value is None or value in ("", []):
+            row.pop(name, None)
+        else:
+            row[name] = value
+
+
+def add_proxy_key(document: Json, values: Mapping[str, object], key: str = "") -> str:
+    """Put a key for callers into an auth.json, a new one unless it is given; the key."""
+    checked = check_caller(values)
+    rows = member_of(document, "proxy_keys", dict)
+    key = check_key("key", key) if key else new_proxy_key()
+    if key in rows:
+        raise BadValue("key", "this key is there already")
+    rows[key] = {}
+    set_members(rows[key], checked)
+    return key
+
+
+def new_proxy_key() -> str:
+    return "sk-router-" + secrets.token_urlsafe(24)
+
+
+def update_proxy_key(
+    document: Json, which: str, values: Mapping[str, object], others: Iterable[str] = ()
+) -> str:
+    """Change what an auth.json says of a key for callers: by tail, id or itself; the key.
+
+    `others` are keys that stand elsewhere (.env): one of them gets a row here.
+    """
+    checked = check_caller(values)
+    rows = member_of(document, "proxy_keys", dict)
+    key = find_secret([*rows, *others], which, "proxy key")
+    set_members(member_of(rows, key, dict, "auth.json: proxy_keys"), checked)
+    return key
+
+
+def revoke_proxy_key(document: Json, which: str, others: Iterable[str] = ()) -> str:
+    """Take a key for callers out of an auth.json: by tail, id or itself; the key.
+
+    A key of `others` has to be taken out of where it stands, too.
+    """
+    rows = member_of(document, "proxy_keys", dict)
+    key = find_secret([*rows, *others], which, "proxy key")
+    rows.pop(key, None)
+    return key
+
+
+def upsert_account(document: Json, row: Json) -> bool:
+    """Put a ChatGPT account into an auth.json, in any form that is read; was it new?
+
+    The rows of an account that is there get the new tokens and keep all else.
+    """
+    account = read_account(row)
+    if account is None:
+        raise BadValue("codex_accounts", "the sign-in has no refresh_token or no account_id")
+    identity = token_holder(row).get("id_token")
+    same = [old for old in account_rows(document) if account_id_of(old) == account.id]
+    for old in same:
+        store_tokens(old, account, identity)
+    if not same:
+        accounts = member_of(document, "codex_accounts", list)
+        accounts[:] = [old for old in accounts if not is_blank_account(old)]
+        fresh: Json = {"account_id": account.id}
+        store_tokens(fresh, account, identity)
+        accounts.append(fresh)
+    return not same
+
+
+def account_id_of(row: Json) -> str:
+    account = read_account(row)
+    return account.id if account else ""
+
+
+def is_blank_account(row: object) -> bool:
+    """As in auth.example.json: to be filled in."""
+    return isinstance(row, dict) and not any(
+        row.get(name) for name in ("account_id", "access_token", "refresh_token", "tokens")
+    )
+
+
+def store_tokens(row: Json, account: Account, identity: object) -> None:
+    """Put an account's tokens into its row, in the form the row has."""
+    holder = token_holder(row)
+    holder["access_token"] = account.access_token
+    holder["refresh_token"] = account.refresh_token
+    if "id_token" in holder and isinstance(identity, str):
+        holder["id_token"] = identity
+    row["last_refresh"] = account.last_refresh
+
+
+# -- the first key ---------------------------------------------------------------
 
 
 def with_proxy_key(config: Config) -> tuple[Config, str]:
     """The configuration with at least one caller key, and the key that was made ("" = none).
 
     A new key is written to the .env file; where that cannot be written it lives until the
-    process ends, with a warning.
+    process ends, with a warning. Of two that start at once, one makes the key for both.
     """
     if config.proxy_keys or config.auth_mode == "open":
         return config, ""
-    key = "sk-router-" + secrets.token_urlsafe(24)
-    warnings = config.warnings
+    key = new_proxy_key()
     try:
-        config.home.mkdir(parents=True, exist_ok=True)
-        old = config.env_file.read_text(encoding="utf-8") if config.env_file.exists() else ""
-        kept = [
-            x for x in old.splitlines() if (parse_dotenv_line(x) or ("",))[0] != "PROXY_API_KEYS"
-        ]
-        write_private(config.env_file, "\n".join([*kept, f"PROXY_API_KEYS={key}"]) + "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        warnings = (
-            *warnings,
-            f"the new key could not be written to {config.env_file.name}: {error}",
-        )
-    return replace(config, proxy_keys=(key,), warnings=warnings), key
+        edit_env(config.env_file, {"PROXY_API_KEYS": key}, usable_keys)
+    except FileProblem as problem:
+        warning = f"the new key could not be written: {problem}"
+        return replace(config, proxy_keys=(key,), warnings=(*config.warnings, warning)), key
+    kept = usable_keys(read_dotenv(config.env_file).get("PROXY_API_KEYS"))
+    return replace(config, proxy_keys=kept), key if key in kept else ""
+
+
+def usable_keys(text: str | None) -> tuple[str, ...]:
+    """The keys of a comma list, without those that stand in examples."""
+    return tuple(key for key in split_list(text) if key not in PLACEHOLDER_KEYS)
 
 
 # =============================================================================
-# 5. Tokens
+# 6. Tokens
 # =============================================================================
 
 # Bytes of JSON body per token of o200k_base: dense scripts and base64-like text, English prose with
@@ -2542,7 +3211,7 @@ class Encoder:
 
 
 # =============================================================================
-# 6. Events
+# 7. Events
 # =============================================================================
 
 # WHATWG server-sent events: lines end in LF, CRLF or CR; a blank line ends an event; the
@@ -2635,7 +3304,7 @@ def dump_json(value: object) -> bytes:
 
 
 # =============================================================================
-# 7. Chat
+# 8. Chat
 # =============================================================================
 
 MAX_NESTING = 100  # lists and objects inside one another; real requests stay below 20
@@ -3100,7 +3769,7 @@ def wants_json(chat: Mapping[str, Any]) -> bool:
 
 
 # =============================================================================
-# 8. Replies
+# 9. Replies
 # =============================================================================
 
 # Where a chat message or a delta may carry something worth having (docs/architecture.md:
@@ -3715,7 +4384,7 @@ def chunks_from_reply(reply: Json) -> list[Json]:
 
 
 # =============================================================================
-# 9. Outgoing
+# 10. Outgoing
 # =============================================================================
 
 DROP: Final = object()  # an edit that removes a member
@@ -3778,7 +4447,7 @@ def output_edits(body: Json, reserve: int, ceiling: int) -> dict[str, object]:
 
 
 # =============================================================================
-# 10. Hub
+# 11. Hub
 # =============================================================================
 
 SEAL: Final = "hr1."
@@ -3837,7 +4506,7 @@ def custom_input(text: str) -> str:
 
 
 # =============================================================================
-# 11. Accents
+# 12. Accents
 # =============================================================================
 
 # Every OpenAI-compatible provider speaks Chat with an accent. A ChatReader takes all of them;
@@ -4835,7 +5504,7 @@ def is_odd_call(call: Any, whole: bool) -> bool:
 
 
 # =============================================================================
-# 12. Quirks
+# 13. Quirks
 # =============================================================================
 
 
@@ -6476,7 +7145,7 @@ def named_choice(choice: Json, custom: bool) -> object:
 
 
 # =============================================================================
-# 13. Messages in
+# 14. Messages in
 # =============================================================================
 
 # The client's side of Anthropic Messages (platform.claude.com/docs/en/api/messages and what Claude
@@ -7802,7 +8471,7 @@ def count_all_tokens(chat: Json, encoder: Encoder | None = None) -> int:
 
 
 # =============================================================================
-# 14. Messages out
+# 15. Messages out
 # =============================================================================
 
 # The provider side of Anthropic Messages. What the API answers 400 to is written down as an
@@ -9383,7 +10052,7 @@ def events_of(reply: Json) -> Iterator[Json]:
 
 
 # =============================================================================
-# 15. Responses in
+# 16. Responses in
 # =============================================================================
 
 JSON_TEXT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -11199,7 +11868,7 @@ def unknown_response(own: str) -> BadRequest:
 
 
 # =============================================================================
-# 16. Responses out
+# 17. Responses out
 # =============================================================================
 
 # OpenAI's Responses API and Codex (the same wire under a ChatGPT plan), as providers.
@@ -12091,7 +12760,7 @@ def is_sealed_item(item: object) -> bool:
 
 
 # =============================================================================
-# 17. Completions
+# 18. Completions
 # =============================================================================
 
 # The legacy endpoint, for clients that still ask for text_completion: the prompt becomes one
@@ -12233,7 +12902,7 @@ class CompletionsWriter:
 
 
 # =============================================================================
-# 18. Dialects
+# 19. Dialects
 # =============================================================================
 
 
@@ -13486,7 +14155,7 @@ def masked(data: bytes, secret: bytes) -> bytes:
 
 
 # =============================================================================
-# 19. Database
+# 20. Database
 # =============================================================================
 
 
@@ -13647,7 +14316,7 @@ class Database:
 
 
 # =============================================================================
-# 20. Keys
+# 21. Keys
 # =============================================================================
 
 # Rests that a last round may overlook when nothing else is left: guesses about health,
@@ -13685,11 +14354,6 @@ class Rest(NamedTuple):
     why: str
 
 
-def key_tail(key: str) -> str:
-    """What people may see of a key."""
-    return key[-6:] if len(key) > 12 else "*" * len(key[-3:])
-
-
 class KeyPool:
     """Which key may be used now: each rests per (key, model).
 
@@ -13712,6 +14376,17 @@ class KeyPool:
         self._now = now
         self._lock = threading.Lock()
 
+    def adopt(self, config: Config, stay: frozenset[str]) -> None:
+        """Hold other keys; rests and counts stay with keys that stay."""
+        held = {service.name: service.keys for service in config.services}
+        with self._lock:
+            old = {(p, key) for p in stay for key in (*self._keys.get(p, ()), ANY)}
+            kept = old & {(p, key) for p, keys in held.items() for key in (*keys, ANY)}
+            self._rests = {at: rest for at, rest in self._rests.items() if at[:2] in kept}
+            self._handed = {at: count for at, count in self._handed.items() if at in kept}
+            self._turns = {p: self._turns.get(p, 0) if p in stay else 0 for p in held}
+            self._keys, self._rotate = held, config.rotation_mode != "sequential"
+
     def lease(
         self,
         provider: str,
@@ -13719,10 +14394,15 @@ class KeyPool:
         *,
         tried: Iterable[str] = (),
         ignoring: frozenset[str] = frozenset(),
+        among: Sequence[str] | None = None,
     ) -> Lease | None:
-        """A ready key that is not among `tried`; rests for a reason in `ignoring` do not count."""
+        """A ready key that is not among `tried`; rests for a reason in `ignoring` do not count.
+
+        `among` (here and below): the provider's keys as the request found them when it began;
+        None = those of now.
+        """
         with self._lock:
-            keys = self._keys.get(provider, ())
+            keys = self._among(provider, among)
             start = self._turns.get(provider, 0) if self._rotate else 0
             for offset in range(len(keys)):
                 key = keys[(start + offset) % len(keys)]
@@ -13733,12 +14413,14 @@ class KeyPool:
                 return Lease(provider, key, model)
         return None
 
-    def another(self, provider: str, model: str, tried: Iterable[str]) -> bool:
+    def another(
+        self, provider: str, model: str, tried: Iterable[str], among: Sequence[str] | None = None
+    ) -> bool:
         """Whether a key that is not among `tried` is ready."""
         with self._lock:
             return any(
                 key not in tried and not self._resting(provider, key, model, frozenset())
-                for key in self._keys.get(provider, ())
+                for key in self._among(provider, among)
             )
 
     def rest(self, provider: str, key: str, model: str, seconds: float, why: str) -> None:
@@ -13776,7 +14458,7 @@ class KeyPool:
         return [
             (provider, key)
             for (provider, key, model), rest in self.rests().items()
-            if rest.why in DEAD and model == ANY and key != ANY
+            if rest.why in DEAD and model == ANY and key in self._keys.get(provider, ())
         ]
 
     def revive(self, provider: str, key: str) -> None:
@@ -13787,22 +14469,26 @@ class KeyPool:
                 del self._rests[provider, key, ANY]
 
     def soonest(
-        self, provider: str, model: str, tried: Iterable[str] = frozenset()
+        self,
+        provider: str,
+        model: str,
+        tried: Iterable[str] = frozenset(),
+        among: Sequence[str] | None = None,
     ) -> float | None:
         """Seconds until some key of the provider is ready for the model; None without keys."""
         with self._lock:
             waits = [
                 max((r.until for r in self._over(provider, key, model)), default=0.0) - self._now()
-                for key in self._keys.get(provider, ())
+                for key in self._among(provider, among)
                 if key not in tried
             ]
         return max(0.0, min(waits)) if waits else None
 
-    def why(self, provider: str, model: str) -> str:
+    def why(self, provider: str, model: str, among: Sequence[str] | None = None) -> str:
         """Why no key is ready: the reason that keeps the key that is ready first."""
         with self._lock:
             now = self._now()
-            over = (self._over(provider, key, model) for key in self._keys.get(provider, ()))
+            over = (self._over(provider, key, model) for key in self._among(provider, among))
             last = [max(live) for rests in over if (live := [r for r in rests if r.until > now])]
         return min(last).why if last else ""
 
@@ -13810,6 +14496,9 @@ class KeyPool:
         """Per key: the worst state over the provider's models, and hand-outs."""
         with self._lock:
             return [self._key_state(provider, key, models) for key in self._keys.get(provider, ())]
+
+    def _among(self, provider: str, among: Sequence[str] | None) -> Sequence[str]:
+        return self._keys.get(provider, ()) if among is None else among
 
     def _key_state(self, provider: str, key: str, models: Sequence[str]) -> Json:
         now = self._now()
@@ -13853,7 +14542,7 @@ class KeyPool:
 
 
 # =============================================================================
-# 21. Accounts
+# 22. Accounts
 # =============================================================================
 
 # ChatGPT accounts that Codex runs on, signed in elsewhere (`codex login`): an access token
@@ -13895,8 +14584,8 @@ def token_end(token: str) -> float:
 class Accounts:
     """The access token of each account, renewed by one thread while the others wait.
 
-    One lock, for the dictionaries and the rare rewrite of auth.json; never held while the
-    token endpoint is asked. `post` may raise what the transport raises; `wall` gives unix
+    One lock, for the dictionaries: not held while the token endpoint is asked, nor while
+    auth.json is written. `post` may raise what the transport raises; `wall` gives unix
     seconds.
     """
 
@@ -13914,6 +14603,25 @@ class Accounts:
         self._stored = {a.id: a.refresh_token for a in self._accounts.values()}
         self._ends = {a.id: token_end(a.access_token) for a in self._accounts.values()}
         self._flights: dict[str, Flight] = {}
+        self._leaving: set[str] = set()  # accounts that were taken out
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        """Take over the accounts of auth.json; tokens that were renewed since stay.
+
+        Those that were taken out go with the change after that: requests may be using them.
+        """
+        with self._lock:
+            self._path, self._url = config.auth_path, config.codex_token_url
+            for account in config.accounts:
+                ours = self._accounts.get(account.id)
+                known = {self._stored.get(account.id), ours and ours.refresh_token}
+                if account.refresh_token not in known:
+                    self._keep(account, token_end(account.access_token))
+                    self._stored[account.id] = account.refresh_token
+            gone = self._accounts.keys() - {account.id for account in config.accounts}
+            for id in gone & self._leaving - self._flights.keys():
+                del self._accounts[id], self._stored[id], self._ends[id]
+            self._leaving = gone
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -13966,9 +14674,12 @@ class Accounts:
 
     def _from_file(self, id: str) -> str:
         """The token of a newer sign-in, if auth.json holds one since it was last read."""
+        try:
+            found = read_accounts(parse_object(self._path.read_bytes()))
+        except (OSError, ValueError):  # told when the new tokens cannot be written
+            found = ()
         with self._lock:
-            document, _ = self._read_file()
-            for account in read_accounts(document):
+            for account in found:
                 if account.id == id and account.refresh_token != self._stored[id]:
                     self._keep(account, token_end(account.access_token))
                     self._stored[id] = account.refresh_token
@@ -14000,44 +14711,40 @@ class Accounts:
         rotated = answer.get("refresh_token")
         rotated = rotated if isinstance(rotated, str) and rotated else old.refresh_token
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+        account = Account(id, rotated, token, stamp)
         with self._lock:
-            self._keep(Account(id, rotated, token, stamp), end)
-            self._save(id, answer.get("id_token"))
+            self._keep(account, end)
+        self._save(account, answer.get("id_token"))
         return token
 
-    def _read_file(self) -> tuple[Json, str]:
-        """(what auth.json holds now, "" or why it cannot be used)."""
-        try:
-            document = json.loads(self._path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
-            return {}, type(error).__name__
-        return (document, "") if isinstance(document, dict) else ({}, "it holds no object")
-
-    def _save(self, id: str, identity: object) -> None:
+    def _save(self, account: Account, identity: object) -> None:
         """Put new tokens into the account's rows of auth.json, read anew: all else stays.
 
         A row that meanwhile got another refresh token is newer than ours and is left alone, as
-        is a file that is gone or broken; the tokens then live until the process ends.
+        is a file that is gone or broken; the tokens then live until the process ends. One thread
+        at a time does this for an account: the one that renews it.
         """
-        account, (document, problem) = self._accounts[id], self._read_file()
-        rows = [row for row in account_rows(document) if is_row_of(row, id, self._stored[id])]
-        for row in rows:
-            holder = token_holder(row)
-            holder["access_token"] = account.access_token
-            holder["refresh_token"] = account.refresh_token
-            if "id_token" in holder and isinstance(identity, str):
-                holder["id_token"] = identity
-            row["last_refresh"] = account.last_refresh
+        with self._lock:
+            stored = self._stored[account.id]
+
+        def change(document: Json) -> bool:
+            rows = [r for r in account_rows(document) if is_row_of(r, account.id, stored)]
+            for row in rows:
+                store_tokens(row, account, identity)
+            return bool(rows)
+
         try:
-            if rows:
-                text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-                write_private(self._path.resolve(), text)
-                self._stored[id] = account.refresh_token
-        except (OSError, ValueError) as error:  # ValueError: half a surrogate pair in a text
-            problem = type(error).__name__
-        if problem:
-            name, tail = self._path.name, key_tail(id)
-            log.error("%s: new tokens of codex account %s not stored: %s", name, tail, problem)
+            if not self._path.exists():
+                raise FileProblem(f"{self._path.name} is gone")
+            kept = edit_json(self._path, change)
+        except FileProblem as problem:
+            log.error(
+                "new tokens of codex account %s not stored: %s", key_tail(account.id), problem
+            )
+            return
+        if kept:
+            with self._lock:
+                self._stored[account.id] = account.refresh_token
 
 
 def is_row_of(row: Json, id: str, refresh_token: str) -> bool:
@@ -14120,7 +14827,7 @@ def finite_number(value: object) -> float | None:
 
 
 # =============================================================================
-# 22. Breakers
+# 23. Breakers
 # =============================================================================
 
 
@@ -14155,10 +14862,27 @@ class Breakers:
         cooldown: float = 60.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._window, self._min, self._rate = window, min(min_samples, window), error_rate
-        self._cooldown, self._now = cooldown, now
+        self._now = now
         self._circuits: dict[str, Circuit] = {}
         self._lock = threading.Lock()
+        self._judge_by(window, min_samples, error_rate, cooldown)
+
+    def adopt(self, config: Config, stay: frozenset[str]) -> None:
+        """Judge by other numbers from now on; open circuits stay open as long as they were told."""
+        with self._lock:
+            self._judge_by(
+                config.breaker_window,
+                config.breaker_min_samples,
+                config.breaker_error_rate,
+                config.breaker_cooldown,
+            )
+            self._circuits = {name: c for name, c in self._circuits.items() if name in stay}
+            for circuit in self._circuits.values():
+                circuit.outcomes = deque(circuit.outcomes, self._window)
+
+    def _judge_by(self, window: int, min_samples: int, error_rate: float, cooldown: float) -> None:
+        self._window, self._min, self._rate = window, min(min_samples, window), error_rate
+        self._cooldown = cooldown
 
     def note(self, provider: str, ok: bool, owner: object = None) -> None:
         """Record one outcome; 429s and client faults are no outcome and are not noted.
@@ -14283,7 +15007,7 @@ class Breakers:
 
 
 # =============================================================================
-# 23. State
+# 24. State
 # =============================================================================
 
 STATE_MARK: Final = "hermes_router_state"  # a member that holds the version of the file's form
@@ -14418,7 +15142,7 @@ class StateFile:
             return
         try:
             self._path = self._path.resolve()  # a link stays one
-            self._sweep(self._path)
+            sweep_left(self._path, self._wall())
             document = self._read(self._path)
             rests, circuits = self._restore(document)
         except (FileNotFoundError, NotADirectoryError):
@@ -14429,14 +15153,6 @@ class StateFile:
         self._kept = self._seen()
         if rests or circuits:
             log.info("%s: %d rests, %d breakers go on", self._path.name, rests, circuits)
-
-    def _sweep(self, path: Path) -> None:
-        """Remove what a router that was killed while writing left beside the file."""
-        left = re.compile(re.escape(f".{path.name}.") + r"\w{8}")
-        with suppress(OSError):
-            for file in list(path.parent.iterdir()):
-                if left.fullmatch(file.name) and file.stat().st_mtime < self._wall() - 3600:
-                    file.unlink()
 
     def _read(self, path: Path) -> Json:
         """The document; ValueError when it is none of ours."""
@@ -14523,7 +15239,7 @@ class StateFile:
 
 
 # =============================================================================
-# 24. Usage
+# 25. Usage
 # =============================================================================
 
 
@@ -14636,6 +15352,11 @@ class Usage:
         self._newest = 0  # day
         self.database = Database(path, USAGE_SCHEMA, self._changes)
         self.started = now()
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        names = {service.name for service in config.services}
+        with self._lock:
+            self._tallies = {name: row for name, row in self._tallies.items() if name in names}
 
     def start(self) -> None:
         """Take up what the file holds, and write to it from now on."""
@@ -14861,7 +15582,7 @@ class Prices:
 
 
 # =============================================================================
-# 25. Limits
+# 26. Limits
 # =============================================================================
 
 MINUTE_S: Final = 60.0
@@ -15196,15 +15917,22 @@ class Addresses:
 
     def __init__(
         self,
-        most: int,
+        most: int = 0,
         seconds: float = MINUTE_S,
         trusted: Iterable[str] = (),
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.most, self._seconds, self._now = most, seconds, now
-        self._trusted = [ipaddress.ip_network(text, strict=False) for text in trusted]
+        self._now = now
+        self._limit(most, seconds, trusted)
         self._windows: dict[str, Window] = {}
         self._lock = threading.Lock()
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._limit(config.rate_limit_requests, config.rate_limit_window, config.trusted_proxies)
+
+    def _limit(self, most: int, seconds: float, trusted: Iterable[str]) -> None:
+        self.most, self._seconds = most, seconds
+        self._trusted = [ipaddress.ip_network(text, strict=False) for text in trusted]
 
     def check(self, environ: Mapping[str, Any]) -> None:
         """Count one request; OverQuota if it is one too many."""
@@ -15258,7 +15986,7 @@ def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | N
 
 
 # =============================================================================
-# 26. Traces
+# 27. Traces
 # =============================================================================
 
 LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -15295,6 +16023,14 @@ class Traces:
             "time_to_first_token_seconds": Histogram(LATENCY_BUCKETS_S),
             "prompt_tokens": Histogram(TOKEN_BUCKETS),
         }
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        """Keep as many as REQUEST_LOG_SIZE says, the newest ones."""
+        size = max(0, config.request_log_size)
+        with self._lock:
+            if size != self._kept.maxlen:
+                self._kept = deque(self._kept, maxlen=size)
+                self._by_id = {trace.id: trace for trace in self._kept}
 
     def keep(self, trace: Trace) -> None:
         """A request that has ended."""
@@ -15351,7 +16087,7 @@ def trace_line(trace: Trace) -> str:
 
 
 # =============================================================================
-# 27. Lessons
+# 28. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -16097,6 +16833,13 @@ class Lessons:
         self._windows: dict[tuple[str, str], tuple[int, float]] = {}  # tokens, until
         self._cuts: dict[tuple[str, str], float] = {}  # cut prompts were told of, until
 
+    def adopt(self, _config: Config, stay: frozenset[str]) -> None:
+        """Forget what was learnt of providers that left or moved."""
+        with self._lock:
+            self._mends = {at: known for at, known in self._mends.items() if at[0] in stay}
+            self._windows = {at: known for at, known in self._windows.items() if at[0] in stay}
+            self._cuts = {at: until for at, until in self._cuts.items() if at[0] in stay}
+
     def mends(self, provider: str, model: str, dialect: str) -> tuple[Mend, ...]:
         """What to change in every body before it is sent, in the order it was learnt."""
         if not self._mends:  # the usual case costs no lock
@@ -16183,7 +16926,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 28. Difficulty
+# 29. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -16312,7 +17055,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 29. Plan
+# 30. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -16674,7 +17417,7 @@ class Directory:
 
 
 # =============================================================================
-# 30. Verdicts
+# 31. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -17066,7 +17809,7 @@ def next_sunday(date: datetime) -> float:
 
 
 # =============================================================================
-# 31. Transport
+# 32. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -17534,15 +18277,30 @@ class Transport:
         self._pools: dict[str, Any] = {}
         self._lock = threading.Lock()
 
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        """Connections to where no provider is any more are not kept."""
+        self._connect_timeout = config.connect_timeout
+        used = {service.url for service in config.services}
+        with self._lock:
+            unused = self._origins.keys() - used
+        self._let_go(unused)
+
     def origin(self, url: str) -> Origin:
         with self._lock:
             return self._origins.setdefault(url, Origin(url))
 
     def close(self) -> None:
         """Close the kept connections; those in use close when their answer ends."""
-        for origin in list(self._origins.values()):
-            while origin.idle:
-                origin.idle.pop().close()
+        with self._lock:
+            every = list(self._origins)
+        self._let_go(every)
+
+    def _let_go(self, urls: Iterable[str]) -> None:
+        for url in urls:
+            idle = self._origins[url].idle
+            while idle:
+                with suppress(IndexError):  # taken meanwhile
+                    idle.pop().close()
 
     def post(
         self, origin: Origin, path: str, headers: bytes, body: bytes, guard: Guard
@@ -17666,7 +18424,7 @@ class Transport:
 
 
 # =============================================================================
-# 32. Upstream
+# 33. Upstream
 # =============================================================================
 
 ANSWERED: Final = frozenset({200, 201, 202, 203})  # web frameworks answer a POST with 201
@@ -17865,8 +18623,12 @@ class Upstream:
     ) -> None:
         self._config, self._transport, self._now = config, transport, now
         self._accounts, self.lessons = accounts, lessons or Lessons(now)
-        self._heads: dict[tuple[str, str, str], bytes] = {}
+        self._heads: dict[tuple[str, str, str, object], bytes] = {}
         self._lacking: set[tuple[str, str]] = set()  # (service, dialect) that it does not speak
+
+    def adopt(self, config: Config, stay: frozenset[str]) -> None:
+        self._config, self._heads = config, {}
+        self._lacking = {place for place in self._lacking if place[0] in stay}
 
     def send(
         self, target: Target, lease: Lease, ask: Ask, deadline: float, last: bool = True
@@ -18042,14 +18804,15 @@ class Upstream:
 
     def _headers(self, service: Service, key: str, dialect: str) -> bytes:
         """Header lines for one (service, key), made once where they do not change."""
-        made = self._heads.get((service.name, key, dialect))
+        place = (service.name, key, dialect, service.headers)
+        made = self._heads.get(place)
         if made is None:
             lines = {**COMMON_HEADERS, **dict(service.headers)}
             if key and dialect == "messages":
                 lines["x-api-key"] = key
             elif key:
                 lines["Authorization"] = f"Bearer {key}"
-            made = self._heads[service.name, key, dialect] = header_lines(lines)
+            made = self._heads[place] = header_lines(lines)
         return made
 
     @staticmethod
@@ -18240,7 +19003,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 33. Checks
+# 34. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -18278,7 +19041,7 @@ class KeyProbe:
     def __init__(
         self,
         upstream: Upstream,
-        directory: Directory,
+        directory: Callable[[], Directory],
         watchdog: Watchdog,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -18286,7 +19049,7 @@ class KeyProbe:
         self._now, self._guard = now, Guard()
 
     def ask(self, provider: str, key: str, by_chat: bool = False) -> Standing:
-        service = self._directory.services.get(provider)
+        service = self._directory().services.get(provider)
         if service is None:
             return "unclear"
         deadline = self._now() + self.LIMIT_S
@@ -18316,7 +19079,7 @@ class KeyProbe:
 
     def _chat(self, service: Service, key: str) -> Outcome | None:
         """One token from the provider's cheapest model; None without a model."""
-        targets = [t for t in self._directory.targets if t.provider == service.name]
+        targets = [t for t in self._directory().targets if t.provider == service.name]
         if not targets:
             return None
         # Not as a reasoning model: those get thousands of tokens more to think with.
@@ -18360,6 +19123,12 @@ class KeyChecks:
         self._bell, self._lock = threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
         self._on = self._closed = False
+        self._wanted = True  # KEY_RECHECK
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._wanted = config.key_recheck
+        if self._on and self._keys.dead():
+            self.wake()
 
     def start(self) -> None:
         self._on = True
@@ -18368,7 +19137,7 @@ class KeyChecks:
 
     def wake(self) -> None:
         """A key has just been found dead."""
-        if not self._on:
+        if not (self._on and self._wanted):
             return
         with self._lock:
             if self._thread is None:
@@ -18394,6 +19163,8 @@ class KeyChecks:
 
     def run_due(self) -> float | None:
         """Ask what is due now; seconds until the next question, None while no key is dead."""
+        if not self._wanted:
+            return None
         self._take_stock()
         now = self._now()
         due = [place for place, case in self._cases.items() if case.due <= now]
@@ -18439,7 +19210,7 @@ class KeyChecks:
 
 
 # =============================================================================
-# 34. Router
+# 35. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -18574,6 +19345,9 @@ class Gate:
         self.inside = 0
         self.closed = False  # the router is on its way out
 
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._most = config.max_streams
+
     def enter(self) -> None:
         with self._lock:
             if self.closed:
@@ -18585,6 +19359,20 @@ class Gate:
     def leave(self) -> None:
         with self._lock:
             self.inside -= 1
+
+
+class Part(Protocol):
+    """Whatever depends on settings. `stay` names the providers whose memory holds on."""
+
+    def adopt(self, config: Config, stay: frozenset[str], /) -> None: ...
+
+
+class Loaded(NamedTuple):
+    """How the settings were read: when, why not since then, and what waits for a restart."""
+
+    at: float  # unix seconds
+    error: str = ""
+    restart: tuple[str, ...] = ()
 
 
 class Router:
@@ -18599,51 +19387,50 @@ class Router:
         sleep: Callable[[float], None] = time.sleep,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self.config, self.now, self.sleep = config, now, sleep
-        self.directory = Directory(config)
-        self.keys = KeyPool({s.name: s.keys for s in config.services}, config.rotation_mode, now)
-        self.breakers = Breakers(
-            config.breaker_window,
-            config.breaker_min_samples,
-            config.breaker_error_rate,
-            config.breaker_cooldown,
-            now,
-        )
+        self.now, self.sleep = now, sleep
+        self.config = config
+        self.loaded = Loaded(time.time())
+        self.keys = KeyPool({}, now=now)
+        self.breakers = Breakers(now=now)
         name = config.usage_file
         self.usage = Usage(now, wall, config.home / Path(name).expanduser() if name else None)
         self.quotas = Quotas(now, wall)
-        self.addresses = Addresses(
-            config.rate_limit_requests, config.rate_limit_window, config.trusted_proxies, now
-        )
-        self.prices = Prices(config.prices, config.model_overrides)
+        self.addresses = Addresses(now=now)
         self.traces = Traces(config.request_log_size)
         self.lessons = Lessons(now)
         self.gate = Gate(config.max_streams)
         self.watchdog = Watchdog(now)
         self.encoder = Encoder()
         self.transport = transport or Transport(config.connect_timeout)
-        self.accounts = Accounts(
-            config.accounts,
-            config.home / config.auth_file,
-            self.transport.post_json,
-            time.time,
-            config.codex_token_url,
-        )
+        self.accounts = Accounts((), config.auth_path, self.transport.post_json, time.time)
         self.upstream = Upstream(config, self.transport, now, self.accounts, self.lessons)
-        self.probe = KeyProbe(self.upstream, self.directory, self.watchdog, now)
+        self.probe = KeyProbe(self.upstream, lambda: self.directory, self.watchdog, now)
         self.checks = KeyChecks(self.keys, self.probe.ask, now)
         name = config.state_file
         path = config.home / Path(name).expanduser() if name else None
         self.state = StateFile(path, self.keys, self.breakers, now)
         self.responses = ResponseStore(now=now)
+        self.parts: list[Part] = [
+            self.keys,
+            self.breakers,
+            self.usage,
+            self.addresses,
+            self.traces,
+            self.lessons,
+            self.gate,
+            self.transport,
+            self.accounts,
+            self.upstream,
+            self.checks,
+        ]
+        self.adopt(config)
 
     def start(self) -> None:
         """What goes on beside requests: health is kept in a file, dead keys are asked again."""
         self.state.start()
         self.usage.start()
         self.quotas.restore(self.usage.places())
-        if self.config.key_recheck:
-            self.checks.start()
+        self.checks.start()
 
     def close(self) -> None:
         """Stop what `start` began, and let go of the connections to providers."""
@@ -18653,11 +19440,31 @@ class Router:
         self.usage.close()
         self.transport.close()
 
+    # -- settings --------------------------------------------------------------------------
+
+    def adopt(self, config: Config) -> None:
+        """Take over other settings while requests go on: those under way end as they began.
+
+        What was learnt is kept of keys and providers that stay where they are. One caller at a
+        time (Reloader); a request looks at `directory` once.
+        """
+        stay = staying(self.config, config)
+        self.config, self.directory = config, Directory(config)
+        self.prices = Prices(config.prices, config.model_overrides)
+        for part in self.parts:
+            part.adopt(config, stay)
+
+    def follow(self, part: Part) -> None:
+        """Tell a part of the settings, now and whenever they change."""
+        part.adopt(self.config, frozenset())
+        self.parts.append(part)
+
     # -- one request -----------------------------------------------------------------------
 
     def complete(self, ask: Ask, profile: str = "") -> Answer:
         """Answer a chat request, or raise the RouterError that says why not."""
-        choice = self.directory.choose(ask.chat.get("model") or "", ask.fallback)
+        directory = self.directory
+        choice = directory.choose(ask.chat.get("model") or "", ask.fallback)
         tokens = ask.tokens = self.size(ask)
         lead = [t for t in choice.lead if self.may_use(ask, t.service)]
         self.admit(ask, lead)
@@ -18674,7 +19481,7 @@ class Router:
             ask.caller.scope,
             ask.privacy,
         )
-        groups, turn = self.directory.arranged(traits)
+        groups, turn = directory.arranged(traits)
         if choice.lead and not choice.spill:
             groups = ()
         limits = Limits(tokens, self.breakers.bucket, self.breakers.is_open, self.window)
@@ -18800,7 +19607,8 @@ class Router:
             pause = attempt.outcome.retry_after or verdict.rest_s
         if pause > MAX_PAUSE_S or attempt.seconds > MAX_PAUSE_S or self.now() + pause > deadline:
             return False
-        if self.keys.another(target.provider, target.model, walk.keys[target.label]):
+        keys, tried = target.service.keys, walk.keys[target.label]
+        if self.keys.another(target.provider, target.model, tried, keys):
             return False  # its other keys come next
         walk.repeated = True
         ask.trace.note(step_of(target, lease, attempt))
@@ -18868,8 +19676,7 @@ class Router:
         waits = [
             wait
             for t in targets
-            if not walk.ruled_out(t)
-            and (wait := self.keys.soonest(t.provider, t.model, walk.keys[t.label])) is not None
+            if not walk.ruled_out(t) and (wait := self.wait_for(t, walk.keys[t.label])) is not None
         ]
         # A breaker's probe may be under way: its end is nothing that could be known.
         pause = max(min(waits, default=math.inf), QUICK_PAUSE_S)
@@ -18877,6 +19684,10 @@ class Router:
             return False
         self.sleep(min(pause, 0.25))
         return not owner.gone
+
+    def wait_for(self, target: Target, tried: Iterable[str] = frozenset()) -> float | None:
+        """Seconds until one of the keys that the target began with is ready."""
+        return self.keys.soonest(target.provider, target.model, tried, target.service.keys)
 
     def leases(
         self,
@@ -18897,15 +19708,17 @@ class Router:
                     walk.waits.append(self.breakers.wait(provider))
                     walk.skipped.append(f"{target.label}: resting, its breaker is open")
                 return
-            lease = self.keys.lease(provider, target.model, tried=tried, ignoring=ignoring)
+            lease = self.keys.lease(
+                provider, target.model, tried=tried, ignoring=ignoring, among=target.service.keys
+            )
             if lease is None:
                 self.breakers.leave(provider, owner)
                 break
             tried.add(lease.key)
             yield target, lease
         if not tried and not ignoring:
-            wait = self.keys.soonest(target.provider, target.model) or 0.0
-            why = self.keys.why(target.provider, target.model)
+            wait = self.wait_for(target) or 0.0
+            why = self.keys.why(provider, target.model, target.service.keys)
             walk.waits.append(wait)
             walk.whys.append((target.provider, why))
             walk.skipped.append(f"{target.label}: resting {math.ceil(wait)} s ({why})")
@@ -19273,7 +20086,739 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 35. Status
+# 36. Reload
+# =============================================================================
+
+
+class Reloader:
+    """Takes over changed settings while requests go on; a file that cannot be used changes none.
+
+    A thread looks at the files every POLL_S seconds; what changed is read once it has stayed the
+    same from one look to the next, because editors write in pieces. `poke` and `reload` do not
+    wait for that. The lock is held while settings are taken over, not while they are read.
+    """
+
+    POLL_S: ClassVar[float] = 0.5
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._lock = threading.Lock()
+        self._begun = self._done = 0  # readings; one that began later is newer
+        self._taken: object = None  # how the files looked that were read
+        self._bell = threading.Event()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="reload", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed = True
+        self._bell.set()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def poke(self) -> None:
+        """Read the settings anew, soon; from any thread, or a signal's handler."""
+        self._bell.set()
+
+    def reload(self) -> str:
+        """Read the settings anew and take them over; "", or why the old ones stay."""
+        with self._lock:
+            self._begun += 1
+            turn = self._begun
+        seen = self._seen()
+        read, problem = self._read()
+        with self._lock:
+            if turn > self._done:  # else what was read later is in use already
+                self._done, self._taken = turn, seen
+                self._settle(read, problem)
+        return problem
+
+    def _run(self) -> None:
+        before: object = None
+        while True:
+            poked = self._bell.wait(self.POLL_S)
+            self._bell.clear()
+            if self._closed:
+                return
+            seen = self._seen()
+            if poked or before == seen != self._taken:
+                try:
+                    self.reload()
+                except Exception:  # the next change must still be seen
+                    log.exception("the settings could not be read")
+                    self._taken = seen
+            before = seen
+
+    def _seen(self) -> object:
+        return [file_mark(path) for path in self._router.config.files]
+
+    def _read(self) -> tuple[Config | None, str]:
+        """The settings as they are now, or what is wrong with them."""
+        old = self._router.config
+        try:
+            read = Config.from_env(old.given)
+        except ConfigError as error:
+            return None, str(error)
+        problems = [*read.broken, *open_to_all(read.auth_mode, old.host)]
+        if problems:
+            return None, "; ".join(problems)
+        return self._with_callers(read, old), ""
+
+    @staticmethod
+    def _with_callers(read: Config, old: Config) -> Config:
+        """Without any key for callers those of before stay: nobody could come in."""
+        if read.proxy_keys or read.auth_mode == "open":
+            return read
+        if not old.proxy_keys:
+            return with_proxy_key(read)[0]
+        return replace(read, proxy_keys=old.proxy_keys, key_rows=old.key_rows)
+
+    def _settle(self, read: Config | None, problem: str) -> None:
+        router = self._router
+        old = router.config
+        if read is None:
+            if problem != router.loaded.error:
+                log.error("the settings were not taken over, the old ones stay: %s", problem)
+            router.loaded = router.loaded._replace(error=problem)
+            return
+        restart = waiting_for_restart(old, read)
+        config = as_running(old, read)
+        if config != old:
+            router.adopt(config)
+            names = ", ".join(router.directory.services) or "none"
+            log.info("settings taken over; providers: %s", names)
+        for warning in config.warnings:
+            if warning not in old.warnings:
+                log.warning("%s", warning)
+        if restart and restart != router.loaded.restart:
+            log.warning("at the next start: %s", ", ".join(restart))
+        router.loaded = Loaded(time.time(), "", restart)
+
+
+def file_mark(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file does; None = there is none that can be looked at."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+# =============================================================================
+# 37. Configuration
+# =============================================================================
+
+# -- features --------------------------------------------------------------------
+
+CORE_FEATURES: Final = (
+    "auth", "credential_pool", "key_rotation", "failover", "circuit_breaker", "smart_routing",
+    "protocol_translation", "capability_probing", "token_counting", "request_guardrails",
+    "usage_cost_tracking",
+)  # fmt: skip
+
+
+class Feature(NamedTuple):
+    """What may be turned on: by one variable (`flag`), by settings of its own, or always there."""
+
+    name: str
+    title: str
+    kind: Literal["flag", "config", "builtin"]
+    about: str  # of a flag what it does, else how it is managed
+    env: str = ""
+    on: str = ""
+    off: str = "0"
+
+
+FEATURES: Final = (
+    Feature("response_cache", "Response cache", "flag",
+            "the same question of the same caller is answered again", "CACHE_TTL_SECONDS", "300"),
+    Feature("semantic_cache", "Semantic cache", "flag",
+            "a question that means the same is answered again", "SEMANTIC_CACHE", "1"),
+    Feature("persistent_cache", "Persistent cache", "flag",
+            "cached answers survive a restart", "CACHE_PERSIST", "1"),
+    Feature("fast_routing", "Fast routing", "flag",
+            "short requests prefer fast providers", "FAST_ROUTE_THRESHOLD", "200"),
+    Feature("model_discovery", "Model discovery", "flag",
+            "models that a provider lists are used", "AUTO_DISCOVER_MODELS", "1"),
+    Feature("metrics_auth", "Metrics need a key", "flag",
+            "/metrics asks for one of the callers' keys", "METRICS_REQUIRE_AUTH", "1"),
+    Feature("cost_currency", "Second currency", "flag",
+            "costs are told in COST_CURRENCY as well, at this rate", "COST_FX_RATE", "83"),
+    Feature("request_log", "Request log", "flag",
+            "the latest requests for /v1/logs and /v1/why", "REQUEST_LOG_SIZE", "500"),
+    Feature("key_budgets", "Budgets of callers", "config",
+            "set limits of a caller's key: POST /v1/config/proxy-keys/<id>, or `hr limit`"),
+    Feature("local_model", "Local models", "config", "set LOCAL_BASE_URL and LOCAL_MODEL"),
+    Feature("dashboard", "Dashboard", "builtin", "open /dashboard in a browser"),
+)  # fmt: skip
+
+
+def setting_fields() -> dict[str, Any]:
+    """Variable -> its field of Config."""
+    return {row.metadata["env"]: row for row in fields(Config) if "env" in row.metadata}
+
+
+def known_features() -> dict[str, Feature]:
+    """Those whose variable is a setting, and those that need none."""
+    known = setting_fields()
+    return {row.name: row for row in FEATURES if not row.env or row.env in known}
+
+
+def is_enabled(feature: Feature, config: Config) -> bool:
+    if feature.env:
+        return bool(getattr(config, setting_fields()[feature.env].name))
+    if feature.name == "key_budgets":
+        return any(row.get(name) for row in config.key_rows.values() for name in CALLER_LIMITS)
+    if feature.name == "local_model":
+        return any(service.provider.tier == "local" for service in config.services)
+    return True
+
+
+def feature_report(config: Config) -> Json:
+    """What is always on, and what may be."""
+    return {
+        "core": list(CORE_FEATURES),
+        "addons": [
+            {
+                "name": row.name,
+                "title": row.title,
+                "kind": row.kind,
+                "enabled": is_enabled(row, config),
+                "env": row.env or None,
+                "on": row.on or None,
+                "off": row.off if row.env else None,
+                "desc" if row.env else "manage": row.about,
+            }
+            for row in known_features().values()
+        ],
+    }
+
+
+# -- single settings -------------------------------------------------------------
+
+# Of each provider, after its name; beside what a URL needs, such as CLOUDFLARE_ACCOUNT_ID.
+PROVIDER_SETTINGS: Final = frozenset(
+    {
+        "BASE_URL",
+        "MODEL",
+        "EXCLUDE_MODELS",
+        "EMBED_MODEL",
+        "SKIP_TOKENS_OVER",
+        "MAX_OUTPUT_TOKENS",
+        "SUPPORTS_TOOLS",
+        "REASONING",
+    }
+)
+MAX_SETTING: Final = 10_000  # characters
+
+
+def provider_of_setting(name: str) -> Provider | None:
+    """The provider that <PROVIDER>_<PART> is about."""
+    for row in PROVIDERS:
+        prefix = row.name.upper() + "_"
+        part = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        if part in PROVIDER_SETTINGS or any(name == variable for _, variable in row.extra_env):
+            return row
+    return None
+
+
+def setting_text(name: str, value: object) -> str | None:
+    """A value of a setting as a line of .env holds it; None = the default again.
+
+    BadValue for a name that is no setting or may not be set from afar: secrets have places of
+    their own, and paths are nothing for whoever does not sit at the machine.
+    """
+    row = setting_fields().get(name)
+    meta = row.metadata if row else {}
+    if row is None and provider_of_setting(name) is None:
+        raise BadValue(shown_name(name), f"{shown_name(name)} is not a setting")
+    if meta.get("secret"):
+        raise BadValue(name, f"{name} is set through /v1/config/proxy-keys or in .env")
+    if meta.get("group") == "Files":
+        raise BadValue(name, f"{name} is a path: set it in .env")
+    text = env_value(name, value)
+    if text and name.endswith("_URL"):
+        try:
+            safe_url(text)
+        except ValueError as error:
+            raise BadValue(name, f"{name} {error}") from None
+    return text
+
+
+def env_value(name: str, value: object) -> str | None:
+    """A JSON value as text: true is 1, a list is joined by commas."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = ",".join(value)
+    if isinstance(value, bool):
+        value = int(value)
+    if isinstance(value, int | float):
+        value = f"{value:g}" if isinstance(value, float) else str(value)
+    if value is not None and not isinstance(value, str):
+        raise BadValue(name, f"{name} must be a text, a number, true, false or null")
+    if value is not None and len(value) > MAX_SETTING:
+        raise BadValue(name, f"{name} is longer than {MAX_SETTING} characters")
+    return value.strip() if value else None
+
+
+def try_out(config: Config, changes: Mapping[str, str | None]) -> None:
+    """Would these lines of .env make a configuration that can be used? BadValue names what not."""
+    kept = {k: v for k, v in read_dotenv(config.env_file).items() if k not in changes}
+    added = {name: text for name, text in changes.items() if text is not None}
+    try:
+        found = Config.from_env(config.given, {**kept, **added})
+    except ConfigError as error:
+        problems = error.problems
+    else:
+        problems = (*open_to_all(found.auth_mode, config.host), *found.warnings)
+        problems = tuple(p for p in problems if mentions(p, changes))
+    if problems:
+        names = [name for name in changes if mentions(problems[0], [name])]
+        name = next(iter(names or changes))
+        raise BadValue(name, "; ".join(problems))
+
+
+def mentions(problem: str, names: Iterable[str]) -> bool:
+    """Whether a problem is about one of these variables: it begins with its name."""
+    return any(re.match(rf"{re.escape(name)}\b", problem) for name in names)
+
+
+def setting_source(config: Config, lines: Mapping[str, str], names: Iterable[str]) -> str:
+    """Where a setting comes from; `lines` are those of .env."""
+    for name in names:
+        if config.given.get(name, "").strip():
+            return "environment"
+        if lines.get(name, "").strip():
+            return config.env_file.name
+    return "default"
+
+
+def setting_states(config: Config) -> list[Json]:
+    """Every setting as it is in effect, and where it comes from; of secrets the tails."""
+    lines = read_dotenv(config.env_file)
+    found = []
+    for name, row in setting_fields().items():
+        meta, value = row.metadata, getattr(config, row.name)
+        source = setting_source(config, lines, (name, *meta.get("also", ())))
+        if name == "PROXY_API_KEYS" and source == "default" and config.key_rows:
+            source = config.auth_path.name
+        secret = bool(meta.get("secret"))
+        found.append(
+            {
+                "name": name,
+                "value": [key_tail(key) for key in value] if secret else plain_json(value),
+                "default": [] if secret else plain_json(row.default),
+                "source": source,
+                "group": meta["group"],
+                "help": meta["help"],
+                "secret": secret,
+                "restart_required": bool(meta.get("restart")),
+                "changeable": source != "environment" and not secret and meta["group"] != "Files",
+            }
+        )
+    return [*found, *provider_states(config, lines)]
+
+
+def provider_states(config: Config, lines: Mapping[str, str]) -> Iterator[Json]:
+    """Settings of providers, where they are set."""
+    for name in sorted({*lines, *config.given}):
+        source = setting_source(config, lines, [name])
+        if source != "default" and (row := provider_of_setting(name)):
+            yield {
+                "name": name,
+                "value": shown_url({**lines, **config.given}[name]),
+                "default": "",
+                "source": source,
+                "group": "Providers",
+                "help": f"of {row.title}",
+                "secret": False,
+                "restart_required": False,
+                "changeable": source != "environment",
+            }
+
+
+def plain_json(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def shown_url(text: str) -> str:
+    """A value without the password that a URL may hold."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+# -- what an admin asks for ------------------------------------------------------
+
+ROTATION_WORDS: Final = {
+    "round-robin": "round-robin",
+    "roundrobin": "round-robin",
+    "round_robin": "round-robin",
+    "rr": "round-robin",
+    "sequential": "sequential",
+    "seq": "sequential",
+}
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where an admin changes settings: checked, stored, and taken over before the answer.
+
+    `again` restarts this process once its requests have ended; None where it cannot.
+    """
+
+    router: Router
+    reloader: Reloader
+    caller: Caller
+    again: Callable[[], None] | None = None
+
+    @property
+    def config(self) -> Config:
+        return self.router.config
+
+    def store(self, changes: Mapping[str, str | None]) -> Json:
+        """Put lines into .env and take them over; whether a restart is needed."""
+        for name in changes:
+            if name in self.config.given:
+                raise Conflict(
+                    f"{name} is set in the environment of the process, which wins over"
+                    f" {self.config.env_file.name}: change it there",
+                    param=name,
+                )
+        try_out(self.config, changes)
+        edit_env(self.config.env_file, changes)
+        return self.take_over(changes)
+
+    def take_over(self, names: Iterable[str] = ()) -> Json:
+        problem = self.reloader.reload()
+        waiting = set(names) & set(self.router.loaded.restart)
+        return {"restart_required": bool(waiting), **({"error": problem} if problem else {})}
+
+    def change_auth(self, change: Callable[[Json], Made]) -> Made:
+        return edit_json(self.config.auth_path, change)
+
+
+def only(body: Json, *names: str) -> None:
+    """BadValue for a member that is none of these: it would be ignored."""
+    for name in body:
+        if name not in names:
+            raise BadValue(shown_name(name), f"unknown member: {shown_name(name)}")
+
+
+def some_provider(name: str) -> Provider:
+    row = provider_named(name)
+    if row is None:
+        raise BadValue("provider", "unknown provider: " + shown_name(name))
+    return row
+
+
+def list_providers(desk: Desk, _body: Json) -> Json:
+    services = {service.name: service for service in desk.config.services}
+    takers = [row.name for row in PROVIDERS if not row.accounts]
+    return {
+        "key_settable": takers,
+        "model_settable": [row.name for row in PROVIDERS],
+        "defaults": {row.name: ",".join(row.models) for row in PROVIDERS},
+        "key_counts": {
+            name: len([key for key in services[name].keys if key]) if name in services else 0
+            for name in takers
+        },
+        "keys": {
+            name: [
+                {"key_tail": key_tail(key), "id": caller_id(key), "source": source}
+                for key, source in zip(service.keys, service.key_sources, strict=True)
+                if key
+            ]
+            for name, service in services.items()
+        },
+    }
+
+
+def add_key(desk: Desk, body: Json, provider: str) -> Json:
+    only(body, "key")
+    row, key = key_provider(provider), check_key("key", body.get("key"))
+    held = desk.router.keys.held().get(row.name, ())
+    added = key not in held  # in the environment, or in the file
+    if added:
+        added = desk.change_auth(lambda document: add_provider_key(document, row.name, key)).added
+    told = desk.take_over()
+    total = len(desk.router.keys.held().get(row.name, ()))
+    return {
+        "provider": row.name,
+        "added": added,
+        "duplicate": not added,
+        "key_tail": key_tail(key),
+        "total_keys": total,
+        **told,
+    }
+
+
+def remove_key(desk: Desk, _body: Json, provider: str, which: str) -> Json:
+    row = key_provider(provider)
+    service = next((s for s in desk.config.services if s.name == row.name), None)
+    sources = dict(zip(service.keys, service.key_sources, strict=True)) if service else {}
+    key = find_secret(sources, which, f"{row.name} key")
+    if sources[key] != desk.config.auth_path.name and sources[key] != "auth.json":
+        raise Conflict(f"this key stands in {sources[key]}: take it out there", param="key")
+    desk.change_auth(lambda document: remove_provider_key(document, row.name, key))
+    told = desk.take_over()
+    total = len(desk.router.keys.held().get(row.name, ()))
+    return {
+        "provider": row.name,
+        "removed": True,
+        "key_tail": key_tail(key),
+        "total_keys": total,
+        **told,
+    }
+
+
+def set_model(desk: Desk, body: Json, provider: str) -> Json:
+    only(body, "model")
+    row = some_provider(provider)
+    models = split_list(env_value("model", body.get("model")))
+    if not models:
+        raise BadValue("model", "model must be a model id, or several with commas between them")
+    for model in models:
+        if not re.fullmatch(r"[\w.\-:/@+]{1,200}", model, re.ASCII):
+            raise BadValue("model", f"{shown_name(model)} is not a model id")
+    told = desk.store({f"{row.name.upper()}_MODEL": ",".join(models)})
+    return {"provider": row.name, "model": ",".join(models), **told}
+
+
+def reset_model(desk: Desk, _body: Json, provider: str) -> Json:
+    row = some_provider(provider)
+    told = desk.store({f"{row.name.upper()}_MODEL": None})
+    return {"provider": row.name, "reset": True, **told}
+
+
+def list_features(desk: Desk, _body: Json) -> Json:
+    return feature_report(desk.config)
+
+
+def set_feature(desk: Desk, body: Json, name: str) -> Json:
+    only(body, "enabled")
+    feature = known_features().get(name)
+    if feature is None:
+        raise NotFound(f"there is no feature {shown_name(name)}", param="name")
+    if feature.kind != "flag":
+        raise BadValue("name", f"{name} is not turned on or off here: {feature.about}")
+    enabled = check_flag("enabled", body.get("enabled"))
+    told: Json = {"restart_required": False}
+    if enabled != is_enabled(feature, desk.config):
+        told = desk.store({feature.env: feature.on if enabled else feature.off})
+    return {"name": name, "enabled": enabled, **told}
+
+
+def show_rotation(desk: Desk, _body: Json) -> Json:
+    return {"mode": desk.config.rotation_mode, "modes": ["round-robin", "sequential"]}
+
+
+def set_rotation(desk: Desk, body: Json) -> Json:
+    only(body, "mode")
+    word = body.get("mode")
+    mode = ROTATION_WORDS.get(word.strip().lower()) if isinstance(word, str) else None
+    if mode is None:
+        raise BadValue("mode", "mode must be round-robin or sequential")
+    return {"mode": mode, **desk.store({"ROTATION_MODE": mode})}
+
+
+def list_settings(desk: Desk, _body: Json) -> Json:
+    return {
+        "settings": setting_states(desk.config),
+        "restart_required": list(desk.router.loaded.restart),
+        "error": desk.router.loaded.error or None,
+    }
+
+
+def set_settings(desk: Desk, body: Json) -> Json:
+    if not body:
+        raise BadValue("body", 'name at least one setting: {"NAME": value}')
+    changes = {name: setting_text(name, value) for name, value in body.items()}
+    return {"changed": sorted(changes), **desk.store(changes)}
+
+
+def restart_router(desk: Desk, body: Json) -> Json:
+    """Begin anew, where this process can; else only the settings are read again."""
+    only(body)
+    fresh_config(desk.config)  # nobody wants to begin anew with what cannot be used
+    if desk.again is None:
+        told = desk.take_over()
+        waiting = ", ".join(desk.router.loaded.restart)
+        why = "this process cannot restart itself; the settings were read anew instead"
+        return {
+            "status": "reloaded",
+            "message": f"{why}; still waiting for a restart: {waiting}" if waiting else why,
+            **told,
+        }
+    desk.again()
+    return {
+        "status": "restarting",
+        "message": "requests under way may end first; new ones are served in a moment",
+    }
+
+
+# -- keys of callers -------------------------------------------------------------
+
+
+def caller_row(config: Config, caller: Caller) -> Json:
+    """A caller's key for people: its tail, never itself."""
+    row = config.key_rows.get(caller.key, {})
+    return {
+        "key_tail": key_tail(caller.key),
+        "id": caller.id,
+        "name": caller.name,
+        "admin": caller.admin,
+        "limits": {name: row.get(name) for name in CALLER_LIMITS},
+        "allowed_providers": sorted(caller.scope),
+    }
+
+
+def list_proxy_keys(desk: Desk, _body: Json) -> Json:
+    return {
+        "keys": [
+            {
+                **caller_row(desk.config, caller),
+                "usage": desk.router.quotas.snapshot(caller),
+                "pending_restart": False,
+            }
+            for caller in desk.config.callers
+        ]
+    }
+
+
+def has_named_admin(config: Config) -> bool:
+    """Whether somebody is an admin by name, and not for want of one."""
+    rows = (config.key_rows.get(key, {}) for key in config.proxy_keys)
+    return bool(config.admin_keys) or any(row.get("admin") is True for row in rows)
+
+
+def new_caller(desk: Desk, body: Json) -> Json:
+    """A new key for callers: this is the only time that it is told."""
+    config, acting = desk.config, desk.caller.key
+
+    def change(document: Json) -> str:
+        key = add_proxy_key(document, body)
+        if body.get("admin") is True and acting and not has_named_admin(config):
+            # The first key is the admin only while there is none by name.
+            update_proxy_key(document, acting, {"admin": True}, config.proxy_keys)
+        return key
+
+    key = desk.change_auth(change)
+    told = desk.take_over()
+    made = next((c for c in desk.config.callers if c.key == key), None)
+    row = caller_row(desk.config, made) if made else {"key_tail": key_tail(key)}
+    return {"key": key, **row, **told}
+
+
+def change_caller(desk: Desk, body: Json, which: str) -> Json:
+    config = desk.config
+    if not body:
+        raise BadValue("body", "name at least one member to change")
+
+    def change(document: Json) -> str:
+        key = update_proxy_key(document, which, body, config.proxy_keys)
+        if "admin" in body and body["admin"] is not True:
+            keep_an_admin(fresh_config(config), key)
+        acting = desk.caller.key
+        if body.get("admin") is True and acting not in ("", key) and not has_named_admin(config):
+            update_proxy_key(document, acting, {"admin": True}, config.proxy_keys)
+        return key
+
+    key = desk.change_auth(change)
+    told = desk.take_over()
+    made = next((c for c in desk.config.callers if c.key == key), None)
+    return {**(caller_row(desk.config, made) if made else {"key_tail": key_tail(key)}), **told}
+
+
+def revoke_caller(desk: Desk, _body: Json, which: str) -> Json:
+    config = desk.config
+
+    def change(document: Json) -> str:
+        fresh = fresh_config(config)
+        key = revoke_proxy_key(document, which, fresh.proxy_keys)
+        if set(fresh.proxy_keys) <= {key}:
+            raise BadValue("key", "this is the last key: nobody could come in any more")
+        keep_an_admin(fresh, key)
+        take_out_of_env(config, key)
+        return key
+
+    key = desk.change_auth(change)
+    return {"key_tail": key_tail(key), "revoked": True, **desk.take_over()}
+
+
+def fresh_config(config: Config) -> Config:
+    """The settings as the files hold them at this moment; ConfigError if they cannot be used."""
+    return Config.from_env(config.given)
+
+
+def keep_an_admin(config: Config, key: str) -> None:
+    """BadValue if nobody but the owner of `key` may change settings."""
+    admins = {caller.key for caller in config.callers if caller.admin}
+    if admins <= {key}:
+        raise BadValue("admin", "no other key may change settings: make another one an admin first")
+
+
+def take_out_of_env(config: Config, key: str) -> None:
+    """Take a caller's key out of the lines of .env that hold it."""
+    rows = setting_fields()
+    names = [n for row in ("PROXY_API_KEYS", "ADMIN_KEYS") for n in env_names(rows[row])]
+    for name in names:
+        if key in split_list(config.given.get(name)):
+            raise Conflict(
+                f"this key stands in {name} of the environment of the process: take it out there",
+                param="key",
+            )
+    lines = read_dotenv(config.env_file)
+    changes = {
+        name: ",".join(k for k in split_list(lines[name]) if k != key) or None
+        for name in names
+        if key in split_list(lines.get(name))
+    }
+    if changes:
+        edit_env(config.env_file, changes)
+
+
+def env_names(row: Any) -> tuple[str, ...]:
+    return row.metadata["env"], *row.metadata.get("also", ())
+
+
+Errand = Callable[..., Json]
+ERRANDS: Final[tuple[tuple[str, str, Errand], ...]] = (
+    ("GET", "providers", list_providers),
+    ("POST", "keys/<provider>", add_key),
+    ("DELETE", "keys/<provider>/<which>", remove_key),
+    ("POST", "model/<provider>", set_model),
+    ("DELETE", "model/<provider>", reset_model),
+    ("GET", "features", list_features),
+    ("POST", "features/<name>", set_feature),
+    ("GET", "rotation", show_rotation),
+    ("POST", "rotation", set_rotation),
+    ("GET", "settings", list_settings),
+    ("POST", "settings", set_settings),
+    ("GET", "proxy-keys", list_proxy_keys),
+    ("POST", "proxy-keys", new_caller),
+    ("POST", "proxy-keys/<which>", change_caller),
+    ("DELETE", "proxy-keys/<which>", revoke_caller),
+    ("POST", "restart", restart_router),
+)
+
+
+def run_errand(desk: Desk, errand: Errand, body: Json, names: Mapping[str, str]) -> Json:
+    """What was asked for, or the RouterError that says what is wrong with it."""
+    try:
+        return errand(desk, body, **names)
+    except NoSuchEntry as error:
+        raise NotFound(error.text, param=error.field) from None
+    except BadValue as error:
+        raise BadRequest(error.text, param=error.field) from None
+    except FileProblem as problem:
+        raise NotStored(str(problem)) from None
+    except ConfigError as error:
+        raise Conflict(f"the settings cannot be used as they are: {error}") from None
+
+
+# =============================================================================
+# 38. Status
 # =============================================================================
 
 
@@ -19301,7 +20846,13 @@ def snapshot(router: Router, caller: Caller = ITSELF) -> Json:
             "cooldown_s": config.breaker_cooldown,
         },
         "tokenizer": "exact" if router.encoder.ready else "estimate",
+        "features": feature_report(config),
         "warnings": list(config.warnings),
+        "config": {
+            "loaded_at": round(router.loaded.at, 3),
+            "error": router.loaded.error or None,
+            "restart_required": list(router.loaded.restart),
+        },
     }
 
 
@@ -19771,7 +21322,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 36. Endpoints
+# 39. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -19806,10 +21357,11 @@ class App(flask.Flask):
     All else, also other methods of these paths, goes Flask's way, on which they are as well.
     """
 
-    def __init__(self, config: Config, router: Router) -> None:
+    def __init__(self, router: Router) -> None:
         super().__init__("hermes-router", static_folder=None)
-        self.extensions["router"] = router
-        self._router, self._door = router, Door(config, router)
+        self.extensions["router"], self.extensions["reloader"] = router, Reloader(router)
+        self._router, self._door = router, Door(router)
+        router.follow(self._door)
         self.before_request(lambda: self._door.check(current_request()))
         self.register_error_handler(Exception, lambda e: refusal(router, current_request(), e))
         add_routes(self, router)
@@ -19850,7 +21402,7 @@ class Reply:
 
 def create_app(config: Config, **parts: Any) -> flask.Flask:
     """A fresh WSGI app around a fresh Router; `parts` (transport, now) go to the Router."""
-    return App(config, Router(config, **parts))
+    return App(Router(config, **parts))
 
 
 def add_routes(app: flask.Flask, router: Router) -> None:
@@ -19879,8 +21431,12 @@ def add_routes(app: flask.Flask, router: Router) -> None:
             lambda: {"status": "ok", "message": "hermes-router is running; see /v1/models"},
         ),
     )
-    calls = (("POST", path, asked(serve, router)) for path, serve in MODEL_CALLS.items())
-    for method, path, function in (*routes, *calls):
+    routes += tuple(("POST", path, asked(serve, router)) for path, serve in MODEL_CALLS.items())
+    routes += tuple(
+        (method, f"/v1/config/{path}", functools.partial(administer, app, errand))
+        for method, path, errand in ERRANDS
+    )
+    for method, path, function in routes:
         app.add_url_rule(
             path,
             f"{method} {path}",
@@ -19929,9 +21485,11 @@ def request_id(request: flask.Request) -> str:
 class Door:
     """Who may come in."""
 
-    def __init__(self, config: Config, router: Router) -> None:
-        self._stranger = Caller("open", "open", quota=config.quota)
+    def __init__(self, router: Router) -> None:
         self._addresses, self._usage = router.addresses, router.usage
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._stranger = Caller("open", "open", quota=config.quota)
         self._open = config.auth_mode == "open"
         self._public = PUBLIC if config.metrics_require_auth else PUBLIC | {"/metrics"}
         self._callers = [(caller.key.encode(), caller) for caller in config.callers]
@@ -19971,6 +21529,65 @@ class Door:
         raise Unauthorized(
             "unauthorized: send one of this router's keys as `Authorization: Bearer <key>`"
         )
+
+
+MAX_ERRAND_BYTES: Final = 65_536
+
+
+def administer(app: flask.Flask, errand: Errand, **names: str) -> flask.Response:
+    """One request to /v1/config: by an admin, in JSON, and not by another site's page."""
+    request, router = current_request(), cast(Router, app.extensions["router"])
+    caller: Caller = request.environ["hermes.caller"]
+    check_host(request.environ, router.config)
+    if request.method != "GET":
+        check_origin(request.environ)
+    if not caller.admin:
+        raise Forbidden(
+            "this key may not see or change settings: use one of ADMIN_KEYS, or a key whose row"
+            ' in auth.json has "admin": true'
+        )
+    body: Json = {}
+    if request.content_length and request.method != "GET":
+        if request.content_length > MAX_ERRAND_BYTES:
+            raise TooLarge(f"the request is larger than {MAX_ERRAND_BYTES} bytes")
+        if not request.is_json:
+            raise UnsupportedMedia("settings are changed in JSON: Content-Type: application/json")
+        _, body = read_body(router, request)
+    extensions = app.extensions
+    desk = Desk(router, extensions["reloader"], caller, extensions.get("again"))
+    told = run_errand(desk, errand, body, names)
+    if request.method != "GET":
+        log.info("%s %s by %s", request.method, errand.__name__, caller.name)
+    return flask.Response(
+        dump_json(told), mimetype="application/json", headers={"Cache-Control": "no-store"}
+    )
+
+
+def check_host(environ: Mapping[str, Any], config: Config) -> None:
+    """A name of somebody else that leads to this machine (DNS rebinding) gets nothing.
+
+    Only where the router listens on loopback: elsewhere nobody knows the names it goes by.
+    """
+    try:
+        host = urlsplit("//" + environ.get("HTTP_HOST", "")).hostname or ""
+    except ValueError:
+        host = ""
+    if config.host in LOOPBACK and host.rstrip(".") not in {*LOOPBACK, config.host}:
+        raise Forbidden(
+            "settings are served under a loopback name (localhost, 127.0.0.1) only, because"
+            f" HOST={config.host}"
+        )
+
+
+def check_origin(environ: Mapping[str, Any]) -> None:
+    """A browser says which site's page is asking: only this router's own may change settings."""
+    origin, site = environ.get("HTTP_ORIGIN"), environ.get("HTTP_SEC_FETCH_SITE")
+    _, mark, host = (origin or "").partition("://")
+    foreign = origin is not None and not (
+        mark and host.lower() == environ.get("HTTP_HOST", "").lower()
+    )
+    if foreign or site not in (None, "same-origin", "none"):
+        raise Forbidden("settings may not be changed by a page of another site")
 
 
 def health(router: Router) -> Json:
@@ -20453,7 +22070,7 @@ def http_error(router: Router, request: flask.Request, error: HTTPException) -> 
 
 
 # =============================================================================
-# 37. Server
+# 40. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -20469,7 +22086,7 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
 
     def __init__(self, keep: int, most: int) -> None:
         super().__init__()
-        self._keep, self._most = keep, most
+        self._keep, self.most = keep, most
         self._tasks: deque[Any] = deque()
         self._idle: list[threading.Lock] = []  # each released to wake its thread
         self._due: list[threading.Lock] = []  # those to be released next
@@ -20493,7 +22110,7 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
                 if not self.put_off:
                     self.wake()
                 return
-            if self._count >= self._most:
+            if self._count >= self.most:
                 return
             self._count += 1
         try:
@@ -20897,7 +22514,7 @@ def make_server(app: flask.Flask, config: Config) -> Any:
         threads=config.worker_threads,
         max_request_body_size=config.max_request_bytes,
         asyncore_use_poll=True,
-        connection_limit=4 * (config.max_streams + 256),
+        connection_limit=most_connections(config),
         backlog=1024,
         channel_timeout=120,
         cleanup_interval=15,
@@ -20915,25 +22532,60 @@ def make_server(app: flask.Flask, config: Config) -> Any:
         server.asyncore = sockets  # whose `loop` it runs
         # A worker woken earlier would wait for the interpreter, which the loop still holds.
         sockets.before_wait, workers.put_off = workers.wake, True
+    app.extensions["router"].follow(Ceilings(server.adj, workers))
     return server
+
+
+class Ceilings:
+    """What of the server's settings may change while it runs."""
+
+    def __init__(self, adjustments: Any, workers: Workers) -> None:
+        self._adjustments, self._workers = adjustments, workers
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._adjustments.max_request_body_size = config.max_request_bytes
+        self._adjustments.connection_limit = most_connections(config)
+        self._workers.most = config.max_streams + RESERVED_THREADS
+
+
+def most_connections(config: Config) -> int:
+    return 4 * (config.max_streams + 256)
 
 
 class Drain:
     """Stops the server once its requests have ended; a second signal stops it at once."""
 
-    def __init__(self, router: Router, server: Any, patience_s: float) -> None:
-        self._router, self._server, self._patience_s = router, server, patience_s
+    RESTART_S: ClassVar[float] = 0.5
+
+    def __init__(self, router: Router, server: Any) -> None:
+        self._router, self._server = router, server
         self._main = threading.current_thread()
+        self.again = False  # the process begins anew instead of ending
+        self._own = False  # the next signal is one that it sends itself
 
     def on_signal(self, number: int, _frame: object) -> None:
         """In the main thread, which runs the server's loop."""
+        own, self._own = self._own, False
+        self.again = self.again and own  # whoever wants it stopped does not want it back
         gate = self._router.gate
         if gate.closed or not gate.inside:
             sys.exit(0)
         gate.closed = True
-        log.info("stopping: %d requests may end within %g s", gate.inside, self._patience_s)
+        patience_s = self._router.config.drain_timeout
+        log.info("stopping: %d requests may end within %g s", gate.inside, patience_s)
         self._refuse_connections()
         threading.Thread(target=self._wait, args=(number,), name="drain", daemon=True).start()
+
+    def restart(self) -> None:
+        """Stop as SIGTERM does, once the answer to this request is out, and begin anew."""
+        self.again = True
+        timer = threading.Timer(self.RESTART_S, self._signal, (signal.SIGTERM,))
+        timer.daemon = True
+        timer.start()
+
+    def _signal(self, number: int) -> None:
+        self._own = True
+        signal.pthread_kill(cast(int, self._main.ident), number)
 
     def _refuse_connections(self) -> None:
         sockets = getattr(self._server, "_map", None) or getattr(self._server, "map", {})
@@ -20942,11 +22594,11 @@ class Drain:
                 waitress.wasyncore.dispatcher.close(part)
 
     def _wait(self, number: int) -> None:
-        end = time.monotonic() + self._patience_s
+        end = time.monotonic() + self._router.config.drain_timeout
         while self._router.gate.inside and time.monotonic() < end:
             time.sleep(0.05)
         time.sleep(0.1)  # for the last bytes
-        signal.pthread_kill(cast(int, self._main.ident), number)
+        self._signal(number)
 
 
 def allow_many_files() -> None:
@@ -20961,7 +22613,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 38. Crash test
+# 41. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -21753,7 +23405,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 39. Documents
+# 42. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -21780,7 +23432,9 @@ def setting_rows() -> list[tuple[str, str, str, str]]:
             f.metadata["group"],
             f.metadata["env"],
             default_text(f.default),
-            f.metadata["help"] + "".join(f"; also read: {n}" for n in f.metadata.get("also", ())),
+            f.metadata["help"]
+            + "".join(f"; also read: {n}" for n in f.metadata.get("also", ()))
+            + ("; needs a restart" if f.metadata.get("restart") else ""),
         )
         for f in fields(Config)
         if "env" in f.metadata
@@ -21835,7 +23489,8 @@ def describe_configuration() -> str:
         "Printed by `python router.py docs configuration`; do not edit by hand.",
         "",
         "Every setting is an environment variable or a line in `.env` (the environment wins)."
-        " A value that cannot be used stops the start, and every such value is named at once.",
+        " A value that cannot be used stops the start, and every such value is named at once. A"
+        " running router takes changes over within two seconds, except where a restart is named.",
         "",
         "An empty value counts as none, so an empty variable of the environment (compose files"
         " pass `NAME=` for what is not set) does not hide the line in `.env`. Only these say"
@@ -21923,7 +23578,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 40. Command line
+# 43. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -21957,18 +23612,56 @@ def cmd_serve(_: argparse.Namespace) -> int:
     router: Router = app.extensions["router"]
     threading.stack_size(4 << 20)  # Python 3.13 dies on deep JSON in a smaller one (musl, Windows)
     allow_many_files()
-    drain = Drain(router, server, config.drain_timeout)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, drain.on_signal)
+    reloader: Reloader = app.extensions["reloader"]
+    router.follow(LogLevel())
+    drain = Drain(router, server)
+    listen_to_signals(drain, reloader)
+    if os.name == "posix":
+        app.extensions["again"] = drain.restart
     try:
         router.start()
+        reloader.start()
         tell_start(config, router, getattr(server, "effective_port", config.port))
         server.run()
     finally:
         server.close()
+        reloader.close()
         router.close()
         close_log()
+    if drain.again:
+        begin_anew()
     return DONE_OK
+
+
+def begin_anew() -> None:
+    """This program again, in this process, with the same pid and environment."""
+    log.info("restarting")
+    given = sys.orig_argv[1:]
+    end = given.index("-c") if "-c" in given else len(given) - len(sys.argv)
+    os.execv(sys.executable, [sys.executable, *given[:end], os.path.abspath(__file__), "serve"])
+
+
+def listen_to_signals(drain: Drain, reloader: Reloader) -> None:
+    """SIGTERM and SIGINT stop the router; SIGHUP has it read its settings anew."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, drain.on_signal)
+    if sys.platform == "win32":
+        return
+    at_terminal = os.isatty(0)
+
+    def on_hangup(number: int, frame: object) -> None:
+        if at_terminal and not os.isatty(0):  # its window was closed
+            drain.on_signal(number, frame)
+        reloader.poke()
+
+    signal.signal(signal.SIGHUP, on_hangup)
+
+
+class LogLevel:
+    """How much is logged, by LOG_LEVEL."""
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        logging.getLogger().setLevel(config.log_level)
 
 
 def start_logging(config: Config) -> None:

@@ -91,13 +91,16 @@ class Live:
 
 @pytest.fixture
 def serve(upstreams: list[Upstream], tmp_path: Path) -> Iterator[Callable[..., Live]]:
-    """serve(SETTING=value, ...): the real Waitress server in a thread, stopped at the end."""
+    """serve(SETTING=value, ...): the real Waitress server in a thread, stopped at the end.
+
+    `_env` is the whole environment instead.
+    """
     import router
 
     running: list[tuple[Any, threading.Thread, Live]] = []
 
-    def start(**settings: Any) -> Live:
-        config = config_for(tmp_path, settings)
+    def start(*, _env: dict[str, str] | None = None, **settings: Any) -> Live:
+        config = router.Config.from_env(_env) if _env else config_for(tmp_path, settings)
         app = router.create_app(config)
         server = router.make_server(app, config)
         thread = threading.Thread(target=server.run, name="router", daemon=True)

@@ -177,7 +177,7 @@ def test_the_rotated_token_is_on_disk_and_all_else_stays(pool):
     }
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     assert path.read_text().endswith("\n}\n") and '\n  "' in path.read_text()
-    assert os.listdir(path.parent) == ["auth.json"]
+    assert sorted(os.listdir(path.parent)) == [".auth.json.lock", "auth.json"]
 
 
 def test_codex_cli_files_keep_their_shape(pool):
@@ -310,7 +310,8 @@ def test_a_failed_write_leaves_the_old_file_whole(pool, monkeypatch, caplog):
 
     monkeypatch.setattr(os, "replace", fail)
     assert accounts.access_token("acc-1")
-    assert path.read_text() == before and os.listdir(path.parent) == ["auth.json"]
+    assert path.read_text() == before
+    assert sorted(os.listdir(path.parent)) == [".auth.json.lock", "auth.json"]
     assert "not stored" in caplog.text
 
 

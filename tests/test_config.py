@@ -419,10 +419,10 @@ def test_without_a_real_key_one_is_made_and_kept(read, tmp_path, keys):
     assert made.startswith("sk-router-") and len(made) >= 40
     assert config.proxy_keys == (made,) == read().proxy_keys
     text = (tmp_path / ".env").read_text()
-    assert "# mine\nPORT=9000\nHOST=::1\n" in text and text.count("PROXY_API_KEYS") == 1
+    assert text == f"# mine\nPORT=9000\nPROXY_API_KEYS={made}\nHOST=::1\n"
     assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == 0o600
     assert router.with_proxy_key(read()) == (read(), "")
-    assert [f.name for f in tmp_path.iterdir()] == [".env"], "no temporary file stays"
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".env", ".env.lock"], "no litter"
 
 
 def test_a_real_key_beside_a_placeholder_is_left_alone(read, tmp_path):

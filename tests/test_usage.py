@@ -262,7 +262,6 @@ def test_rows_that_are_no_prices_are_told(tmp_path):
         ({"prompt_tokens": 9, "completion_tokens": 2}, (9, 2, 0)),
         ({"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4}}, (9, 0, 4)),
         ({"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 40}}, (9, 0, 9)),
-        ({"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": "4"}}, (9, 0, 0)),
         ({"prompt_tokens": 9, "prompt_tokens_details": None}, (9, 0, 0)),
     ],
 )
