@@ -33,32 +33,33 @@ Contents (each section uses only the ones above it):
               23. Breakers         which provider is resting
               24. State            what of it survives a restart
               25. Usage            what was asked, answered, failed and spent
-              26. Traces           what became of the latest requests, for logs, metrics and why
-              27. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   28. Difficulty       how hard is this request?
-              29. Plan             which candidates, in what order, and why
-              30. Verdicts         what an outcome means, and what rests for how long
-  ACTION      31. Transport        connections to providers, cut when nobody waits any more
-              32. Upstream         one attempt: send, wait for something useful, judge
-              33. Checks           keys that a provider called dead, asked again in the background
-              34. Router           plan, try, learn, answer
-              35. Reload           changed settings taken over while requests go on
-  SURFACE     36. Configuration    what admins see and change over HTTP
-              37. Status           what /v1/status, /v1/models and /metrics say
-              38. Endpoints        Flask: routes, auth, errors
-              39. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              40. Crash test       how these settings fare when providers misbehave
-              41. Documents        .env.example and the printed pages of docs/
-              42. Terminal         what commands print and ask; the running router
-              43. Views            status, logs, why and config for people
-              44. Connect          clients whose settings are written, shown and taken back
-              45. Changes          commands that change keys, models, limits
-              46. Doctor           what may be wrong, and what to do about it
-              47. Bench            a few timed answers
-              48. Setup            the wizard, from nothing to the first answer
-              49. Command line     the table of commands, and what comes from it
+              26. Limits           what each caller may still use
+              27. Traces           what became of the latest requests, for logs, metrics and why
+              28. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   29. Difficulty       how hard is this request?
+              30. Plan             which candidates, in what order, and why
+              31. Verdicts         what an outcome means, and what rests for how long
+  ACTION      32. Transport        connections to providers, cut when nobody waits any more
+              33. Upstream         one attempt: send, wait for something useful, judge
+              34. Checks           keys that a provider called dead, asked again in the background
+              35. Router           plan, try, learn, answer
+              36. Reload           changed settings taken over while requests go on
+  SURFACE     37. Configuration    what admins see and change over HTTP
+              38. Status           what /v1/status, /v1/models and /metrics say
+              39. Endpoints        Flask: routes, auth, errors
+              40. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              41. Crash test       how these settings fare when providers misbehave
+              42. Documents        .env.example and the printed pages of docs/
+              43. Terminal         what commands print and ask; the running router
+              44. Views            status, logs, why and config for people
+              45. Connect          clients whose settings are written, shown and taken back
+              46. Changes          commands that change keys, models, limits
+              47. Doctor           what may be wrong, and what to do about it
+              48. Bench            a few timed answers
+              49. Setup            the wizard, from nothing to the first answer
+              50. Command line     the table of commands, and what comes from it
 
-Rooms that later releases open: Limits, Cache and Registry after Usage, Catalog after Router,
+Rooms that later releases open: Cache and Registry after Limits, Catalog after Router,
 Dashboard after Status.
 """
 
@@ -99,6 +100,7 @@ import functools
 import getpass
 import hashlib
 import hmac
+import http.client
 import http.server
 import importlib
 import importlib.metadata
@@ -109,6 +111,7 @@ import json
 import logging
 import logging.handlers
 import math
+import operator
 import queue
 import re
 import secrets
@@ -130,7 +133,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
@@ -171,7 +174,9 @@ class RouterError(Exception):
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "router_error"
+    detail: ClassVar[str] = ""  # for clients of FastAPI-style servers; "" = the message
     code: str | None = None
+    headers: Mapping[str, str] = MappingProxyType({})  # more of the answer
 
     def __init__(
         self,
@@ -196,6 +201,7 @@ class BadRequest(RouterError):
 
 class Unauthorized(RouterError):
     status, kind, code = 401, "authentication_error", "invalid_api_key"
+    detail = "Unauthorized"
 
 
 class Forbidden(RouterError):
@@ -234,6 +240,12 @@ class OverLimit(RouterError):
     status, kind, code = 429, "rate_limit_error", "rate_limit_exceeded"
 
 
+class OverQuota(OverLimit):
+    """A limit of this router itself, before any provider was asked."""
+
+    detail = "Rate limit exceeded"
+
+
 class Exhausted(RouterError):
     """Every candidate was tried or ruled out."""
 
@@ -258,6 +270,13 @@ class ConfigError(Exception):
         super().__init__("; ".join(self.problems))
 
 
+def told_with_wait(message: str, retry_after: float | None) -> str:
+    """The message of an error inside a stream, where there is no header for the seconds to wait."""
+    if retry_after is None or "try again in" in message.lower():
+        return message
+    return f"{message.rstrip('. ')}. Please try again in {max(1, math.ceil(retry_after))}s."
+
+
 def error_body(error: RouterError) -> Json:
     """The OpenAI error envelope, with `detail` for clients of FastAPI-style servers."""
     return {
@@ -268,7 +287,7 @@ def error_body(error: RouterError) -> Json:
             "code": error.code,
             **({"attempts": list(error.tried)} if error.tried else {}),
         },
-        "detail": "Unauthorized" if error.status == 401 else error.message,
+        "detail": error.detail or error.message,
     }
 
 
@@ -993,7 +1012,8 @@ def host_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | N
 # 3. Models
 # =============================================================================
 
-# One line per offer, in the order of PROVIDERS, as of 2026-11-20:
+MODELS_AS_OF: Final = "2026-11-20"
+# One line per offer, in the order of PROVIDERS, as of that day:
 # provider/id, rating 1 (strongest) to 5, window and longest answer in tokens, USD per 1M tokens
 # in and out, flags. - is unknown. t tools, v vision, r reasoning, j JSON schema (a ? behind
 # the letter: unknown; no letter: no; ? alone: nothing known), e embedding, x retired.
@@ -1330,6 +1350,23 @@ class Model:
     retired: bool = False
 
 
+class Price(NamedTuple):
+    """USD per 1M tokens; `cached` for input that a provider had already, None = as `input`."""
+
+    input: float
+    output: float
+    cached: float | None = None
+
+    def of(self, prompt: int, completion: int, cached: int = 0) -> float:
+        """The cost of one answer in USD; `cached` is a part of `prompt`."""
+        known = self.input if self.cached is None else self.cached
+        fresh = prompt - cached
+        return (fresh * self.input + cached * known + completion * self.output) / 1e6
+
+
+NOTHING: Final = Price(0.0, 0.0)
+
+
 class ModelFacts:
     """Looks up models: overrides first, then MODELS, then what the name gives away."""
 
@@ -1554,9 +1591,24 @@ class Service:
     headers: tuple[tuple[str, str], ...] = ()
     resting: str = ""  # why it is never tried: retired, or nothing left of its models
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         return self.provider.name
+
+
+@dataclass(frozen=True)
+class Quota:
+    """What one caller may use; 0 = no limit. A day is a UTC day, money is USD."""
+
+    rpm: int = 0
+    req_per_day: int = 0
+    tokens_per_day: int = 0
+    cost_per_day: float = 0.0
+    streams: int = 0  # at once
+
+    @functools.cached_property
+    def limited(self) -> bool:
+        return any(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True)
@@ -1572,11 +1624,15 @@ class Caller:
     key: str = field(default="", repr=False)
     scope: frozenset[str] = frozenset()  # names of providers; empty = every one
     admin: bool = False
+    quota: Quota = Quota()
+    privacy: str = ""  # one of PRIVACY; "" = none asked for
 
     def may_use(self, provider: str) -> bool:
         return not self.scope or provider in self.scope
 
 
+# How far prompts may travel: the later, the stricter.
+PRIVACY: Final = ("no-train", "local-only")
 ITSELF: Final = Caller("router", "router")  # the router asks for reasons of its own
 
 
@@ -1614,6 +1670,55 @@ class Config:
     )
     metrics_require_auth: bool = setting(
         False, "METRICS_REQUIRE_AUTH", "Access", "1 = /metrics needs a key"
+    )
+    limit_rpm: int = setting(
+        0, "PROXY_LIMIT_RPM", "Limits", "requests per minute of a caller's key; 0 = no limit"
+    )
+    limit_req_day: int = setting(
+        0, "PROXY_LIMIT_REQ_DAY", "Limits", "requests per UTC day of a caller's key; 0 = no limit"
+    )
+    limit_tokens_day: int = setting(
+        0, "PROXY_LIMIT_TOKENS_DAY", "Limits", "tokens per UTC day of a caller's key; 0 = no limit"
+    )
+    limit_cost_day: float = setting(
+        0.0, "PROXY_LIMIT_COST_DAY", "Limits", "USD per UTC day of a caller's key; 0 = no limit"
+    )
+    limit_streams: int = setting(
+        0, "PROXY_LIMIT_STREAMS", "Limits", "streams at once of a caller's key; 0 = no limit"
+    )
+    rate_limit_requests: int = setting(
+        0,
+        "RATE_LIMIT_REQUESTS",
+        "Limits",
+        "requests per RATE_LIMIT_WINDOW of one address, with or without a key; 0 = no limit",
+    )
+    rate_limit_window: float = setting(
+        60.0, "RATE_LIMIT_WINDOW", "Limits", "seconds of RATE_LIMIT_REQUESTS", low=1, high=86_400
+    )
+    trusted_proxies: tuple[str, ...] = setting(
+        (),
+        "TRUSTED_PROXIES",
+        "Limits",
+        "reverse proxies whose X-Forwarded-For is believed, comma list of addresses or networks",
+    )
+    usage_file: str = setting(
+        "usage.db",
+        "USAGE_DB_PATH",
+        "Files",
+        "SQLite file of requests, tokens and cost (HR_HOME); set to nothing = forgotten at the end",
+        blank=True,
+    )
+    prices_file: str = setting(
+        "",
+        "MODEL_PRICES_FILE",
+        "Files",
+        "JSON file of prices: part of a provider/model -> USD per 1M tokens [in, out, cached in]",
+    )
+    cost_currency: str = setting(
+        "USD", "COST_CURRENCY", "Limits", "a second currency that costs are also shown in"
+    )
+    cost_fx_rate: float = setting(
+        0.0, "COST_FX_RATE", "Limits", "what one USD is in COST_CURRENCY; 0 = USD only"
     )
     log_level: str = setting(
         "INFO",
@@ -1690,6 +1795,13 @@ class Config:
         "seconds until a silent stream is given up while others can be asked; 0 = TTFT_TIMEOUT;"
         " one more per 4,000 tokens, never for local servers",
     )
+    keepalive_after: float = setting(
+        15.0,
+        "KEEPALIVE_AFTER",
+        "Timeouts",
+        "seconds until a stream that nobody has answered yet begins with a sign of life, and with"
+        " it HTTP 200; 0 = never",
+    )
     stream_idle_timeout: float = setting(
         120.0, "STREAM_IDLE_TIMEOUT", "Timeouts", "seconds of silence inside a stream", low=0.01
     )
@@ -1759,7 +1871,7 @@ class Config:
         False,
         "CONTENT_FILTER_FAILOVER",
         "Routing",
-        "1 = what a provider's content filter refuses is tried at the next one",
+        "1 = what a provider's content filter refuses or cuts off is tried at the next one",
     )
     echo_fallback: bool = setting(
         True, "ECHO_FALLBACK", "Routing", "without any provider the built-in echo answers; 0 = 503"
@@ -1802,6 +1914,7 @@ class Config:
     accounts: tuple[Account, ...] = ()
     key_rows: Mapping[str, Json] = field(default_factory=dict, repr=False)  # of auth.json
     model_overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    prices: Mapping[str, Price] = field(default_factory=dict)  # of MODEL_PRICES_FILE
     home: Path = Path(".")
     env_file: Path = Path(".env")
     warnings: tuple[str, ...] = ()
@@ -1820,7 +1933,7 @@ class Config:
         given = os.environ if env is None else env
         home = Path(given.get("HR_HOME") or Path(__file__).resolve().parent).expanduser()
         env_file = home / Path(given.get("HR_ENV_FILE") or ".env").expanduser()
-        reader = SettingsReader({**(read_dotenv(env_file) if lines is None else lines), **given})
+        reader = SettingsReader(layered(read_dotenv(env_file) if lines is None else lines, given))
         values = {f.name: reader.value(f) for f in fields(cls) if "env" in f.metadata}
         auth = reader.document(home / Path(values["auth_file"]).expanduser())
         overrides = reader.document(home / Path(values["models_file"]).expanduser())
@@ -1836,6 +1949,8 @@ class Config:
             if "=" not in row
         ]
         reader.check_overrides(overrides)
+        reader.check_key_rows(rows)
+        reader.check_networks(values["trusted_proxies"])
         if reader.problems:
             raise ConfigError(reader.problems)
         return cls(
@@ -1844,6 +1959,7 @@ class Config:
             accounts=accounts,
             key_rows=MappingProxyType(rows),
             model_overrides=MappingProxyType(overrides),
+            prices=MappingProxyType(reader.prices(home, values["prices_file"])),
             home=home,
             env_file=env_file,
             warnings=tuple(reader.warnings),
@@ -1872,9 +1988,46 @@ class Config:
                 key=key,
                 scope=read_scope(row.get("allowed_providers")),
                 admin=key in admins if admins else n == 1 and self.auth_mode == "keys",
+                quota=read_quota(row, self.quota),
+                privacy=row.get("privacy") or "",
             )
             for n, (key, row) in enumerate(rows, 1)
         )
+
+    @property
+    def quota(self) -> Quota:
+        """What a caller may use whose row in auth.json says nothing else."""
+        return Quota(
+            self.limit_rpm,
+            self.limit_req_day,
+            self.limit_tokens_day,
+            self.limit_cost_day,
+            self.limit_streams,
+        )
+
+
+# Where an empty value says something: off, or none.
+EMPTY_SAYS: Final = re.compile(r".+_(?:EMBED_MODEL|SUPPORTS_TOOLS|REASONING)")
+
+
+def layered(file: Mapping[str, str], process: Mapping[str, str]) -> dict[str, str]:
+    """The variables of .env under those of the process.
+
+    An empty one of the process hides nothing where empty means unset: a compose file passes
+    every variable it names, set or not.
+    """
+    rows = (f for f in fields(Config) if "env" in f.metadata)
+    telling = {
+        name
+        for f in rows
+        if isinstance(f.default, bool) or f.metadata.get("blank")
+        for name in (f.metadata["env"], *f.metadata.get("also", ()))
+    }
+    return {**file} | {
+        name: value
+        for name, value in process.items()
+        if value.strip() or name not in file or name in telling or EMPTY_SAYS.fullmatch(name)
+    }
 
 
 def open_to_all(auth_mode: str, host: str) -> list[str]:
@@ -2027,6 +2180,40 @@ class SettingsReader:
         except (ValueError, TypeError, AttributeError) as error:
             self.problems.append(f"MODELS_FILE: {error}")
 
+    def check_key_rows(self, rows: Mapping[str, Json]) -> None:
+        """Limits that cannot be read must not mean "no limit"; the key itself is not shown."""
+        for n, row in enumerate(rows.values(), 1):
+            where = f"auth.json: proxy_keys: {row.get('name') or f'row {n}'}:"
+            self.problems += [
+                f"{where} {f.name} cannot be {row[f.name]!r}: expected a number from 0"
+                for f in fields(Quota)
+                if row.get(f.name) is not None and not is_allowance(row[f.name], f.default)
+            ]
+            if (privacy := row.get("privacy")) and privacy not in PRIVACY:
+                expected = " or ".join(PRIVACY)
+                self.problems.append(f"{where} privacy cannot be {privacy!r}: expected {expected}")
+
+    def check_networks(self, networks: Iterable[str]) -> None:
+        for text in networks:
+            try:
+                ipaddress.ip_network(text, strict=False)
+            except ValueError:
+                self.problems.append(f"TRUSTED_PROXIES: {text!r} is no address and no network")
+
+    def prices(self, home: Path, name: str) -> dict[str, Price]:
+        """The rows of MODEL_PRICES_FILE in lower case; what cannot be used is a warning."""
+        found = {}
+        for key, row in self.document(home / Path(name).expanduser()).items() if name else ():
+            price = read_price(row)
+            if price is None or not key.strip():
+                self.warnings.append(
+                    f"MODEL_PRICES_FILE: {key!r} is ignored: expected [in, out] in USD per 1M"
+                    " tokens"
+                )
+            else:
+                found[key.strip().lower()] = price
+        return found
+
 
 def split_list(text: str | None) -> list[str]:
     """Items of a comma list, trimmed, blanks dropped."""
@@ -2042,6 +2229,26 @@ def read_key_rows(auth: Json) -> dict[str, Json]:
         for key, row in rows
         if key.strip()
     }
+
+
+def is_allowance(value: object, like: object) -> bool:
+    """A number from 0, whole where `like` is."""
+    kinds = (int,) if isinstance(like, int) else (int, float)
+    return type(value) in kinds and 0 <= cast(float, value) < math.inf
+
+
+def read_quota(row: Json, usual: Quota) -> Quota:
+    """The limits of one row; what it does not say is as usual."""
+    said = {f.name: row.get(f.name) for f in fields(Quota)}
+    told = {n: v for n, v in said.items() if v is not None}
+    return replace(usual, **told) if told else usual
+
+
+def read_price(row: object) -> Price | None:
+    """[in, out] or [in, out, cached in], USD per 1M tokens."""
+    if not isinstance(row, list) or len(row) not in (2, 3) or None in row:
+        return None
+    return Price(*map(float, row)) if all(map(is_price, row)) else None
 
 
 def read_name(name: object) -> str:
@@ -2608,6 +2815,7 @@ CALLER_LIMITS: Final = {
     "req_per_day": int,
     "tokens_per_day": int,
     "cost_per_day": float,
+    "streams": int,
 }
 
 
@@ -2711,12 +2919,13 @@ def find_secret(keys: Iterable[str], which: str, what: str) -> str:
 def check_caller(values: Mapping[str, object]) -> Json:
     """What may be said of a proxy key, checked; None takes a member away.
 
-    Members: name, admin, allowed_providers, and CALLER_LIMITS. BadValue names the one at fault.
+    Members: name, admin, allowed_providers, privacy, and CALLER_LIMITS. BadValue names the one at fault.
     """
     checks: dict[str, Callable[[str, object], Any]] = {
         "name": check_name,
         "admin": check_flag,
         "allowed_providers": check_providers,
+        "privacy": check_privacy,
         **dict.fromkeys(CALLER_LIMITS, check_limit),
     }
     for name in values:
@@ -2739,6 +2948,12 @@ def check_flag(field: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise BadValue(field, f"{field} must be true or false")
     return value
+
+
+def check_privacy(field: str, value: object) -> str:
+    if value not in PRIVACY:
+        raise BadValue(field, f"{field} must be {' or '.join(PRIVACY)}")
+    return cast(str, value)
 
 
 def check_providers(field: str, value: object) -> list[str]:
@@ -2932,11 +3147,6 @@ def token_bounds(raw_len: int, chat: Mapping[str, Any]) -> TokenEstimate:
     )
 
 
-def estimate_tokens(raw_len: int, chat: Mapping[str, Any]) -> int:
-    """The likely number of input tokens of a request whose body has `raw_len` bytes."""
-    return token_bounds(raw_len, chat).likely
-
-
 def text_bytes(raw: bytes) -> int:
     r"""Length of a body in bytes, except that a \uXXXX escape counts as two of them, not six."""
     return len(raw) - 4 * raw.count(b"\\u")
@@ -3042,11 +3252,24 @@ EVENT_END: Final = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 DONE: Final = b"data: [DONE]\n\n"
 MAX_EVENT_BYTES: Final = 16 << 20
+BOM: Final = b"\xef\xbb\xbf"
+
+
+def legible(block: bytes) -> bytes:
+    """`block` as valid UTF-8: a broken character makes clients drop the whole answer."""
+    try:
+        block.decode()
+    except UnicodeDecodeError:
+        return block.decode(errors="replace").encode()
+    return block
 
 
 def last_event_end(data: bytes) -> int:
     """Position after the last complete event in `data`, 0 when there is none."""
-    at = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3, data.rfind(b"\r\r") + 2)
+    at = data.rfind(b"\n\n") + 2
+    # The rarer ends only matter behind the usual one: most of a block is looked at once.
+    at = max(at, data.rfind(b"\n\r\n", max(at - 2, 0)) + 3)
+    at = max(at, data.rfind(b"\r\r", max(at - 2, 0)) + 2)
     return at if at > 2 else 0  # 2 = nothing found (or one blank line, which can wait)
 
 
@@ -3096,7 +3319,7 @@ def event_data(event: bytes) -> bytes:
     """The joined `data:` lines of one event; b"" for comments and other fields."""
     if event.startswith(b"data: ") and event.find(b"\n") >= len(event) - 2:
         return event[6:].rstrip(b"\r\n")
-    event = event.removeprefix(b"\xef\xbb\xbf")  # a byte order mark may lead the stream
+    event = event.removeprefix(BOM)  # it may lead the stream
     lines = (line for line in LINE_END.split(event) if line.startswith(b"data:"))
     return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
 
@@ -3159,7 +3382,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         raise bad_number(raw) from None
     if not isinstance(body, dict):
         raise BadRequest(f"{NOT_AN_OBJECT}, not {kind_of(body)}")
-    if nests_too_deep(body):
+    if raw.count(b"{") + raw.count(b"[") > MAX_NESTING and nests_too_deep(body):
         field = next(name for name, value in body.items() if nests_too_deep([value]))
         raise BadRequest(f"{field} is nested deeper than {MAX_NESTING} levels", param=field)
     if (
@@ -3480,6 +3703,40 @@ def kind_of(value: object) -> str:
     return json.dumps(value)
 
 
+def modern_chat(chat: Json) -> Json:
+    """A chat with `functions` as one with tools; any other one as it is.
+
+    Who offers functions reads one call in an answer, so no more is asked for.
+    """
+    if not has_functions(chat):
+        return chat
+    made = {k: v for k, v in chat.items() if k not in ("functions", "function_call")}
+    if not reads_functions(chat):
+        return made
+    tools = [{"type": "function", "function": function} for function in chat["functions"]]
+    made |= {"tools": tools, "parallel_tool_calls": False}
+    choice = chat.get("function_call")
+    if isinstance(choice, dict):
+        choice = {"type": "function", "function": {"name": choice.get("name")}}
+    return {**made, "tool_choice": choice} if choice else made
+
+
+def has_functions(chat: Json) -> bool:
+    """Does it have a member from before there were tools?"""
+    return "functions" in chat or "function_call" in chat
+
+
+def reads_functions(chat: Json) -> bool:
+    """Does the client read `function_call` instead of `tool_calls`?"""
+    return bool(chat.get("functions")) and not chat.get("tools")
+
+
+def custom_names(chat: Json) -> frozenset[str]:
+    """The names of the tools in a chat that take free text."""
+    tools = chat.get("tools") or ()
+    return frozenset(tool["custom"]["name"] for tool in tools if tool.get("type") == "custom")
+
+
 def message_text(message: Mapping[str, Any]) -> str:
     """The text of one message, its text parts joined by line breaks; "" if there is none."""
     content = message.get("content") if isinstance(message, dict) else None
@@ -3585,6 +3842,8 @@ class Tokens(NamedTuple):
 
     prompt: int = 0
     completion: int = 0
+    cached: int = 0  # of the prompt, where the provider says so
+    estimated: bool = False  # the provider stated none
 
 
 class Outcome(NamedTuple):
@@ -3931,12 +4190,6 @@ def read_wait(text: str, zone_s: float = 0.0) -> Wait:
     return Wait(number)
 
 
-def parse_wait(text: str, wall: float) -> float | None:
-    """Seconds from `wall` as read_wait reads them, not limited; None when nothing usable."""
-    wait = read_wait(text)
-    return wait.after if wait.at is None else wait.at - wall
-
-
 def parse_duration(text: str) -> float | None:
     """Seconds of "2m59.5s" or "8h 13m"; None if anything else stands in the text."""
     total, end = leading_duration(text)
@@ -4143,19 +4396,6 @@ def chunk_sign(chunk: Any) -> Sign:
     return "finish" if finish in TELLING_FINISHES else "empty finish"
 
 
-def tokens_of(value: Any) -> Tokens | None:
-    """Token counts in a reply, a chunk or an embeddings answer (groq's live in x_groq too)."""
-    if not isinstance(value, dict):
-        return None
-    usage = value.get("usage")
-    if not usage and isinstance(value.get("x_groq"), dict):
-        usage = value["x_groq"].get("usage")
-    if not isinstance(usage, dict):
-        return None
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    return Tokens(*(n if isinstance(n, int) and n > 0 else 0 for n in counts))
-
-
 def chunks_from_reply(reply: Json) -> list[Json]:
     """A whole reply as the chunks of a stream, for a provider that does not stream when asked."""
     head = {k: v for k, v in reply.items() if k not in ("choices", "usage", "object")}
@@ -4259,7 +4499,7 @@ class Opening:
 
 
 def seal(origin: str, value: str) -> str:
-    """An opaque value with the name of the provider it must go back to."""
+    """An opaque value with the name of the provider, or its account, it must go back to."""
     return f"{SEAL}{origin}.{value}"
 
 
@@ -4269,6 +4509,31 @@ def unseal(text: str) -> tuple[str, str]:
         return "", text
     origin, _, value = text[len(SEAL) :].partition(".")
     return origin, value
+
+
+def custom_schema(form: object) -> tuple[Json, str]:
+    """(a tool that takes free text as a function's schema, the grammar of its format in words).
+
+    A chat keeps the grammar one level deeper than Responses do.
+    """
+    inner = form.get("grammar") if isinstance(form, dict) else None
+    grammar = inner if isinstance(inner, dict) else form if isinstance(form, dict) else {}
+    text, syntax = grammar.get("definition"), grammar.get("syntax") or "lark"
+    note = f"The input must follow this {syntax} grammar:\n{text}" if is_string(text) else ""
+    properties = {"input": {"type": "string", "description": "The input of the tool, as text."}}
+    return {"type": "object", "properties": properties, "required": ["input"]}, note
+
+
+def custom_input(text: str) -> str:
+    """The text in {"input": text}; models also send the bare text, or another name."""
+    found = read_json(text.encode("utf-8", "replace"))
+    if isinstance(found, str):
+        return found
+    members = found if isinstance(found, dict) else {}
+    texts = [value for value in members.values() if isinstance(value, str)]
+    if isinstance(members.get("input"), str):
+        return str(members["input"])
+    return texts[0] if len(texts) == 1 else text
 
 
 # =============================================================================
@@ -4308,6 +4573,8 @@ TAG_STARTS: Final = frozenset(
 MAX_BLANKS: Final = 1000  # characters of white space that may stand before <think>
 FUNCTION_CALL: Final = -1  # the key of the one call made in the old way
 
+ESTIMATED: Final = MappingProxyType({"hermes": {"estimated": True}})  # beside a usage's counts
+SAID: Final = ("content", "reasoning_content", "refusal")
 # Where a usage object states a count: the first that is not zero is taken.
 PROMPT_COUNTS: Final = ("prompt_tokens", "input_tokens")
 COMPLETION_COUNTS: Final = ("completion_tokens", "output_tokens")
@@ -5106,7 +5373,16 @@ def canonical_usage(value: Any) -> Json | None:
     }
     if written := first_count(usage, CACHE_WRITE_COUNTS):
         found["prompt_tokens_details"]["cache_creation_tokens"] = written
-    return {**found, "estimated": True} if usage.get("estimated") is True else found
+    return {**found, **ESTIMATED} if usage.get("hermes") == ESTIMATED["hermes"] else found
+
+
+def tokens_of(value: Any) -> Tokens | None:
+    """Token counts in a Chat reply, a chunk or an embeddings answer."""
+    usage = canonical_usage(value)
+    if usage is None:
+        return None
+    cached = min(usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"])
+    return Tokens(usage["prompt_tokens"], usage["completion_tokens"], cached, "hermes" in usage)
 
 
 def find_usage(value: Any) -> Json | None:
@@ -5141,6 +5417,18 @@ def counts_of(usage: Json) -> tuple[int, int, int]:
     return usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]
 
 
+def chars_said(chunks: Iterable[Json]) -> int:
+    """The size of what canonical chunks say: text, reasoning and calls."""
+    total = 0
+    for choice in (c for chunk in chunks for c in chunk.get("choices") or ()):
+        delta = choice.get("delta") or {}
+        total += sum(len(as_text(delta.get(name))) for name in SAID)
+        for call in delta.get("tool_calls") or ():
+            made = call.get("function") or call.get("custom") or {}
+            total += sum(map(len, map(as_text, made.values())))
+    return total
+
+
 def estimate_usage(input_tokens: int, chars_out: int) -> Json:
     """A usage for an answer that came without one; `chars_out` counts text and arguments."""
     completion = math.ceil(chars_out / BYTES_PER_TOKEN)
@@ -5150,7 +5438,7 @@ def estimate_usage(input_tokens: int, chars_out: int) -> Json:
         "total_tokens": input_tokens + completion,
         "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens_details": {"reasoning_tokens": 0},
-        "estimated": True,
+        **ESTIMATED,
     }
 
 
@@ -5296,7 +5584,6 @@ class Quirk:
     choosing_stops_thinking: bool | None = None  # a forced tool is refused while it thinks
     own_tools: bool | None = None  # takes tools that are neither function nor custom
     custom_tools: bool | None = None
-    functions: bool | None = None  # takes the older `functions` and `function_call`
     tool_description: bool | None = None  # every tool needs one
     strict_tools: bool | None = None  # False: `strict` is refused
     json_with_tools: bool | None = None  # False: an answer format beside tools is refused
@@ -5466,7 +5753,7 @@ QUIRKS = (
     Quirk(
         "openai", "", "2026-11", keep=OPENAI_ONLY,
         max_tokens="", message_keep=("refusal", "audio", "phase"), system_role="",
-        lead_system=False, flat="", own_tools=True, custom_tools=True, functions=True,
+        lead_system=False, flat="", own_tools=True, custom_tools=True,
         files=("data", "id"), audio=True, metadata_needs_store=True, efforts=(),
     ),
     Quirk("openai", OPENAI_REASONING, "2026-11", drop=(*SAMPLING, *LOGPROBS),
@@ -6267,8 +6554,6 @@ class Fit:
             rules[name] = self._fit_effort
         for name in ("tools", "tool_choice", "parallel_tool_calls"):
             rules[name] = self._fit_tools
-        if not self.quirk.functions:
-            rules["functions"] = rules["function_call"] = self._fit_tools
         rules["stop"] = self._fit_stop
         rules["response_format"] = self._fit_format
         if self.quirk.metadata_needs_store:
@@ -6290,8 +6575,7 @@ class Fit:
                 edits[name] = value
         if quirk.default_max_tokens and edits.get("max_tokens", DROP) is DROP:
             self._put(chat, edits, "max_tokens", chat.get("max_tokens") or quirk.default_max_tokens)
-        if quirk.unstreamed_max_tokens and not chat.get("stream"):
-            self._stream_long(chat, edits, quirk.unstreamed_max_tokens)
+        self.stream_long(chat, edits)
         choice = edits.get("tool_choice", chat.get("tool_choice"))
         if quirk.choosing_stops_thinking and is_forced(choice):
             edits["thinking"] = {"type": "disabled"}
@@ -6343,8 +6627,11 @@ class Fit:
         if chat.get("store") is not True:  # OpenAI: only allowed when 'store' is enabled
             edits["metadata"] = DROP
 
-    def _stream_long(self, chat: Json, edits: dict[str, object], ceiling: int) -> None:
-        """A long whole answer is asked for as a stream, and put together again."""
+    def stream_long(self, chat: Json, edits: dict[str, object]) -> None:
+        """A long whole answer is asked for as a stream where it must be, and put together again."""
+        ceiling = self.quirk.unstreamed_max_tokens
+        if ceiling is None or chat.get("stream"):
+            return
         for name in ("max_tokens", "max_completion_tokens"):
             wanted = edits.get(name, chat.get(name))
             if is_integer(wanted) and cast(int, wanted) > ceiling:
@@ -6403,11 +6690,6 @@ class Fit:
     def _fit_tools(self, chat: Json, edits: dict[str, object], value: Any) -> None:
         """tools, tool_choice and parallel_tool_calls together; the first of them does all."""
         given, choice = chat.get("tools"), chat.get("tool_choice")
-        if not self.quirk.functions:
-            if not given:
-                given, choice = older_tools(chat), older_choice(chat.get("function_call"))
-            for name in ("functions", "function_call"):
-                self._put(chat, edits, name, DROP)
         tools: object = self._sent_tools(given) if given else DROP
         choice = self._sent_choice(choice)
         if not tools or tools is DROP or choice is None:
@@ -6415,7 +6697,7 @@ class Fit:
             self._put(chat, edits, "parallel_tool_calls", DROP)
         elif "parallel_tool_calls" in chat and not self._takes("parallel_tool_calls"):
             edits["parallel_tool_calls"] = DROP
-        if tools is not given or not chat.get("tools"):
+        if tools is not given:
             self._put(chat, edits, "tools", tools)
         self._put(chat, edits, "tool_choice", choice)
 
@@ -6869,31 +7151,16 @@ def nearest_effort(word: str, known: Sequence[str]) -> str:
     return min(choices, key=lambda w: (abs(EFFORTS.index(w) - place), w), default="")
 
 
-def older_tools(chat: Json) -> list[Json]:
-    """`functions` as tools."""
-    return [{"type": "function", "function": f} for f in as_list(chat.get("functions"))]
-
-
-def older_choice(choice: object) -> object:
-    """`function_call` as tool_choice."""
-    if isinstance(choice, dict):
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    return choice if isinstance(choice, str) else None
-
-
 def function_of_custom(custom: Json) -> Json:
     """A tool that takes free text as one that takes an object with the member `input`."""
-    function: Json = {
-        "name": custom["name"],
-        "parameters": {
-            "type": "object",
-            "properties": {"input": {"type": "string"}},
-            "required": ["input"],
-        },
+    schema, grammar = custom_schema(custom.get("format"))
+    text = custom.get("description")
+    told = "\n\n".join(filter(None, (text if isinstance(text, str) else "", grammar)))
+    described = {"description": told} if told else {}
+    return {
+        "type": "function",
+        "function": {"name": custom["name"], **described, "parameters": schema},
     }
-    if isinstance(custom.get("description"), str):
-        function["description"] = custom["description"]
-    return {"type": "function", "function": function}
 
 
 def named_choice(choice: Json, custom: bool) -> object:
@@ -7520,7 +7787,6 @@ PLAIN_DELTA: Final = frozenset({"content", "role"})
 PING: Final = b'event: ping\ndata: {"type": "ping"}\n\n'
 NOT_IN_IDS: Final = re.compile(r"[^a-zA-Z0-9_-]")
 JSON_MARKS: Final = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
-CHARS_PER_TOKEN: Final = 4  # for answers whose provider states no usage
 
 
 class JsonEnd:
@@ -7741,7 +8007,7 @@ class MessageEvents:
         if self._started:
             return []
         self._started = True
-        usage = messages_usage(self._usage, self._opening.input_tokens, 0)
+        usage = messages_usage(self._usage, self._opening.input_tokens)
         usage.pop("output_tokens_details", None)
         message: Json = {
             "id": f"msg_{self._opening.id}",
@@ -7773,7 +8039,8 @@ class MessageEvents:
         if not self._opened and self._finish != "content_filter":
             self._queue.append(Block({"type": "text", "text": ""}))
             events += self._advance(last=True)
-        usage = messages_usage(self._usage, self._opening.input_tokens, self.chars)
+        asked = self._opening.input_tokens
+        usage = messages_usage(self._usage or estimate_usage(asked, self.chars), asked)
         stop = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence}
         if stop["stop_reason"] != "stop_sequence":
             stop["stop_sequence"] = None
@@ -7989,22 +8256,21 @@ def request_call_ids(request: Json) -> set[str]:
     return {str(block.get("id")) for block in blocks if block.get("type") == "tool_use"}
 
 
-def messages_usage(usage: Json, input_tokens: int, chars: int) -> Json:
-    """Canonical usage as Anthropic counts: input without what was cached; guesses the missing."""
-    guess = -(-chars // CHARS_PER_TOKEN)
+def messages_usage(usage: Json, input_tokens: int = 0) -> Json:
+    """Canonical usage as Anthropic counts: input without what was cached."""
     prompt = count_or_zero(usage.get("prompt_tokens")) or input_tokens
     details = object_of(usage.get("prompt_tokens_details"))
     read, made = (count_or_zero(details.get(n)) for n in ("cached_tokens", "cache_creation_tokens"))
     found: Json = {
         "input_tokens": max(prompt - read - made, 0),
-        "output_tokens": count_or_zero(usage.get("completion_tokens", guess)),
+        "output_tokens": count_or_zero(usage.get("completion_tokens")),
         "cache_creation_input_tokens": made,
         "cache_read_input_tokens": read,
     }
     thought = object_of(usage.get("completion_tokens_details")).get("reasoning_tokens")
     if count_or_zero(thought):
         found["output_tokens_details"] = {"thinking_tokens": thought}
-    return found
+    return {**found, **ESTIMATED} if "hermes" in usage else found
 
 
 def count_or_zero(value: Any) -> int:
@@ -8798,11 +9064,9 @@ class ToolNames:
 
 
 def offered_tools(chat: Json) -> list[Json]:
-    """Tools with a name, the first of each name; the older `functions` are tools too."""
-    tools, functions = chat.get("tools"), chat.get("functions")
+    """Tools with a name, the first of each name."""
+    tools = chat.get("tools")
     found = [t for t in tools if isinstance(t, dict)] if isinstance(tools, list) else []
-    if not found and isinstance(functions, list):
-        found = [{"type": "function", "function": f} for f in functions if isinstance(f, dict)]
     by_name: dict[str, Json] = {}
     for tool in found:
         if name := tool_name(tool):
@@ -8856,9 +9120,6 @@ def used_tools(turns: list[Json]) -> list[str]:
 def wanted_choice(chat: Json) -> tuple[str, str | list[str] | None]:
     """(auto, none, any, tool or "", the tool meant or all tools allowed)."""
     choice = chat.get("tool_choice")
-    if choice is None and chat.get("functions"):
-        choice = chat.get("function_call")
-        choice = {"function": choice} if isinstance(choice, dict) else choice
     if isinstance(choice, str):
         return {"required": "any", "any": "any", "none": "none"}.get(choice, "auto"), None
     if not isinstance(choice, dict):
@@ -8907,16 +9168,6 @@ def tool_definition(tool: Json, names: ToolNames) -> Json:
     text = "\n\n".join(words for words in (text, more) if words)
     described = {"description": text} if text else {}
     return {"name": names.out(made["name"]), **described, "input_schema": schema, **mark}
-
-
-def custom_schema(format: Any) -> tuple[Json, str]:
-    """A tool that takes free text, as a function with one string; its grammar in words."""
-    inner = format.get("grammar") if isinstance(format, dict) else None
-    grammar = inner if isinstance(inner, dict) else format if isinstance(format, dict) else {}
-    text = grammar.get("definition")
-    note = f"The input must follow this grammar:\n{text}" if isinstance(text, str) else ""
-    properties = {"input": {"type": "string", "description": "The input of the tool, as text."}}
-    return {"type": "object", "properties": properties, "required": ["input"]}, note
 
 
 ALTERNATIVES: Final = ("anyOf", "oneOf", "allOf")
@@ -9335,6 +9586,133 @@ def unsealed_turn(turn: Any, origin: str) -> Json | None:
     return {**turn, "content": content} if content else None
 
 
+# What a result may hold that may as well be the user's.
+USER_BLOCKS: Final = frozenset(("text", "image", "document", "search_result"))
+
+
+def own_turns(turns: list[Json]) -> list[Json] | None:
+    """The turns of a Messages client as the API takes them; None = as they are.
+
+    As in `History`: every tool_use has its tool_result at the head of the next turn, none is
+    without a tool_use, no text is blank, and the user begins.
+    """
+    if is_sound_talk(turns):
+        return None
+    made: list[Json] = []
+    calls: list[tuple[str, str]] = []  # (id as the client wrote it, id sent), not answered yet
+    used: set[str] = set()
+    for is_assistant, run in itertools.groupby(turns, lambda turn: turn["role"] == "assistant"):
+        if is_assistant:
+            said = [called_turn(turn, calls, used) for turn in run]
+            made += [turn for turn in said if turn["content"]]
+        else:
+            made += answering_turns(list(run), calls)
+            calls = []
+    made += answering_turns([], calls)
+    if not made or made[0]["role"] == "assistant":
+        made.insert(0, {"role": "user", "content": NO_OPENING})
+    return made
+
+
+TURN_ROLE: Final = operator.itemgetter("role")
+
+
+def is_sound_talk(turns: Sequence[Json]) -> bool:
+    """Is there nothing to mend? One pass, no turn is copied."""
+    waiting: list[str] = []
+    seen: set[str] = set()
+    for role, run in itertools.groupby(turns, TURN_ROLE):
+        blocks = list(itertools.chain.from_iterable(map(turn_blocks, run)))
+        kinds = [block["type"] for block in blocks]
+        if "text" in kinds and any(map(is_blank, blocks)):
+            return False
+        if role == "assistant":
+            fresh = [block["id"] for block in blocks if block["type"] == "tool_use"]
+            if waiting or len(set(fresh)) < len(fresh) or not seen.isdisjoint(fresh):
+                return False
+            seen.update(fresh)
+            waiting = fresh
+        elif waiting or "tool_result" in kinds:
+            if not answers_all(blocks, waiting):
+                return False
+            waiting = []
+    return not waiting and turns[0]["role"] != "assistant"
+
+
+def answers_all(blocks: Sequence[Json], waiting: Sequence[str]) -> bool:
+    """Do blocks begin with one result for each of these calls, and hold no other?"""
+    results = [block["tool_use_id"] for block in blocks if block["type"] == "tool_result"]
+    heads = blocks[: len(results)]
+    return sorted(results) == sorted(waiting) and all(b["type"] == "tool_result" for b in heads)
+
+
+def is_blank(block: Json) -> bool:
+    if block["type"] != "text":
+        return False
+    return not block["text"] or block["text"].isspace()
+
+
+def turn_blocks(turn: Json) -> list[Json]:
+    content = turn.get("content")
+    return [text_block(content)] if isinstance(content, str) else content or []
+
+
+def own_blocks(turn: Json) -> list[Json]:
+    """The content of a Messages client's turn as blocks, without blank texts."""
+    return [block for block in turn_blocks(turn) if not is_blank(block)]
+
+
+def called_turn(turn: Json, calls: list[tuple[str, str]], used: set[str]) -> Json:
+    """A turn of the assistant whose tool_use ids are new; they are noted in both lists."""
+    content = []
+    for block in own_blocks(turn):
+        if block["type"] == "tool_use":
+            asked, given, number = block["id"], block["id"], 1
+            while given in used:
+                number += 1
+                given = f"{asked}_{number}"
+            used.add(given)
+            calls.append((asked, given))
+            block = {**block, "id": given}
+        content.append(block)
+    return {**turn, "content": content}
+
+
+def answering_turns(run: list[Json], calls: Sequence[tuple[str, str]]) -> list[Json]:
+    """What follows the assistant: a result for each call, and then everything else."""
+    answers: dict[str, Json] = {}
+    rest = [{**turn, "content": other_blocks(turn, calls, answers)} for turn in run]
+    missing = {"type": "tool_result", "content": MISSING_RESULT, "is_error": True}
+    results = [answers.get(id) or {**missing, "tool_use_id": id} for _, id in calls]
+    if not results:
+        return [turn for turn in rest if turn["content"]]
+    if not rest or rest[0]["role"] != "user":
+        rest.insert(0, {"role": "user", "content": []})
+    rest[0] = {**rest[0], "content": [*results, *rest[0]["content"]]}
+    return [turn for turn in rest if turn["content"]]
+
+
+def other_blocks(
+    turn: Json, calls: Sequence[tuple[str, str]], answers: dict[str, Json]
+) -> list[Json]:
+    """The blocks that answer none of the calls; those that do are put into `answers`."""
+    rest: list[Json] = []
+    for block in own_blocks(turn):
+        if block["type"] != "tool_result":
+            rest.append(block)
+            continue
+        asked = block["tool_use_id"]
+        id = next((id for name, id in calls if name == asked and id not in answers), "")
+        if id:
+            answers[id] = {**block, "tool_use_id": id}
+        else:
+            content = block.get("content") or ""
+            held = own_blocks({"content": content})
+            label = text_block(f"[Result of an earlier tool call {asked}]")
+            rest += [label, *(b for b in held if b["type"] in USER_BLOCKS)]
+    return rest
+
+
 def only_content_messages(block: bytes) -> bool:
     """Whether a block of Messages events surely holds no error, start, finish or usage.
 
@@ -9361,7 +9739,8 @@ def messages_tokens(event: Any) -> Tokens | None:
     if not isinstance(usage, dict):
         return None
     count = usage_from_messages(usage)
-    return Tokens(count["prompt_tokens"], count["completion_tokens"])
+    cached = count["prompt_tokens_details"]["cached_tokens"]
+    return Tokens(count["prompt_tokens"], count["completion_tokens"], cached)
 
 
 # -- the answer ------------------------------------------------------------------
@@ -9635,11 +10014,8 @@ class MessagesReader:
         given = block.text or dump_json(whole if isinstance(whole, dict) else {}).decode()
         name = block.start["name"]
         if name in self.names.custom:
-            value = parse_arguments(given).get("input")
-            text = value if isinstance(value, str) else given
-            return self.call_chunk(
-                block, {"type": "custom", "custom": {"name": name, "input": text}}
-            )
+            custom = {"name": name, "input": custom_input(given)}
+            return self.call_chunk(block, {"type": "custom", "custom": custom})
         return [] if block.text else self.arguments_chunk(block, given)
 
     def add_usage(self, usage: object) -> None:
@@ -9857,11 +10233,19 @@ def items_of(body: Mapping[str, Any]) -> list[Json]:
 
 
 def all_items(body: Mapping[str, Any], earlier: Sequence[Json]) -> Iterator[tuple[str, Json]]:
-    """(path, item), oldest first. A reference to an item that is there anyway is skipped."""
+    """(path, item), oldest first. A reference to an item that is there anyway is skipped.
+
+    So is what a summary made here stands for.
+    """
     items = items_of(body)
     known = [item.get("id") for item in (*earlier, *items) if not is_reference(item)]
-    yield from ((f"previous_response_id[{at}]", item) for at, item in enumerate(earlier))
+    last = last_summary([*earlier, *items])
+    for at, item in enumerate(earlier):
+        if at >= last or outlives_summary(item):
+            yield f"previous_response_id[{at}]", item
     for at, item in enumerate(items):
+        if len(earlier) + at < last and not outlives_summary(item):
+            continue
         if not is_reference(item):
             yield f"input[{at}]", item
         elif item["id"] not in known:
@@ -9872,6 +10256,88 @@ def all_items(body: Mapping[str, Any], earlier: Sequence[Json]) -> Iterator[tupl
 def is_reference(item: Json) -> bool:
     plain = item.get("type") is None and item.get("role") is None
     return (plain or item.get("type") == "item_reference") and isinstance(item.get("id"), str)
+
+
+# ----- compaction -----
+
+# POST /v1/responses/compact, and a `compaction_trigger` as the last item (Codex CLI 0.147, seen
+# 2026-11). The summary that stands for the history is made here, so that any provider can go on
+# with it; it is labelled, not hidden.
+COMPACTIONS: Final = ("compaction", "compaction_summary", "context_compaction")
+SUMMARIST: Final = "hermes"  # what such an item is sealed for
+SUMMARY_HEAD: Final = "[Summary of the conversation so far]\n"
+COMPACT_PROMPT: Final = (
+    "Now write a summary of this conversation that takes its place: another model goes on with it"
+    " and sees nothing else but the user's messages. Tell what the user wants, what was decided and"
+    " why, what was done and found (files, commands, names, values, errors and their remedies, word"
+    " for word where it matters), what is unfinished, and what comes next. Call no tool and answer"
+    " no question; write the summary and nothing else."
+)
+NO_SUMMARY: Final = "the model gave no summary of the conversation"
+MAX_KEPT_USER_BYTES: Final = 80_000  # of the user's messages beside a summary, the latest ones
+NOT_FOR_SUMMARY: Final = (
+    "tools", "tool_choice", "parallel_tool_calls", "response_format", "verbosity"
+)  # fmt: skip
+
+
+def asks_to_compact(body: Mapping[str, Any]) -> bool:
+    """Does the request end in the item that asks for a summary instead of an answer?"""
+    items = items_of(body)
+    return bool(items) and items[-1].get("type") == "compaction_trigger"
+
+
+def without_trigger(body: Mapping[str, Any]) -> Json:
+    return {**body, "input": items_of(body)[:-1]} if asks_to_compact(body) else dict(body)
+
+
+def compaction_chat(body: Mapping[str, Any], earlier: Sequence[Json] = ()) -> Json:
+    """The chat that asks for a summary of what a Responses body holds."""
+    chat = responses_to_chat(without_trigger(body), earlier)
+    chat = {name: value for name, value in chat.items() if name not in NOT_FOR_SUMMARY}
+    asked = {"role": "user", "content": COMPACT_PROMPT}
+    return {**chat, "messages": [*chat["messages"], asked]}
+
+
+def is_summary(item: Json) -> bool:
+    """Is it a compaction item that was made here?"""
+    sealed = item.get("encrypted_content") if item.get("type") in COMPACTIONS else None
+    return isinstance(sealed, str) and unseal(sealed)[0] == SUMMARIST
+
+
+def last_summary(items: Sequence[Json]) -> int:
+    """The place of the last one, 0 if there is none."""
+    found = (n for n, item in enumerate(items) if "encrypted_content" in item and is_summary(item))
+    return max(found, default=0)
+
+
+def outlives_summary(item: Json) -> bool:
+    """Does an item before a summary still count: what the user and the client say?"""
+    said = item.get("role") in ("user", "system", "developer")
+    return said or item.get("type") in ("additional_tools", "configuration_update")
+
+
+def summary_item(item: Json) -> Json | None:
+    """A compaction item as a message; None for one that was not made here."""
+    if not is_summary(item):
+        return None
+    text = SUMMARY_HEAD + unseal(item["encrypted_content"])[1]
+    part = {"type": "input_text", "text": text}
+    return {"type": "message", "role": "user", "content": [part]}
+
+
+def users_items(items: Sequence[Json], stem: str) -> list[Json]:
+    """The user's latest messages, up to MAX_KEPT_USER_BYTES; ids begin with `stem`."""
+    kept: list[Json] = []
+    left = MAX_KEPT_USER_BYTES
+    for at, item in reversed([(n, i) for n, i in enumerate(items) if i.get("role") == "user"]):
+        left -= len(stored_json(item))
+        if left < 0:
+            break
+        content = item.get("content")
+        parts = [{"type": "input_text", "text": content}] if is_string(content) else content
+        head = {"id": f"{stem}{at}", "type": "message", "status": "completed", "role": "user"}
+        kept.append({**head, "content": parts})
+    return kept[::-1]
 
 
 # ----- tools -----
@@ -10067,12 +10533,9 @@ def read_function(tool: Json, where: str, namespace: str) -> tuple[ToolName, Jso
 
 def custom_description(tool: Json) -> str:
     """The tool's description, with the grammar its input must follow."""
-    text, form = tool.get("description"), tool.get("format")
-    text = text if isinstance(text, str) else ""
-    if not isinstance(form, dict) or not isinstance(form.get("definition"), str):
-        return text
-    head = f"The input must follow this {form.get('syntax') or 'lark'} grammar:"
-    return f"{text}\n\n{head}\n{form['definition']}".lstrip()
+    text = tool.get("description")
+    told = (text if isinstance(text, str) else "", custom_schema(tool.get("format"))[1])
+    return "\n\n".join(filter(None, told))
 
 
 def client_runs(tool: Json, kind: str) -> bool:
@@ -10477,7 +10940,8 @@ def read_update_item(history: ItemHistory, item: Json, where: str) -> None:
 
 
 def read_compaction_item(history: ItemHistory, item: Json, where: str) -> None:
-    history.say("user", COMPACTED)
+    own = summary_item(item)
+    history.say("user", own["content"][0]["text"] if own else COMPACTED)
 
 
 def read_nothing(history: ItemHistory, item: Json, where: str) -> None:
@@ -10580,7 +11044,7 @@ ITEM_READERS: Mapping[str, Callable[[ItemHistory, Json, str], None]] = {
     "tool_search_output": read_search_output_item,
     "additional_tools": read_nothing,
     "configuration_update": read_update_item,
-    "compaction": read_compaction_item,
+    **dict.fromkeys(COMPACTIONS, read_compaction_item),
     **dict.fromkeys(TYPED_ITEMS, read_typed_call_item),
 }
 
@@ -10642,12 +11106,8 @@ def response_head(opening: Opening, codex: bool) -> Json:
     }
 
 
-def response_usage(usage: Mapping[str, Any] | None, opening: Opening, chars: int) -> Json:
-    """Complete counts, as Codex wants them; estimated when the provider gave none."""
-    if not usage:
-        guess = -(-chars // 4)
-        given = {"prompt_tokens": opening.input_tokens, "completion_tokens": guess}
-        usage = {**given, "estimated": True}
+def response_usage(usage: Mapping[str, Any]) -> Json:
+    """Complete counts, as Codex wants them, of a canonical usage."""
     prompt = usage_count(usage, "prompt_tokens")
     completion = usage_count(usage, "completion_tokens")
     read, made = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
@@ -10662,7 +11122,7 @@ def response_usage(usage: Mapping[str, Any] | None, opening: Opening, chars: int
         "output_tokens": completion,
         "output_tokens_details": {"reasoning_tokens": usage_count(made, "reasoning_tokens")},
         "total_tokens": total if isinstance(total, int) else prompt + completion,
-        **({"estimated": True} if usage.get("estimated") else {}),
+        **(ESTIMATED if "hermes" in usage else {}),
     }
 
 
@@ -10682,15 +11142,7 @@ def failure_of(error: RouterError) -> Json:
         code = "rate_limit_exceeded"
     elif code not in FAILURE_CODES:
         code = "invalid_prompt" if error.status in (400, 413, 422) else "server_error"
-    if error.retry_after is not None and "try again in" not in message.lower():
-        seconds = max(1, math.ceil(error.retry_after))
-        message = f"{message.rstrip('. ')}. Please try again in {seconds}s."
-    return {"code": code, "message": message}
-
-
-def responses_error(error: RouterError) -> Json:
-    """The body of an HTTP error: OpenAI's envelope, as on the chat endpoint."""
-    return error_body(error)
+    return {"code": code, "message": told_with_wait(message, error.retry_after)}
 
 
 class EventLog:
@@ -10969,17 +11421,7 @@ class CallState:
         return found if isinstance(found, dict) else {}
 
     def custom_input(self) -> str:
-        """The text in {"input": text}; models also send the bare text, or another name."""
-        if self.native:
-            return self.text
-        found = self._parsed()
-        if isinstance(found, str):
-            return found
-        members = found if isinstance(found, dict) else {}
-        texts = [value for value in members.values() if isinstance(value, str)]
-        if isinstance(members.get("input"), str):
-            return str(members["input"])
-        return texts[0] if len(texts) == 1 else self.text
+        return self.text if self.native else custom_input(self.text)
 
     def _parsed(self) -> Any:
         return read_json(self.text.encode("utf-8", "replace"))
@@ -11015,7 +11457,7 @@ class ResponsesWriter:
         self._open: OpenItem | None = None
         self._calls: dict[object, CallState] = {}
         self._later: list[Json] = []  # deltas that came in the middle of a call
-        self.broken = False  # reasoning_content was seen: it is all there is to read
+        self._told = False  # reasoning_content was seen: it is all there is to read
         self._notes: list[Json] = []  # annotations that came before their text
         self._usage: Json | None = None
         self._finish = ""
@@ -11086,7 +11528,8 @@ class ResponsesWriter:
     def _end(self, status: str, **outcome: object) -> None:
         usage = None
         if status != "failed" or self._usage:
-            usage = response_usage(self._usage, self._opening, self._chars)
+            guess = estimate_usage(self._opening.input_tokens, self._chars)
+            usage = response_usage(self._usage or guess)
         outcome = {"status": status, "output": self._output, "usage": usage, **outcome}
         self.response = {**self._head, **outcome}
         self._log.emit(f"response.{status}", {"response": self.response})
@@ -11141,10 +11584,10 @@ class ResponsesWriter:
     def _think(self, delta: Json) -> None:
         """Reasoning: pieces are shown unless reasoning_content told their text already."""
         text, pieces = delta.get("reasoning_content") or "", delta.get("reasoning_details") or ()
-        self.broken = self.broken or bool(text)
+        self._told = self._told or bool(text)
         if text and not any(readable_text(piece) for piece in pieces):
             self._show(self._thought({}), text)
-        shown = bool(text) or not self.broken
+        shown = bool(text) or not self._told
         for piece in pieces:
             item = self._thought(piece)
             if shown and (part := readable_text(piece)):
@@ -11269,6 +11712,67 @@ def chat_reply_to_responses(
     writer.feed({"model": reply.get("model"), "usage": reply.get("usage"), "choices": choices})
     writer.finish()
     return cast(Json, writer.response)
+
+
+class OpenCompaction(OpenItem):
+    """The one item of a compaction: its text is known when it begins."""
+
+    def __init__(self, log_: EventLog, own: str, index: int, text: str) -> None:
+        super().__init__(log_, own, index)
+        self._sealed = seal(SUMMARIST, text)
+
+    def item(self, status: str) -> Json:
+        return {"id": self.own, "type": "compaction", "encrypted_content": self._sealed}
+
+
+class CompactionWriter(ResponsesWriter):
+    """Canonical chunks of a summary in, the events of a Response with one compaction item out."""
+
+    _said: str = ""
+
+    def finish(self) -> bytes:
+        if self.response is not None:
+            return b""
+        self._begin({})
+        self._start(OpenCompaction(self._log, self._own("cmp"), 0, self._said))
+        self._close()
+        self._end("completed")
+        return self._log.take()
+
+    def _take(self, delta: Json) -> None:
+        self._said += delta.get("content") or ""
+
+
+def is_a_summary(chunks: Iterable[Json]) -> bool:
+    """Do the chunks of a whole answer hold one: text, and no refusal nor filter?"""
+    text = False
+    for choice in (c for chunk in chunks for c in chunk.get("choices") or ()):
+        delta = choice.get("delta") or {}
+        if delta.get("refusal") or choice.get("finish_reason") == "content_filter":
+            return False
+        text = text or bool((delta.get("content") or "").strip())
+    return text
+
+
+def chat_reply_to_compaction(reply: Json, opening: Opening, codex: bool = False) -> Json:
+    """The Response that holds the summary in a whole canonical reply; BadRequest if none does."""
+    if not is_a_summary(chunks_from_reply(reply)):
+        raise BadRequest(NO_SUMMARY)
+    writer = CompactionWriter(opening, codex)
+    choices = [{**choice, "delta": choice.get("message")} for choice in reply.get("choices") or ()]
+    writer.feed({"model": reply.get("model"), "usage": reply.get("usage"), "choices": choices})
+    writer.finish()
+    return cast(Json, writer.response)
+
+
+def compacted_context(reply: Json, opening: Opening, earlier: Sequence[Json]) -> Json:
+    """The answer of /v1/responses/compact: the user's messages, and a summary of all the rest."""
+    made = chat_reply_to_compaction(reply, opening)
+    items = [item for _, item in all_items(opening.request, earlier)]
+    said = users_items(items, f"msg_{opening.id}")
+    names = ("id", "created_at", "usage", "model")
+    head = {name: made[name] for name in names}
+    return {**head, "object": "response.compaction", "output": [*said, *made["output"]]}
 
 
 # ----- the store -----
@@ -11704,13 +12208,10 @@ def flat_tools(chat: Json, codex: bool) -> Json:
     offered = list(chat.get("tools") or ())
     for at, tool in enumerate(offered):
         check_tool(tool, f"tools[{at}]")
-    for at, function in enumerate(chat.get("functions") or ()):
-        check_named(function, f"functions[{at}]")
-        offered.append({"type": "function", "function": function})
     tools = [made for tool in offered if (made := flat_tool(tool))]
     if not tools:
         return {}
-    choice = chat.get("tool_choice") or chat.get("function_call")
+    choice = chat.get("tool_choice")
     parallel = chat.get("parallel_tool_calls")
     members: Json = {"tools": tools}
     if choice or codex:
@@ -12177,16 +12678,6 @@ def responses_reply_to_chat(reply: Json, origin: str) -> Json:
     return gathered_reply(ResponsesReader(origin).feed({"object": "response", **reply}))
 
 
-def responses_events_to_reply(events: Iterable[Json], origin: str) -> Json:
-    """The whole reply of a stream (Codex only streams); {"error": ...} if it broke off."""
-    reader = ResponsesReader(origin)
-    chunks = [chunk for event in events for chunk in reader.feed(event)]
-    if not reader.finished:
-        broken = {"message": "the stream ended before its last event", "code": "truncated"}
-        return {"error": {**broken, "type": "server_error", "status": 502}}
-    return gathered_reply(chunks)
-
-
 def only_content_responses(block: bytes) -> bool:
     """Whether a block of whole events surely holds no end, no error and no usage.
 
@@ -12224,6 +12715,8 @@ def own_reasoning(body: Json, origin: str) -> Json | None:
     items = body.get("input")
     if not isinstance(items, list) or not any(map(is_sealed_item, items)):
         return None
+    last = last_summary(items)
+    items = [item for at, item in enumerate(items) if at >= last or outlives_summary(item)]
     kept = (unsealed_item(item, origin) if is_sealed_item(item) else item for item in items)
     return {"input": [item for item in kept if item is not None]}
 
@@ -12232,8 +12725,11 @@ def unsealed_item(item: Json, origin: str) -> Json | None:
     """A sealed item as the provider made it; None if another one did, or nothing is in it.
 
     A seal holds the encrypted content itself, or "p.<mark>.<JSON>" with the pieces of
-    reasoning that an answer in the Responses dialect was made from.
+    reasoning that an answer in the Responses dialect was made from. A summary made here becomes
+    a message.
     """
+    if item.get("type") in COMPACTIONS:
+        return summary_item(item)
     source, value = unseal(item["encrypted_content"])
     if source != origin or not value:
         return None
@@ -12246,6 +12742,47 @@ def unsealed_item(item: Json, origin: str) -> Json | None:
     told = ({k: v for k, v in piece.items() if v is not None} for piece in objects_in(pieces))
     details = [{**blank.get(str(p.get("type")), {}), **p, "origin": origin} for p in told]
     return next(iter(reasoning_items({"reasoning_details": details}, origin)), None)
+
+
+CALL_OUTPUTS: Final = MappingProxyType({
+    "function_call": "function_call_output", "custom_tool_call": "custom_tool_call_output"
+})  # fmt: skip
+
+
+def own_items(items: list[Json]) -> list[Json] | None:
+    """The items of a Responses client with one output for each call; None = as they are.
+
+    As in `paired`: a missing output is made up, one without a call becomes the user's words.
+    """
+    outputs = CALL_OUTPUTS.values()
+    calls = [call_id_in(item) for item in items if item.get("type") in CALL_OUTPUTS]
+    answers = [call_id_in(item) for item in items if item.get("type") in outputs]
+    if calls == answers or Counter(calls) == Counter(answers):
+        return None
+    asked, unanswered = Counter(calls), Counter(calls) - Counter(answers)
+    made: list[Json] = []
+    for item in items:
+        kind, id = str(item.get("type")), call_id_in(item)
+        if kind in outputs:
+            asked[id] -= 1
+            item = stray_output(item) if asked[id] < 0 else item
+        made.append(item)
+        if kind in CALL_OUTPUTS and unanswered[id] > 0:
+            unanswered[id] -= 1
+            made.append({"type": CALL_OUTPUTS[kind], "call_id": id, "output": MISSING_RESULT})
+    return made
+
+
+def call_id_in(item: Json) -> str:
+    return text_or_empty(item.get("call_id"))
+
+
+def stray_output(item: Json) -> Json:
+    """An output that no call asked for, as the user's words."""
+    output = item.get("output")
+    parts = [{"type": "input_text", "text": output}] if isinstance(output, str) else output
+    label = {"type": "input_text", "text": ORPHAN}
+    return {"type": "message", "role": "user", "content": [label, *(parts or ())]}
 
 
 def is_sealed_item(item: object) -> bool:
@@ -12407,9 +12944,11 @@ def only_content(block: bytes) -> bool:
     fast searches for a whole block: a pattern that stops at every quote costs ten times as much,
     parsing fifty times. When in doubt the answer is no, and each event is looked at.
     """
+    if not (block.startswith(b'data: {"') and block.endswith(b"}\n\n")):
+        return False
     count = block.count
     return (
-        count(b'data: {"') == count(b"}\n\n")
+        count(b"\n") == 2 * count(b'}\n\ndata: {"') + 2  # each event is one line
         and (
             count(b'"finish_reason"') == count(b'"finish_reason":null')
             or only_null(block, b"finish_reason")
@@ -12417,8 +12956,6 @@ def only_content(block: bytes) -> bool:
         and b'"error"' not in block
         and (b'"usage"' not in block or only_null(block, b"usage"))
         and (b'"tool_calls"' not in block or only_null(block, b"tool_calls"))
-        and b"[DONE]" not in block
-        and b"event:" not in block
         and b'"x_groq"' not in block
         and count(b"{") == count(b"}")
         and not count(b'"') & 1
@@ -12438,11 +12975,12 @@ class Sight(NamedTuple):
     calls: bool = False  # part of a tool call
     broken: bool = False  # no JSON: not passed on
     final: Json | None = None  # the whole answer once more
+    counts: bool = False  # usage stands here or in an earlier event
 
 
 def see_chat(data: bytes) -> Sight:
     if data == b"[DONE]":
-        return Sight("empty finish", finished=True, done=True)
+        return Sight("empty finish", finished=True, done=True, counts=True)
     chunk = read_json(data)
     if error := embedded_error(chunk):
         return Sight(error=error)
@@ -12482,7 +13020,7 @@ def see_messages(data: bytes) -> Sight:
         delta = event.get("delta")
         stop = delta.get("stop_reason") if isinstance(delta, dict) else None
         telling: Sign = "finish" if stop in TELLING_STOPS else "empty finish"
-        return Sight(telling if stop else "", None, tokens, bool(stop))
+        return Sight(telling if stop else "", None, tokens, bool(stop), counts=bool(stop))
     part = event.get("delta") if kind == "content_block_delta" else event.get("content_block")
     useful = isinstance(part, dict) and any(
         name != "type" and value for name, value in part.items()
@@ -12509,7 +13047,7 @@ def see_responses(data: bytes) -> Sight:
         said = bool(whole.get("output")) or kind == "response.incomplete"
         tokens = tokens_of({"usage": responses_usage(whole.get("usage"))})
         sign: Sign = "finish" if said else "empty finish"
-        return Sight(sign, None, tokens, True, True, final=whole)
+        return Sight(sign, None, tokens, True, True, final=whole, counts=True)
     useful = kind.endswith(".delta") and bool(event.get("delta"))
     made = event.get("item") if kind == "response.output_item.done" else None
     useful = useful or (isinstance(made, dict) and made.get("type") != "reasoning")
@@ -12609,6 +13147,25 @@ def broken_response(first: bytes, last: bytes, error: RouterError) -> bytes:
     return b"event: response.failed\n" + encode_event(event)
 
 
+def with_chat_usage(first: bytes, event: bytes, usage: Json) -> bytes:
+    """A stream that began as `first` and goes on with `event`: its usage before that."""
+    begun = read_json(event_data(first))
+    head = chunk_head(begun if isinstance(begun, dict) else {})
+    return encode_event({**head, "choices": [], "usage": usage}) + event
+
+
+def with_messages_usage(_first: bytes, event: bytes, usage: Json) -> bytes:
+    """The last message_delta with its usage."""
+    return messages_event({**read_json(event_data(event)), "usage": messages_usage(usage)})
+
+
+def with_responses_usage(_first: bytes, event: bytes, usage: Json) -> bytes:
+    """The event that ends a Response, with its usage."""
+    told = read_json(event_data(event))
+    told["response"]["usage"] = response_usage(usage)
+    return b"event: %b\n%b" % (told["type"].encode(), encode_event(told))
+
+
 @dataclass(frozen=True)
 class Dialect:
     """A language that providers speak."""
@@ -12626,6 +13183,9 @@ class Dialect:
     broken: Callable[[bytes, bytes, RouterError], bytes] = lambda _first, _last, error: (
         encode_event(error_body(error))
     )
+    # (how the stream began, the event where usage belongs, canonical usage) -> events with it
+    with_usage: Callable[[bytes, bytes, Json], bytes] = with_chat_usage
+    own_usage: Callable[[Json], Json] = lambda usage: usage  # a canonical usage, in this dialect
 
 
 MESSAGE_STOP: Final = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
@@ -12656,6 +13216,8 @@ DIALECTS: Final = {
             MESSAGE_STOP,
             frozenset({"message_stop"}),
             lambda _first, _last, error: messages_event(messages_error(error)),
+            with_messages_usage,
+            messages_usage,
         ),
         Dialect(
             "responses",
@@ -12667,6 +13229,8 @@ DIALECTS: Final = {
             b"",
             RESPONSE_LAST,
             broken_response,
+            with_responses_usage,
+            response_usage,
         ),
         Dialect("embeddings", "/embeddings", judge_embeddings, *IN_CHAT),
         # ChatGPT's backend only streams, and its last event does not repeat the answer: it is
@@ -12677,6 +13241,62 @@ DIALECTS: Final = {
 
 
 PIECE_NAMES: Final = ("origin", "id", "format")
+
+
+class OwnCalls:
+    """Tool calls in the form in which a Chat client offered its tools.
+
+    Most providers are told of custom tools and of `functions` as plain tools: what they call is
+    turned back here. Free text comes at once, when it is whole; of `functions` only the first call
+    is told, as there is no place for another.
+    """
+
+    def __init__(self, chat: Json) -> None:
+        self._older, self._custom = reads_functions(chat), custom_names(chat)
+        self._held: dict[tuple[int, int], Json] = {}  # (choice, call) -> call so far
+
+    def choice(self, choice: Json) -> Json:
+        """A choice of a chunk, or of a whole reply, as the client reads it."""
+        if not (self._older or self._custom):
+            return choice
+        place = "message" if "message" in choice else "delta"
+        said = choice.get(place) or {}
+        calls = said.get("tool_calls") or []
+        if self._custom:
+            whole = place == "message"
+            calls = list(map(self._turned, calls)) if whole else self._deltas(choice, calls)
+        out = {name: value for name, value in said.items() if name != "tool_calls"}
+        if calls and not self._older:
+            out["tool_calls"] = calls
+        elif calls and not calls[0].get("index"):
+            out["function_call"] = calls[0].get("function") or {}
+        finish = choice.get("finish_reason")
+        finish = "function_call" if self._older and finish == "tool_calls" else finish
+        return {**choice, place: out, "finish_reason": finish}
+
+    def _turned(self, call: Json) -> Json:
+        """A whole call; one of a function that stands for a custom tool is a call of that tool."""
+        function = call.get("function") or {}
+        if function.get("name") not in self._custom:
+            return call
+        kept = {name: value for name, value in call.items() if name != "function"}
+        custom = {"name": function["name"], "input": custom_input(function["arguments"])}
+        return {**kept, "type": "custom", "custom": custom}
+
+    def _deltas(self, choice: Json, deltas: list[Json]) -> list[Json]:
+        """Those of custom tools are held back until the choice ends."""
+        index, told = choice.get("index") or 0, []
+        for delta in deltas:
+            place = index, delta["index"]
+            name = (delta.get("function") or {}).get("name")
+            if place in self._held or name in self._custom:
+                grow_call(self._held.setdefault(place, {}), delta)
+            else:
+                told.append(delta)
+        if choice.get("finish_reason"):
+            ended = [place for place in self._held if place[0] == index]
+            told += [{"index": p[1], **self._turned(self._held.pop(p))} for p in ended]
+        return told
 
 
 class ChatWriter:
@@ -12690,6 +13310,7 @@ class ChatWriter:
         options = opening.request.get("stream_options") or {}
         self._wants_usage = bool(options.get("include_usage"))
         self._usage: Json | None = None
+        self._calls = OwnCalls(opening.request)
         self._pieces: set[int] = set()  # of reasoning, by index
         self._head = {
             "id": f"chatcmpl-{opening.id}",
@@ -12701,7 +13322,8 @@ class ChatWriter:
     def feed(self, chunk: Json) -> bytes:
         self._usage = chunk.get("usage") or self._usage
         self._head |= chat_head(chunk)
-        choices = [{"finish_reason": None, **choice} for choice in chunk.get("choices") or ()]
+        listed = chunk.get("choices") or ()
+        choices = [{"finish_reason": None, **self._calls.choice(choice)} for choice in listed]
         for choice in choices:
             if pieces := choice.get("delta", {}).get("reasoning_details"):
                 choice["delta"] = {**choice["delta"], "reasoning_details": self._indexed(pieces)}
@@ -12734,7 +13356,8 @@ class ChatWriter:
 def chat_reply_to_chat(reply: Json, opening: Opening, _origin: str) -> Json:
     head = {"id": f"chatcmpl-{opening.id}", "object": "chat.completion"}
     named = {"created": opening.created, "model": opening.model}
-    return {**reply, **head, **named, **chat_head(reply)}
+    choices = list(map(OwnCalls(opening.request).choice, reply.get("choices") or ()))
+    return {**reply, **head, **named, **chat_head(reply), "choices": choices}
 
 
 def chat_head(answer: Json) -> Json:
@@ -12746,11 +13369,16 @@ def chat_head(answer: Json) -> Json:
 
 
 KEEP_ALIVE: Final = b": keep-alive\n\n"
+# Codex CLI drops comments and passes over this one; other clients want `response.created` first.
+CODEX_BEAT: Final = b'event: response.in_progress\ndata: {"type":"response.in_progress"}\n\n'
 
 
 @dataclass(frozen=True)
 class Surface:
-    """A language that clients speak; where a provider speaks it too, bytes pass unchanged."""
+    """A language that clients speak; where a provider speaks it too, bytes pass unchanged.
+
+    `beat` is the sign of life that fits anywhere in a stream, also before its first event.
+    """
 
     dialect: str  # what a provider must speak for that
     writer: Callable[[Opening, str], Writer]  # for an answer of the provider named
@@ -12759,6 +13387,8 @@ class Surface:
 
 
 CHAT: Final = Surface("chat", ChatWriter, chat_reply_to_chat)
+# With `functions`: no provider is spoken to in it any more.
+OLDER_CHAT: Final = replace(CHAT, dialect="older chat")
 EMBEDDINGS: Final = replace(CHAT, dialect="embeddings")
 MESSAGES: Final = Surface("messages", MessagesWriter, chat_reply_to_messages, PING)
 COMPLETIONS: Final = Surface(
@@ -12776,10 +13406,28 @@ def responses_surface(codex: bool, earlier: Sequence[Json]) -> Surface:
         lambda reply, opening, origin: chat_reply_to_responses(
             reply, opening, codex, earlier, origin
         ),
+        CODEX_BEAT if codex else KEEP_ALIVE,
     )
 
 
-NOBODY: Final = ("", "")  # no target and no dialect
+def compaction_surface(codex: bool) -> Surface:
+    """A Responses request that ends in a compaction_trigger."""
+    return Surface(
+        "compaction",
+        lambda opening, origin: CompactionWriter(opening, codex, (), origin),
+        lambda reply, opening, _origin: chat_reply_to_compaction(reply, opening, codex),
+    )
+
+
+def compact_surface(earlier: Sequence[Json]) -> Surface:
+    """POST /v1/responses/compact, which never streams."""
+    return replace(
+        compaction_surface(codex=False),
+        whole=lambda reply, opening, _origin: compacted_context(reply, opening, earlier),
+    )
+
+
+NOBODY: Final = ("", "", "")  # no target, dialect and origin
 
 
 class Step(NamedTuple):
@@ -12850,6 +13498,8 @@ class Ask:
     wants_usage: bool = False
     caller: Caller = ITSELF
     trace: Trace = field(default_factory=lambda: Trace("", "", ITSELF, 0.0))
+    privacy: str = ""  # one of PRIVACY, or none asked for
+    grant: Grant | None = None  # what its caller was allowed, to be settled at its end
     started: float = 0.0
     request_id: str = ""
     tokens: int = 0  # how large it is, about
@@ -12857,11 +13507,12 @@ class Ask:
     named: frozenset[str] = frozenset()  # labels of the targets that the client named
     forward: bytes = b""  # header lines for a provider of the same dialect
     left_out: Sequence[str] = ()  # tools that nobody here can run
+    custom: bool = False  # a Chat client that offers tools which take free text
     input: list[Json] | None = None  # Responses: all items, those of earlier turns included
-    kept_body: tuple[tuple[str, str], bytes] = (NOBODY, b"")  # the body made last, for whom
+    kept_body: tuple[tuple[str, str, str], bytes] = (NOBODY, b"")  # the body made last, for whom
     make_flow: Callable[[Passage], Flow] | None = None  # where it goes on with another answer
-    # (label, dialect) -> what was changed after a refusal
-    mends: dict[tuple[str, str], tuple[Mend, ...]] = field(default_factory=dict)
+    # (label, dialect, origin) -> what was changed after a refusal
+    mends: dict[tuple[str, str, str], tuple[Mend, ...]] = field(default_factory=dict)
 
     @functools.cached_property
     def opening(self) -> Opening:
@@ -12887,12 +13538,13 @@ class Passage:
 
     dialect: Dialect
     ask: Ask
-    origin: str = ""  # the provider
+    origin: str = ""  # the provider, or its account
     secret: bytes = field(default=b"", repr=False)
+    reworded: bool = False  # the provider was told of tools in another form than the client's
 
     @property
     def native(self) -> bool:
-        return self.dialect.name == self.ask.surface.dialect
+        return self.dialect.name == self.ask.surface.dialect and not self.reworded
 
     def writer(self) -> Writer:
         return self.ask.surface.writer(self.ask.opening, self.origin)
@@ -12917,13 +13569,33 @@ class Passage:
             problem, _ = self.dialect.judge(masked(body, self.secret))
             return Whole(problem or BROKEN)
         if self.native and not (self.dialect.name == "chat" and needs_reading(reply)):
-            return Whole(None, body, self._tokens(reply), reply)
+            return self._passed(body.removeprefix(BOM), reply)
         return self._made(self.canonical(reply))
 
-    def _tokens(self, reply: Json) -> Tokens | None:
-        if self.dialect.name in ("chat", "embeddings"):
-            return tokens_of(reply)
-        return tokens_of(self.canonical(reply))
+    def filtered(self, final: Json) -> bool:
+        """Whether a content filter ended a whole answer, which is given as the client gets it."""
+        told = DIALECTS.get(self.ask.surface.dialect)
+        chat = told.canonical(final, self.origin, self.ask.chat) if told else final
+        return is_filtered([chat])
+
+    def _passed(self, body: bytes, reply: Json) -> Whole:
+        """An answer in the client's dialect as it came, but never without a usage."""
+        if self.dialect.name == "embeddings":
+            return Whole(None, body, tokens_of(reply), reply)
+        chat = reply if self.dialect.name == "chat" else self.canonical(reply)
+        tokens = tokens_of(chat)
+        if tokens and tokens.completion:
+            return Whole(None, body, tokens, reply)
+        usage = self.estimate(chunks_from_reply(chat), tokens)
+        reply = {**reply, "usage": self.dialect.own_usage(usage)}
+        return Whole(None, dump_json(reply), tokens_of({"usage": usage}), reply)
+
+    def estimate(
+        self, chunks: Iterable[Json], known: Tokens | None = None, times: float = 1.0
+    ) -> Json:
+        """A canonical usage for an answer so many times as long, whose provider states none."""
+        prompt = known.prompt if known else 0
+        return estimate_usage(prompt or self.ask.tokens, int(times * chars_said(chunks)))
 
     def _gathered(self, body: bytes) -> Whole:
         """A stream where a whole answer was asked for: subscriptions only stream."""
@@ -12944,6 +13616,9 @@ class Passage:
             return Whole(error)
         if not any(answers(choice) for choice in chat.get("choices") or ()):
             return Whole(Outcome(0, "an answer without content", "empty"))
+        tokens = tokens_of(chat)
+        if not (tokens and tokens.completion):
+            chat = {**chat, "usage": self.estimate(chunks_from_reply(chat), tokens)}
         made = self.ask.surface.whole(chat, self.ask.opening, self.origin)
         return Whole(None, dump_json(made), tokens_of(chat), made)
 
@@ -12977,6 +13652,14 @@ class Renamed:
         return data
 
 
+def stirs(block: bytes) -> bool:
+    """Whether a block of events holds more than signs of life: the first line of data tells."""
+    at = block.find(b"data:")
+    if at >= 0 and b'"ping"' not in block[at : block.find(b"\n", at)]:
+        return True
+    return block.count(b"data:") > block.count(b'"ping"')
+
+
 class Said(NamedTuple):
     """What the client has of an answer that broke off, and what goes on writing for it."""
 
@@ -12987,7 +13670,7 @@ class Said(NamedTuple):
 class Flow:
     """The events of one answer on their way to the client, as they came.
 
-    Fed with blocks of whole events. Before `useful` is set nothing may reach the client;
+    Fed with blocks of whole events. Before it is `ready` nothing may reach the client;
     once `failure` is set nothing more does but what `fail` gives. From its first tool call on
     an answer is held back until it is finished: one that breaks off there is made anew, unseen.
     """
@@ -13007,14 +13690,20 @@ class Flow:
         self.stirred = False  # more than a sign of life has come since this was last reset
         self._passed: list[bytes] = []  # blocks of events that the client got
         self._passed_bytes = 0
+        self._block = b""  # looked at now
+
+    @property
+    def ready(self) -> bool:
+        """May what has come reach the client?"""
+        return self.useful
 
     def take(self, block: bytes) -> bytes:
         """What the client gets for a block of whole events."""
-        made = block
-        if block.count(b"data:") > block.count(b'"ping"'):
-            self.stirred = True
-        if self._calls or not (self.useful and self._dialect.only_content(block)):
-            made = self._sift(block)
+        block = block if block.isascii() else legible(block)
+        self.stirred = self.stirred or stirs(block)
+        self._block = block
+        made = self._sift(block)
+        self._block = b""
         self._passed_bytes += len(made)
         if made and self._passed_bytes <= MAX_PASSED_BYTES:
             self._passed.append(made)
@@ -13022,28 +13711,75 @@ class Flow:
 
     def _sift(self, block: bytes) -> bytes:
         """Halving finds the few events that need a look without parsing all the others."""
-        plain = self.useful and not self._calls
-        if plain and self._dialect.only_content(block):
+        if not self._plain:
+            return self._look_on(block)
+        if self._dialect.only_content(block):
             return block
-        cut = last_event_end(block[: len(block) // 2]) if plain else 0
-        if not cut:
-            return b"".join(map(self._look, split_events(block)))
-        return self._sift(block[:cut]) + self._sift(block[cut:])
+        cut = last_event_end(block[: len(block) // 2])
+        return self._sift(block[:cut]) + self._sift(block[cut:]) if cut else self._look_on(block)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether content may pass without a look."""
+        return self.useful and not self._calls and not self.failure
+
+    def _look_on(self, block: bytes) -> bytes:
+        """Event by event, the first of them anyhow, until content may pass again."""
+        out, at = [], 0
+        for match in EVENT_END.finditer(block):
+            out.append(self._look(block[at : match.end()]))
+            at = match.end()
+            if self._plain and at < len(block):
+                return b"".join([*out, self._sift(block[at:])])
+        if at < len(block):
+            out.append(self._look(block[at:]))
+        return b"".join(out)
 
     def _look(self, event: bytes) -> bytes:
         """One event that may be more than content; what the client gets of it."""
         data = event_data(event)
-        if self.failure or not data:
-            return b"" if self.failure else event
+        if self.failure or self.done or not data:
+            return b"" if self.failure or self.done else event
         sight = self._dialect.see(data)
         if sight.error:
             self.failure = self._dialect.see(masked(data, self._passage.secret)).error or BROKEN
             return b""
+        if sight.counts and not (self._is_counted() or (sight.tokens and sight.tokens.completion)):
+            event = self._counted(event)
         if sight.calls or self._calls or (sight.broken and CALL_MARKS.search(data)):
             return self._hold(event, sight)
         self._note(sight)
         withheld = sight.only_usage and not self._passage.ask.wants_usage
         return b"" if self.failure or withheld or sight.broken else event
+
+    def _counted(self, event: bytes) -> bytes:
+        """The event with an estimate, where the client wants a usage and the provider has none."""
+        if not self._passage.ask.wants_usage:
+            return event
+        first = self._passed[0] if self._passed else self._block
+        return self._dialect.with_usage(split_events(first)[0], event, self._estimated())
+
+    def _estimated(self) -> Json:
+        """A canonical usage of what has come; of long streams only the beginning is kept."""
+        kept = sum(map(len, self._passed))
+        times = max(1.0, self._passed_bytes / max(1, kept))
+        usage = self._passage.estimate(self._told_chunks(), self.tokens, times)
+        self.tokens = tokens_of({"usage": usage})
+        return usage
+
+    def _told_chunks(self) -> Sequence[Json]:
+        """What has come, as canonical chunks."""
+        return self._read(split_events(b"".join([*self._passed, *self._calls, self._block])))
+
+    def spent(self) -> Tokens | None:
+        """The tokens of the answer, as far as it came; an estimate where none were stated."""
+        if self.useful and not self._is_counted():
+            self._estimated()
+        return self.tokens
+
+    def _is_counted(self) -> bool:
+        """Did the provider state what its answer took?"""
+        return self.tokens is not None and self.tokens.completion > 0
 
     def _hold(self, event: bytes, sight: Sight) -> bytes:
         """Events from the first tool call on; all of them once the answer is finished."""
@@ -13086,7 +13822,8 @@ class Flow:
         if sight.tokens:
             old = self.tokens or Tokens()
             pairs = zip(sight.tokens, old, strict=True)
-            self.tokens = Tokens(*(new or before for new, before in pairs))
+            prompt, completion, cached, _ = (new or before for new, before in pairs)
+            self.tokens = Tokens(prompt, completion, cached)
         self.finished = self.finished or sight.finished
         self.done = self.done or sight.done
         self.final = sight.final or self.final
@@ -13111,7 +13848,10 @@ class Flow:
         return block
 
     def _close(self) -> bytes:
-        return self._dialect.closing
+        closing = self._dialect.closing
+        if self._dialect.name == "chat" and not self._is_counted():
+            closing = self._counted(closing)
+        return closing
 
     def adopt(self, body: bytes) -> bytes:
         """A whole answer where a stream was asked for, as a stream."""
@@ -13125,7 +13865,9 @@ class Flow:
         chat = self._passage.canonical(reply)
         self.tokens = tokens_of(chat)
         writer = self._passage.writer()
-        return b"".join(map(writer.feed, chunks_from_reply(chat))) + writer.finish()
+        made = b"".join(map(writer.feed, chunks_from_reply(chat))) + writer.finish()
+        self._passed.append(made)
+        return made
 
     def translated(self) -> tuple[Flow, bytes]:
         """The same from its beginning, but translated: for an odd accent."""
@@ -13136,16 +13878,25 @@ class Flow:
         """What can be gone on with; None where another provider could not do so honestly."""
         if self._passed_bytes > MAX_PASSED_BYTES:
             return None
-        writer, reader = self._passage.writer(), self._passage.reader()
-        passed = b"".join(self._passed)
-        values = (read_json(event_data(event)) for event in split_events(passed))
-        chunks = [c for value in values if isinstance(value, dict) for c in reader.feed(value)]
+        writer, passed = self._passage.writer(), b"".join(self._passed)
+        chunks = self._heard(self._passage.reader())
         told = b"".join(map(writer.feed, chunks))
         if isinstance(writer, ResponsesWriter):
             writer.go_on_from(last_number(passed) + 1)
             writer = Renamed(writer, dict(zip(ids_in(told), ids_in(passed), strict=False)))
         text = spoken(chunks)
         return None if text is None else Said(text, writer)
+
+    def _heard(self, reader: Reader) -> list[Json]:
+        """What the client got, as canonical chunks."""
+        events = split_events(b"".join(self._passed))
+        values = (read_json(event_data(event)) for event in events)
+        return [c for value in values if isinstance(value, dict) for c in reader.feed(value)]
+
+    def filtered(self) -> bool:
+        """Whether a content filter ended the answer."""
+        reader = self._passage.reader()
+        return self.finished and is_filtered([*self._heard(reader), *reader.finish()])
 
     def fail(self, error: RouterError) -> bytes:
         """The event that ends a committed stream; no [DONE], no finish: nothing is faked."""
@@ -13155,6 +13906,12 @@ class Flow:
     def beat(self) -> bytes:
         """A sign of life while the provider is silent."""
         return self._passage.ask.surface.beat
+
+
+def is_filtered(answers: Iterable[Json]) -> bool:
+    """Whether canonical chunks or replies say that a content filter ended them."""
+    choices = (choice for answer in answers for choice in answer.get("choices") or ())
+    return any(choice.get("finish_reason") == "content_filter" for choice in choices)
 
 
 MAX_PASSED_BYTES: Final = 512 << 10  # of a stream that another provider may go on with
@@ -13222,12 +13979,12 @@ class Translation(Flow):
         super().__init__(passage)
         self._reader = passage.reader()
         self._writer = writer or passage.writer()
-        self.broken: list[Json] = []  # chunks that the client got
+        self._told: list[Json] = []  # chunks that the client got
         self._held: list[Json] = []  # chunks from the first tool call on
 
     def take(self, block: bytes) -> bytes:
-        if block.count(b"data:") > block.count(b'"ping"'):
-            self.stirred = True
+        block = block if block.isascii() else legible(block)
+        self.stirred = self.stirred or stirs(block)
         return b"".join(map(self._look, split_events(block)))
 
     def _look(self, event: bytes) -> bytes:
@@ -13273,8 +14030,8 @@ class Translation(Flow):
 
     def _write(self, chunk: Json) -> bytes:
         self._note(Sight(chunk_sign(chunk), None, tokens_of(chunk)))
-        if len(self.broken) < MAX_TOLD:
-            self.broken.append(chunk)
+        if len(self._told) < MAX_TOLD:
+            self._told.append(chunk)
         return self._writer.feed(chunk)
 
     def _close(self) -> bytes:
@@ -13290,7 +14047,7 @@ class Translation(Flow):
             self.failure = Outcome(0, "a stream without content", "empty")
         if self.failure:
             return block
-        block += self._writer.finish()
+        block += self._ended()
         self.final = getattr(self._writer, "response", None)
         return block
 
@@ -13300,11 +14057,24 @@ class Translation(Flow):
             return b""
         self.finished = self.done = True
         chat = self._passage.canonical(reply)
-        return b"".join(map(self._write, chunks_from_reply(chat))) + self._writer.finish()
+        return b"".join(map(self._write, chunks_from_reply(chat))) + self._ended()
+
+    def _ended(self) -> bytes:
+        """The end of the client's stream, after an estimate where no usage came."""
+        counted = b""
+        if not self._is_counted():
+            counted = self._writer.feed({"choices": [], "usage": self._estimated()})
+        return counted + self._writer.finish()
+
+    def _told_chunks(self) -> Sequence[Json]:
+        return self._told
 
     def said(self) -> Said | None:
-        text = spoken(self.broken) if len(self.broken) < MAX_TOLD else None
+        text = spoken(self._told) if len(self._told) < MAX_TOLD else None
         return None if text is None else Said(text, self._writer)
+
+    def filtered(self) -> bool:
+        return is_filtered(self._told)
 
     def fail(self, error: RouterError) -> bytes:
         return self._writer.fail(error)
@@ -13314,6 +14084,27 @@ class Translation(Flow):
 
 
 MAX_TOLD: Final = 50_000  # chunks
+
+
+class Summary(Translation):
+    """A summary that takes the place of a history: another is asked for one that fails.
+
+    So nothing of it reaches the client before it is whole and found to be one.
+    """
+
+    @property
+    def ready(self) -> bool:
+        return self.useful and self.done and self.failure is None
+
+    def _write(self, chunk: Json) -> bytes:
+        self.alive = True
+        return super()._write(chunk)
+
+    def _ended(self) -> bytes:
+        if not is_a_summary(self._told):
+            self.failure = Outcome(0, NO_SUMMARY, "empty")
+            return b""
+        return super()._ended()
 
 
 class Continuation(Translation):
@@ -13406,14 +14197,22 @@ class Database:
     everything queued is committed together every EVERY_S seconds. Nothing that happens to the
     file disturbs anybody: a disk that fails is told once, what cannot be written is dropped and
     counted. A file that is no database is set aside. `path` None = off: reads find nothing.
+    `gather` is asked for more statements before each writing, and told whether the last one
+    worked: what it gives is either written whole or not at all.
     """
 
     EVERY_S: ClassVar[float] = 0.5
     MAX_QUEUED: ClassVar[int] = 10_000
     MAX_READERS: ClassVar[int] = 8
 
-    def __init__(self, path: Path | None, schema: str) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        schema: str,
+        gather: Callable[[bool], list[tuple[str, Sequence[object]]]] | None = None,
+    ) -> None:
         self._path, self._schema = path, schema
+        self._gather, self._landed = gather, True
         self._queue: deque[tuple[str, Sequence[object]]] = deque(maxlen=self.MAX_QUEUED)
         self._readers: deque[Any] = deque(maxlen=self.MAX_READERS)
         self._lock = threading.Lock()  # of the one connection that writes
@@ -13425,6 +14224,11 @@ class Database:
     @property
     def on(self) -> bool:
         return self._path is not None
+
+    @property
+    def open(self) -> bool:
+        """Whether it is written to."""
+        return self._thread is not None
 
     def start(self) -> None:
         """Open the file and begin to write what is queued."""
@@ -13460,17 +14264,24 @@ class Database:
         return cast("list[tuple[Any, ...]]", found)
 
     def flush(self) -> None:
-        """Write what is queued now."""
-        batch = [self._queue.popleft() for _ in range(len(self._queue))]
-        if not batch or self._writer is None:
-            return
-        try:
-            with self._lock, self._writer:
-                for statement, values in batch:
-                    self._writer.execute(statement, values)
-        except Exception as error:
-            self._tell(error)
-            return
+        """Write what is queued and gathered now."""
+        with self._lock:
+            batch = [self._queue.popleft() for _ in range(len(self._queue))]
+            if self._writer is None:
+                return
+            if self._gather:
+                batch += self._gather(self._landed)
+            if not batch:
+                return
+            self._landed = False
+            try:
+                with self._writer:
+                    for statement, values in batch:
+                        self._writer.execute(statement, values)
+            except Exception as error:
+                self._tell(error)
+                return
+            self._landed = True
         if self._failing:
             self._failing = False
             log.info("%s can be written again", self._name)
@@ -14167,7 +14978,7 @@ class Breakers:
     def bucket(self, provider: str) -> int:
         """Health from the window: 0 below 10 % failures, 1 below 50 %, else 2."""
         circuit = self._circuits.get(provider)
-        if circuit is None:
+        if circuit is None or False not in circuit.outcomes:
             return 0
         outcomes = list(circuit.outcomes)
         if len(outcomes) < self._min:
@@ -14463,27 +15274,114 @@ class StateFile:
 # =============================================================================
 
 
+DAY_S: Final = 86_400
+
+
+class Place(NamedTuple):
+    """Where something was spent. Without a provider: requests that callers were allowed."""
+
+    day: int  # days since 1970, UTC
+    caller: str  # Caller.id
+    provider: str = ""
+    model: str = ""
+    key: str = ""  # key_id of the provider's key
+
+
+@functools.lru_cache(maxsize=4096)
+def key_id(key: str) -> str:
+    """A name for a provider's key that tells nothing of it; "" for none."""
+    text = b"hermes-router key\0" + key.encode()
+    return hashlib.sha256(text).hexdigest()[:16] if key else ""
+
+
+def day_text(day: int) -> str:
+    return datetime.fromtimestamp(day * DAY_S, timezone.utc).date().isoformat()
+
+
+def day_number(text: str) -> int:
+    return int(datetime.fromisoformat(text).replace(tzinfo=timezone.utc).timestamp()) // DAY_S
+
+
 @dataclass
 class Tally:
-    """Counts of one provider since the start."""
+    """What happened at one place."""
 
-    requests: int = 0
+    requests: int = 0  # attempts, where there is a provider
     errors: int = 0
-    latency_s: float = 0.0
-    answered: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt tokens
+    estimated_tokens: int = 0  # of all tokens: nobody stated them
     cost_usd: float = 0.0
     unpriced: int = 0  # answers whose price is unknown: unknown is not free
+    latency_s: float = 0.0
+    answered: int = 0
+    estimated: int = 0  # answers whose tokens are an estimate
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def add(self, other: Tally) -> Tally:
+        """More of the same; itself."""
+        for name in TALLY_FIELDS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
+
+TALLY_FIELDS: Final = tuple(f.name for f in fields(Tally))
+KEPT_FIELDS: Final = TALLY_FIELDS[:8]  # over a restart
+COUNTS: Final = ", ".join(KEPT_FIELDS)
+SUMS: Final = ", ".join(f"sum({name})" for name in KEPT_FIELDS)
+USAGE_SCHEMA: Final = f"""
+CREATE TABLE IF NOT EXISTS usage (
+    day TEXT NOT NULL, caller TEXT NOT NULL, provider TEXT NOT NULL, model TEXT NOT NULL,
+    key TEXT NOT NULL, {", ".join(f"{name} NUMERIC NOT NULL" for name in KEPT_FIELDS)},
+    PRIMARY KEY (day, caller, provider, model, key)
+) WITHOUT ROWID"""
+ON_CONFLICT: Final = "ON CONFLICT DO UPDATE SET " + ", ".join(
+    f"{name} = {name} + excluded.{name}" for name in KEPT_FIELDS
+)
+ADD_USAGE: Final = (
+    f"INSERT INTO usage VALUES ({', '.join('?' * (5 + len(KEPT_FIELDS)))}) {ON_CONFLICT}"
+)
+# Days long past become months; "2025-10" sorts before all days of it.
+FOLD_USAGE: Final = (
+    f"INSERT INTO usage SELECT substr(day, 1, 7), caller, provider, model, key, {SUMS} FROM usage"
+    f" WHERE day < ? AND length(day) > 7 GROUP BY 1, 2, 3, 4, 5 {ON_CONFLICT}"
+)
+DROP_FOLDED: Final = "DELETE FROM usage WHERE day < ? AND length(day) > 7"
 
 
 class Usage:
-    """What was asked, answered, failed and spent, per provider. One lock."""
+    """What was asked, answered, failed and spent, per caller, provider, model, key and day.
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._tallies: dict[str, Tally] = {}
+    One lock. Today and yesterday are kept in memory by place, what was before without its day;
+    every half second the changes go into a SQLite file, and from there they come back after a
+    restart. `path` None = memory only. `now` is monotonic, `wall` gives unix seconds.
+    """
+
+    MAX_PLACES: ClassVar[int] = 5000  # then models and keys are not told apart any more
+    OTHERS: ClassVar[str] = "(others)"
+    KEEP_DAYS: ClassVar[int] = 400
+
+    def __init__(
+        self,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        path: Path | None = None,
+    ) -> None:
+        self._tallies: dict[str, Tally] = {}  # by provider, since the start
         self._statuses: dict[int, int] = {}
-        self._now, self._lock = now, threading.Lock()
+        self._rejected: dict[str, int] = {}
+        self._now, self._wall, self._lock = now, wall, threading.Lock()
+        self._places: dict[Place, Tally] = {}
+        self._earlier: dict[Place, Tally] = {}  # day 0 stands for all before `_places`
+        self._saved: dict[Place, Tally] = {}  # as the file has it
+        self._sent: dict[Place, Tally] = {}  # as it will, once what was gathered is written
+        self._changed: set[Place] = set()
+        self._newest = 0  # day
+        self.database = Database(path, USAGE_SCHEMA, self._changes)
         self.started = now()
 
     def adopt(self, config: Config, _stay: frozenset[str]) -> None:
@@ -14491,33 +15389,68 @@ class Usage:
         with self._lock:
             self._tallies = {name: row for name, row in self._tallies.items() if name in names}
 
-    def attempt(self, provider: str, ok: bool, seconds: float) -> None:
+    def start(self) -> None:
+        """Take up what the file holds, and write to it from now on."""
+        self.database.start()
+        self._restore()
+
+    def close(self) -> None:
+        self.database.close()
+
+    # -- counting --------------------------------------------------------------------------
+
+    def attempt(self, place: Place, ok: bool, seconds: float) -> None:
         with self._lock:
-            tally = self._tallies.setdefault(provider, Tally())
+            tally, row = self._tallies.get(place.provider), self._row(place)
+            if tally is None:
+                tally = self._tallies[place.provider] = Tally()
             tally.requests += 1
+            row.requests += 1
             if ok:
                 tally.answered += 1
                 tally.latency_s += seconds
             else:
                 tally.errors += 1
+                row.errors += 1
 
-    def spent(self, provider: str, tokens: Tokens, cost: float | None) -> None:
+    def spent(self, place: Place, tokens: Tokens, cost: float | None) -> None:
         """Tokens of one answer and its price in USD (None = unknown)."""
+        prompt, completion, cached, estimated = tokens
         with self._lock:
-            tally = self._tallies.setdefault(provider, Tally())
-            tally.prompt_tokens += tokens.prompt
-            tally.completion_tokens += tokens.completion
-            if cost is None:
-                tally.unpriced += 1
-            else:
-                tally.cost_usd += cost
+            tally = self._tallies.get(place.provider)
+            if tally is None:
+                tally = self._tallies[place.provider] = Tally()
+            for row in (tally, self._row(place)):
+                row.prompt_tokens += prompt
+                row.completion_tokens += completion
+                row.cached_tokens += cached
+                if estimated:
+                    row.estimated += 1
+                    row.estimated_tokens += prompt + completion
+                if cost is None:
+                    row.unpriced += 1
+                else:
+                    row.cost_usd += cost
+
+    def admitted(self, day: int, caller: str) -> None:
+        """One request of a caller who may make it."""
+        with self._lock:
+            self._row(Place(day, caller)).requests += 1
+
+    def rejected(self, why: str) -> None:
+        """One request that a limit of this router kept out."""
+        with self._lock:
+            self._rejected[why] = self._rejected.get(why, 0) + 1
 
     def answered(self, status: int) -> None:
         """One response to a client."""
         with self._lock:
             self._statuses[status] = self._statuses.get(status, 0) + 1
 
+    # -- telling ---------------------------------------------------------------------------
+
     def tally(self, provider: str) -> Tally:
+        """One provider since the start."""
         with self._lock:
             return replace(self._tallies.get(provider) or Tally())
 
@@ -14525,13 +15458,566 @@ class Usage:
         with self._lock:
             return dict(self._statuses)
 
+    def rejections(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._rejected)
+
+    def places(self) -> list[tuple[Place, Tally]]:
+        """Everything, ever; day 0 = before yesterday."""
+        with self._lock:
+            rows = [*self._earlier.items(), *self._places.items()]
+        return [(place, replace(tally)) for place, tally in rows]  # numbers that only grow
+
+    def days(self, since: int) -> list[tuple[Place, Tally]]:
+        """By day, caller and provider from the day `since` on, the oldest first."""
+        with self._lock:
+            recent = [(p, t) for p, t in self._places.items() if p.day >= since]
+            live = min((p.day for p in self._places), default=self.today)
+        recent = [(p, replace(t)) for p, t in recent]
+        if not self.database.open:
+            return recent
+        found = self.database.read(
+            f"SELECT day, caller, provider, {SUMS} FROM usage"
+            " WHERE day >= ? AND day < ? AND length(day) > 7 GROUP BY 1, 2, 3",
+            day_text(since),
+            day_text(live),
+        )
+        old = [(Place(day_number(d), c, p), Tally(*counts)) for d, c, p, *counts in found]
+        return old + recent
+
+    @property
+    def today(self) -> int:
+        return int(self._wall() // DAY_S)
+
     @property
     def uptime_s(self) -> float:
         return self._now() - self.started
 
+    # -- memory and file -------------------------------------------------------------------
+
+    def _row(self, place: Place) -> Tally:
+        row = self._places.get(place)
+        if row is None:
+            if place.day > self._newest:
+                self._newest = place.day
+                self._forget_days()
+            if len(self._places) >= self.MAX_PLACES and place.provider:
+                place = place._replace(model=self.OTHERS, key="")
+            row = self._places.setdefault(place, Tally())
+        self._changed.add(place)
+        return row
+
+    def _forget_days(self) -> None:
+        """What was before yesterday needs no day any more, once the file has it."""
+        waiting = self._changed | self._sent.keys() if self.database.on else set()
+        for place in [p for p in self._places if p.day < self._newest - 1 and p not in waiting]:
+            self._saved.pop(place, None)
+            self._changed.discard(place)
+            self._add_earlier(place._replace(day=0), self._places.pop(place))
+
+    def _add_earlier(self, place: Place, tally: Tally) -> None:
+        if place not in self._earlier and len(self._earlier) >= self.MAX_PLACES and place.provider:
+            place = place._replace(model=self.OTHERS, key="")
+        self._earlier.setdefault(place, Tally()).add(tally)
+
+    def _changes(self, landed: bool) -> list[tuple[str, Sequence[object]]]:
+        """What the file does not have yet, as sums to be added there."""
+        with self._lock:
+            if landed:
+                self._saved.update(self._sent)
+            else:
+                self._changed |= self._sent.keys()
+            self._sent = {p: self._places[p] for p in self._changed if p in self._places}
+            self._changed = set()
+        # Copied outside the lock: what changes meanwhile is told of again and sent next time.
+        self._sent = {p: replace(tally) for p, tally in self._sent.items()}
+        pairs = [(p, tally, self._saved.get(p) or Tally()) for p, tally in self._sent.items()]
+        return [
+            (
+                ADD_USAGE,
+                (day_text(p.day), *p[1:], *(getattr(t, n) - getattr(s, n) for n in KEPT_FIELDS)),
+            )
+            for p, t, s in pairs
+        ]
+
+    def _restore(self) -> None:
+        if not self.database.open:
+            return
+        yesterday = day_text(self.today - 1)
+        recent = self.database.read(
+            f"SELECT day, caller, provider, model, key, {COUNTS} FROM usage WHERE day >= ?",
+            yesterday,
+        )
+        earlier = self.database.read(
+            f"SELECT caller, provider, model, key, {SUMS} FROM usage WHERE day < ?"
+            " GROUP BY 1, 2, 3, 4",
+            yesterday,
+        )
+        with self._lock:
+            for day, caller, provider, model, key, *counts in recent:
+                place = Place(day_number(day), caller, provider, model, key)
+                self._places.setdefault(place, Tally()).add(Tally(*counts))
+                self._saved[place] = Tally(*counts)
+            for row in earlier:
+                self._add_earlier(Place(0, *row[:4]), Tally(*row[4:]))
+            self._newest = max((p.day for p in self._places), default=0)
+        past = day_text(self.today - self.KEEP_DAYS)
+        self.database.write(FOLD_USAGE, past)
+        self.database.write(DROP_FOLDED, past)
+
+
+class Prices:
+    """What an answer costs at a (provider, model); None = unknown, which is not free.
+
+    First MODEL_PRICES_FILE: a key that is the provider/model, else the longest that is part of
+    it. Then nothing where the provider is free, unless MODELS_FILE gives a price. Then MODELS.
+    """
+
+    FREE: ClassVar = frozenset({"free", "local", "subscription"})
+
+    def __init__(
+        self,
+        own: Mapping[str, Price] = MappingProxyType({}),
+        overrides: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
+    ) -> None:
+        self._own = {key: own[key] for key in sorted(own, key=len, reverse=True)}
+        priced = {"price_in", "price_out"}
+        self._overridden = {key.lower() for key, row in overrides.items() if priced & row.keys()}
+        # Reads and writes of one entry are atomic; two threads at worst find the same price.
+        self._memo: dict[tuple[str, str], Price | None] = {}
+
+    def of(self, service: Service, facts: Model) -> Price | None:
+        place = (service.name, facts.id)
+        if place not in self._memo:
+            if len(self._memo) >= MEMO_SIZE:
+                self._memo.clear()
+            self._memo[place] = self._find(service, facts)
+        return self._memo.get(place)
+
+    def _find(self, service: Service, facts: Model) -> Price | None:
+        id, label = facts.id.lower(), f"{service.name}/{facts.id}".lower()
+        named = self._own.get(label) or next(
+            (price for key, price in self._own.items() if key in label), None
+        )
+        if named:
+            return named
+        if self._is_free(service.provider) and not {id, label} & self._overridden:
+            return NOTHING
+        if facts.price_in is None or facts.price_out is None:
+            return None
+        return Price(facts.price_in, facts.price_out)
+
+    def _is_free(self, row: Provider) -> bool:
+        """Whether all its models are: one that marks free ids is paid for the others."""
+        return row.tier in self.FREE and not any(map(is_free_id, row.models))
+
 
 # =============================================================================
-# 26. Traces
+# 26. Limits
+# =============================================================================
+
+MINUTE_S: Final = 60.0
+NANO: Final = 1_000_000_000  # money is counted in nano-dollars: sums of whole numbers are exact
+
+
+class Window:
+    """How many events the last so many seconds saw, on a clock in steps of a 480th of that.
+
+    An event is never forgotten too early, and at most one step too late.
+    """
+
+    __slots__ = ("_marks", "_step", "count", "seconds")
+    STEPS: ClassVar[int] = 480
+
+    def __init__(self, seconds: float = MINUTE_S) -> None:
+        self.seconds, self._step, self.count = seconds, seconds / self.STEPS, 0
+        self._marks: deque[list[float]] = deque()  # [when it leaves, how many]
+
+    def slide(self, now: float) -> int:
+        """How many there are now."""
+        marks = self._marks
+        while marks and marks[0][0] <= now:
+            self.count -= int(marks.popleft()[1])
+        return self.count
+
+    def add(self, now: float) -> None:
+        until = math.ceil(now / self._step) * self._step + self.seconds
+        self.count += 1
+        if self._marks and self._marks[-1][0] >= until:
+            self._marks[-1][1] += 1
+        else:
+            self._marks.append([until, 1])
+
+    def wait(self, now: float, limit: int) -> float:
+        """Seconds until fewer than `limit` are left."""
+        left = self.count
+        for until, many in self._marks:
+            left -= int(many)
+            if left < limit:
+                return until - now
+        return 0.0
+
+
+@dataclass(slots=True)
+class Day:
+    """What a caller used on one UTC day, and what requests under way have reserved."""
+
+    requests: int = 0
+    tokens: int = 0
+    nano: int = 0  # USD
+    held_tokens: int = 0
+    held_nano: int = 0
+
+
+@dataclass(slots=True)
+class Meter:
+    """One caller's counters."""
+
+    window: Window = field(default_factory=Window)
+    days: dict[int, Day] = field(default_factory=dict)  # the latest two, so that a clock may jump
+    streams: int = 0
+    inside: int = 0  # requests under way
+    answer_tokens: float = 0.0  # of its usual answer
+
+    def day(self, number: int) -> Day:
+        day = self.days.get(number)
+        if day is None:
+            if len(self.days) > 1:
+                del self.days[next(iter(self.days))]
+            day = self.days[number] = Day()
+        return day
+
+
+@dataclass(slots=True)
+class Grant:
+    """One request that was admitted: what it has reserved, and what it has used so far."""
+
+    meter: Meter
+    today: Day
+    day: int  # which day that is; all it uses counts there, whenever it ends
+    tokens: int
+    nano: int
+    stream: bool
+    used_tokens: int = 0
+    used_nano: int = 0
+    said_tokens: int = 0  # of the used ones: answers
+    open: bool = True
+
+    def use(self, tokens: Tokens, cost: float | None) -> None:
+        """Part of the request, paid; an unknown price counts as nothing."""
+        self.used_tokens += tokens.prompt + tokens.completion
+        self.said_tokens += tokens.completion
+        self.used_nano += round((cost or 0.0) * NANO)
+
+
+class Check(NamedTuple):
+    """One limit: a field of Quota, the words for it, and what counts against it."""
+
+    name: str
+    words: str
+    used: Callable[[Meter, Day], int]
+    held: Callable[[Meter, Day], int]
+    asked: Callable[[Grant], int | None]  # None = the request is none of its business
+    wait: str  # for the "day" to end, the "minute", or a "stream"
+    unit: int = 1
+
+
+# In the order in which they are looked at.
+CHECKS: Final = (
+    Check(
+        "cost_per_day",
+        "${} cost/day",
+        lambda meter, day: day.nano,
+        lambda meter, day: day.held_nano,
+        lambda grant: grant.nano,
+        "day",
+        NANO,
+    ),
+    Check(
+        "tokens_per_day",
+        "{} tokens/day",
+        lambda meter, day: day.tokens,
+        lambda meter, day: day.held_tokens,
+        lambda grant: grant.tokens,
+        "day",
+    ),
+    Check(
+        "rpm",
+        "{} requests/min",
+        lambda meter, day: meter.window.count,
+        lambda meter, day: 0,
+        lambda grant: 1,
+        "minute",
+    ),
+    Check(
+        "req_per_day",
+        "{} requests/day",
+        lambda meter, day: day.requests,
+        lambda meter, day: 0,
+        lambda grant: 1,
+        "day",
+    ),
+    Check(
+        "streams",
+        "{} streams at once",
+        lambda meter, day: 0,
+        lambda meter, day: meter.streams,
+        lambda grant: 1 if grant.stream else None,
+        "stream",
+    ),
+)
+
+
+class Rate(NamedTuple):
+    """What is left of one limit; all of it is back after `reset_s` seconds."""
+
+    limit: int
+    remaining: int
+    reset_s: float
+
+
+class Quotas:
+    """What each caller may still use: reserved when a request is admitted, settled at its end.
+
+    One lock, held for dictionary work only. Counters go by Caller.id, limits by the Caller that
+    comes with each request: a limit that is changed holds from the next request on. `now` is
+    monotonic, `wall` gives unix seconds; there are as many meters as there are callers.
+    """
+
+    SMOOTHING: ClassVar[int] = 8  # answers that "usual" looks back at
+    RETRY_S: ClassVar[float] = 1.0  # where requests under way may give back what they reserved
+
+    def __init__(
+        self,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._now, self._wall, self._lock = now, wall, threading.Lock()
+        self._meters: dict[str, Meter] = {}
+
+    def restore(self, places: Iterable[tuple[Place, Tally]]) -> None:
+        """What the days of Usage say of each caller, after a restart."""
+        with self._lock:
+            for place, tally in sorted(places, key=lambda row: row[0].day):
+                if place.day:
+                    day = self._meter(place.caller).day(place.day)
+                    day.requests += 0 if place.provider else tally.requests
+                    day.tokens += tally.tokens
+                    day.nano += round(tally.cost_usd * NANO)
+
+    def admit(
+        self,
+        caller: Caller,
+        tokens: int = 0,
+        price: Price | None = None,
+        most: int = 0,
+        stream: bool = False,
+    ) -> Grant:
+        """Let one request in and reserve what it probably needs, or raise OverQuota.
+
+        `tokens` are those of the prompt, `most` is the longest answer (0 = any). A day's first
+        request always passes: what it needs is a guess, and a limit is no lock.
+        """
+        quota, now, wall = caller.quota, self._now(), self._wall()
+        number = int(wall // DAY_S)
+        with self._lock:
+            meter = self._meters.get(caller.id) or self._meter(caller.id)
+            day = meter.days.get(number) or meter.day(number)
+            grant = Grant(meter, day, number, 0, 0, stream)
+            meter.window.slide(now)
+            if quota.limited:
+                self._reserve(grant, tokens, price, most)
+                if found := self._exceeded(quota, grant):
+                    raise self._refusal(quota, grant, found, now, wall)
+                day.held_tokens += grant.tokens
+                day.held_nano += grant.nano
+            meter.window.add(now)
+            meter.inside += 1
+            meter.streams += stream
+            day.requests += 1
+        return grant
+
+    def settle(self, grant: Grant) -> None:
+        """The request has ended, however: what it used replaces what it had reserved."""
+        with self._lock:
+            if not grant.open:
+                return
+            grant.open = False
+            meter, day = grant.meter, grant.today
+            day.held_tokens -= grant.tokens
+            day.held_nano -= grant.nano
+            day.tokens += grant.used_tokens
+            day.nano += grant.used_nano
+            meter.inside -= 1
+            meter.streams -= grant.stream
+            if grant.said_tokens:
+                usual = meter.answer_tokens or grant.said_tokens
+                meter.answer_tokens = usual + (grant.said_tokens - usual) / self.SMOOTHING
+
+    def rates(self, caller: Caller) -> dict[str, Rate]:
+        """What is left of the "requests" and "tokens" that are limited."""
+        quota, now, left = caller.quota, self._now(), self._until_midnight()
+        with self._lock:
+            meter, day = self._look(caller.id)
+            made = meter.window.slide(now)
+            soon = meter.window.wait(now, 1)
+        found = []
+        if quota.rpm:
+            found.append(Rate(quota.rpm, max(quota.rpm - made, 0), soon))
+        if quota.req_per_day:
+            rest = max(quota.req_per_day - day.requests, 0)
+            found.append(Rate(quota.req_per_day, rest, left))
+        rates = {"requests": min(found, key=lambda rate: rate.remaining)} if found else {}
+        if quota.tokens_per_day:
+            rest = max(quota.tokens_per_day - day.tokens - day.held_tokens, 0)
+            rates["tokens"] = Rate(quota.tokens_per_day, rest, left)
+        return rates
+
+    def snapshot(self, caller: Caller) -> Json:
+        """What a caller has used today and in the last minute."""
+        with self._lock:
+            meter, day = self._look(caller.id)
+            return {
+                "rpm_window": meter.window.slide(self._now()),
+                "req_today": day.requests,
+                "tokens_today": day.tokens,
+                "cost_today": round(day.nano / NANO, 6),
+                "tokens_reserved": day.held_tokens,
+                "in_flight": meter.inside,
+                "streams": meter.streams,
+            }
+
+    def _meter(self, id: str) -> Meter:
+        return self._meters.setdefault(id, Meter())
+
+    def _look(self, id: str) -> tuple[Meter, Day]:
+        """A caller's counters, made up where there are none."""
+        meter = self._meters.get(id) or Meter()
+        return meter, meter.days.get(int(self._wall() // DAY_S)) or Day()
+
+    @staticmethod
+    def _reserve(grant: Grant, tokens: int, price: Price | None, most: int) -> None:
+        """A guess at tokens and money: the prompt and the caller's usual answer."""
+        meter, day = grant.meter, grant.today
+        answer = math.ceil(meter.answer_tokens)
+        answer = min(answer, most) if most else answer
+        grant.tokens = tokens + answer
+        if price:
+            grant.nano = round(price.of(tokens, answer) * NANO)
+        elif day.tokens:
+            grant.nano = round(grant.tokens * day.nano / day.tokens)
+
+    @staticmethod
+    def _exceeded(quota: Quota, grant: Grant) -> Check | None:
+        """The first limit that leaves no room for one more."""
+        meter, day = grant.meter, grant.today
+        for check in CHECKS:
+            if limit := round(getattr(quota, check.name) * check.unit):
+                taken, asked = check.used(meter, day) + check.held(meter, day), check.asked(grant)
+                full = taken >= limit or (taken and taken + (asked or 0) > limit)
+                if full and asked is not None:
+                    return check
+        return None
+
+    def _refusal(
+        self, quota: Quota, grant: Grant, check: Check, now: float, wall: float
+    ) -> OverQuota:
+        limit = getattr(quota, check.name)
+        words = check.words.format(f"{limit:.10g}")
+        wait = self.RETRY_S
+        if check.wait == "minute":
+            wait = grant.meter.window.wait(now, limit)
+        elif check.wait == "day":
+            used = check.used(grant.meter, grant.today)
+            if used + max(check.asked(grant) or 0, 1) > round(limit * check.unit):
+                wait = self._until_midnight(wall)
+        return OverQuota(f"quota exceeded ({words})", retry_after=max(wait, 1.0))
+
+    def _until_midnight(self, wall: float | None = None) -> float:
+        return DAY_S - (self._wall() if wall is None else wall) % DAY_S
+
+
+class Addresses:
+    """How often each address may ask, whoever it is; `most` 0 = as often as it likes.
+
+    The peer's address counts. Where the peer is one of the trusted proxies, it is the last
+    address in X-Forwarded-For that is none of them. Of IPv6 the network (/64) counts.
+    """
+
+    MAX_KNOWN: ClassVar[int] = 4096  # then the one that was quiet longest is forgotten
+
+    def __init__(
+        self,
+        most: int = 0,
+        seconds: float = MINUTE_S,
+        trusted: Iterable[str] = (),
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._now = now
+        self._limit(most, seconds, trusted)
+        self._windows: dict[str, Window] = {}
+        self._lock = threading.Lock()
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._limit(config.rate_limit_requests, config.rate_limit_window, config.trusted_proxies)
+
+    def _limit(self, most: int, seconds: float, trusted: Iterable[str]) -> None:
+        self.most, self._seconds = most, seconds
+        self._trusted = [ipaddress.ip_network(text, strict=False) for text in trusted]
+
+    def check(self, environ: Mapping[str, Any]) -> None:
+        """Count one request; OverQuota if it is one too many."""
+        if not self.most:
+            return
+        client, now = self.client(environ), self._now()
+        with self._lock:
+            window = self._windows.pop(client, None) or Window(self._seconds)
+            self._windows[client] = window  # as the latest
+            if len(self._windows) > self.MAX_KNOWN:
+                del self._windows[next(iter(self._windows))]
+            if window.slide(now) < self.most:
+                window.add(now)
+                return
+            wait = window.wait(now, self.most)
+        raise OverQuota(
+            f"quota exceeded ({self.most} requests per {self._seconds:g} s from one address)",
+            retry_after=wait,
+        )
+
+    def client(self, environ: Mapping[str, Any]) -> str:
+        """The address that counts, as a key for its window."""
+        peer = environ.get("REMOTE_ADDR", "")
+        if self._trusted and self._is_trusted(peer):
+            for given in reversed(environ.get("HTTP_X_FORWARDED_FOR", "").split(",")):
+                if not self._is_trusted(given.strip()):
+                    peer = given.strip() or peer
+                    break
+        return self._network(peer)
+
+    def _is_trusted(self, text: str) -> bool:
+        address = read_address(text)
+        return address is not None and any(address in network for network in self._trusted)
+
+    @staticmethod
+    def _network(text: str) -> str:
+        address = read_address(text)
+        if isinstance(address, ipaddress.IPv6Address):
+            return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
+        return str(address or text[:64])
+
+
+def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address, be it with a port as some proxies write it; IPv4 within IPv6 is IPv4."""
+    bare = re.sub(r"^\[(.*)\](?::\d+)?$|^([\d.]+):\d+$", r"\1\2", text)
+    try:
+        address = ipaddress.ip_address(bare)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+# =============================================================================
+# 27. Traces
 # =============================================================================
 
 LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -14632,7 +16118,7 @@ def trace_line(trace: Trace) -> str:
 
 
 # =============================================================================
-# 27. Lessons
+# 28. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -14999,6 +16485,7 @@ BAD_THOUGHTS: Final = re.compile(
     r"|thought.?signature.{0,80}(?:missing|not)"
     r"|invalid_encrypted_content"
     r"|encrypted.?content.{0,120}(?:could not|cannot|unable|invalid|not be|verif|decrypt)"
+    r"|invalid.{0,20}data.{0,40}redacted_thinking"
     r"|thinking\W{1,3}blocks?.{0,120}cannot be modified"
     r"|thinking\.signature"
     r"|of type 'reasoning' was provided without|without its required 'reasoning'",
@@ -15470,7 +16957,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 28. Difficulty
+# 29. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -15599,7 +17086,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 29. Plan
+# 30. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -15633,7 +17120,7 @@ class Target:
     reasoning: bool
     cost: int  # coarse price: 0 free, 1 cheap ... 4 dear
 
-    @property
+    @functools.cached_property
     def provider(self) -> str:
         return self.service.name
 
@@ -15681,6 +17168,7 @@ class Traits(NamedTuple):
     profile: str = ""  # "", "fast" or "local"
     quick: bool = False  # small enough for fast routing
     scope: frozenset[str] = frozenset()  # providers the caller may use; empty = all
+    privacy: str = ""  # one of PRIVACY
 
 
 class Choice(NamedTuple):
@@ -15728,13 +17216,21 @@ def cost_bucket(service: Service, facts: Model) -> int:
     return next((n for n, top in enumerate((0.0, 1.0, 5.0, 20.0)) if price <= top), 4)
 
 
+def keeps(service: Service, privacy: str) -> bool:
+    """Whether a prompt of that privacy may go there; where training is unknown it may not."""
+    row = service.provider
+    silent = privacy == PRIVACY[0] and row.trains_on_prompts == "no"
+    return not privacy or silent or row.tier == "local"
+
+
 def arrange(targets: Sequence[Target], traits: Traits, prefer: str = "fit") -> tuple[Group, ...]:
     """Targets in order of fit: groups of equal rank, split into equals by price and speed.
 
     Filters for tools and vision have a safety net: where nothing qualifies, they are off.
-    The caller's scope has none.
+    The caller's scope and privacy have none.
     """
     pool = [t for t in targets if not traits.scope or t.provider in traits.scope]
+    pool = [t for t in pool if keeps(t.service, traits.privacy)]
     if traits.profile == "local":
         pool = [t for t in pool if t.service.provider.tier == "local"]
     if traits.tools:
@@ -15790,6 +17286,7 @@ def why_not(target: Target, traits: Traits, tokens: int) -> str:
     local = target.service.provider.tier == "local"
     reasons = (
         (traits.scope and target.provider not in traits.scope, "not within this key's providers"),
+        (not keeps(target.service, traits.privacy), f"not {traits.privacy} (X-Privacy)"),
         (traits.profile == "local" and not local, "not local"),
         (traits.tools and not target.tools, "does not support tools"),
         (traits.vision and not target.vision, "does not read images"),
@@ -15951,7 +17448,7 @@ class Directory:
 
 
 # =============================================================================
-# 30. Verdicts
+# 31. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -16343,11 +17840,12 @@ def next_sunday(date: datetime) -> float:
 
 
 # =============================================================================
-# 31. Transport
+# 32. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
 MAX_ANSWER_BYTES: Final = 50 << 20
+MAX_INFLATED_BYTES: Final = 1 << 20  # at a time: few bytes may hold many
 MAX_IDLE_S: Final = 50.0  # below the keep-alive of common front ends (60 s and more)
 MAX_IDLE_PER_ORIGIN: Final = 1024
 STALE: Final = (
@@ -16405,11 +17903,10 @@ class Guard:
         with self._lock:
             self.cut = False
         self.deadline, self.last, self.waiting = deadline, last, True
-        self.quiet_since = math.inf  # no sign of life until something has come
 
-    def wait(self, now: float, deadline: float) -> None:
+    def wait(self, deadline: float) -> None:
         """From now on a stream's provider is waited for."""
-        self.deadline, self.quiet_since, self.waiting = deadline, now, True
+        self.deadline, self.waiting = deadline, True
 
     def resume(self, deadline: float) -> None:
         """Something came. Waits until a sign of life under way has been sent."""
@@ -16513,6 +18010,7 @@ class Watchdog:
 
 
 CHUNK_SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,15}")
+CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 
 
 class Dechunker:
@@ -16531,8 +18029,11 @@ class Dechunker:
         """Content in `data`; ValueError when it is not chunked coding."""
         if self._rest:
             data, self._rest = self._rest + data, b""
-        at, out = 0, []
+        at = 0
+        out: list[bytes] = []
         while not self.finished:
+            if self._state == "size":
+                at = self._whole_chunks(data, at, out)
             if self._state == "data":
                 piece = data[at : at + self._left]
                 out.append(piece)
@@ -16547,13 +18048,22 @@ class Dechunker:
                 if len(self._rest) > 8192:
                     raise ValueError("a chunk line without an end")
                 break
-            if self._state == "gap" and end == at:  # the usual case, without a call
-                self._state = "size"
-            else:
-                self._line(data[at:end])
+            self._line(data[at:end])
             at = end + 2
         self.surplus = self.finished and at < len(data)
         return out[0] if len(out) == 1 else b"".join(out)
+
+    @staticmethod
+    def _whole_chunks(data: bytes, at: int, out: list[bytes]) -> int:
+        """Take the chunks that have come whole, which most do; returns where the rest begins."""
+        while match := CHUNK_LINE.match(data, at):
+            start = match.end()
+            end = start + int(match[1], 16)
+            if end == start or data[end : end + 2] != b"\r\n":
+                break
+            out.append(data[start:end])
+            at = end + 2
+        return at
 
     def _line(self, line: bytes) -> None:
         """One line that is not content: a size, the gap after a chunk, a trailer."""
@@ -16583,6 +18093,7 @@ class Head(NamedTuple):
 STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: |$)")
 HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
 MAX_HEAD_BYTES: Final = 65_536
+FRAMING: Final = frozenset({"content-length", "transfer-encoding"})
 
 
 def read_head(sock: socket.socket) -> Head:
@@ -16615,10 +18126,13 @@ def parse_head(head: bytes, rest: bytes) -> Head:
     match = STATUS_LINE.match(lines[0]) if lines else None
     if not match:
         raise ValueError(f"not HTTP: {head[:40]!r}")
-    headers = {}
+    headers: dict[str, str] = {}
     for line in lines[1:]:
         name, _, value = line.partition(b":")
-        headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
+        known, text = name.decode("latin-1").lower(), value.decode("latin-1").strip()
+        if known in headers and known in FRAMING:  # told twice: both count
+            text = f"{headers[known]}, {text}"
+        headers[known] = text
     asked = headers.get("connection", "").lower()
     keep = "close" not in asked if match[1] == b"1" else "keep-alive" in asked
     return Head(int(match[2]), headers, rest, keep)
@@ -16632,6 +18146,8 @@ class Response:
         self.status, self.headers = head.status, head.headers
         coding = self.headers.get("content-encoding", "identity").lower()
         self._unzip = zlib.decompressobj(47) if coding in ("gzip", "deflate", "x-gzip") else None
+        self._perhaps_raw = coding == "deflate"  # some send it without the header of zlib
+        self._squeezed = b""  # what has come and is not yet inflated
         chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
         self._chunks = Dechunker() if chunked else None
         self._left = None if chunked else self._length()  # None = not known
@@ -16664,7 +18180,7 @@ class Response:
 
     def read1(self) -> bytes:
         """What has arrived, waiting for the first byte; b"" = the body ended as it should."""
-        while self._open:
+        while self._open or self._squeezed:
             content = self._step()
             if content:
                 return content
@@ -16672,6 +18188,8 @@ class Response:
 
     def _step(self) -> bytes:
         try:
+            if self._squeezed:
+                return self._inflate(self._squeezed)
             data, self._arrived = self._arrived, b""
             content = self._decode(data or self._link.sock.recv(READ_BYTES))
             return self._inflate(content) if self._unzip and content else content
@@ -16680,13 +18198,19 @@ class Response:
             raise self._guard.explain(error, "reset") from error
 
     def _inflate(self, content: bytes) -> bytes:
-        """Gzip undone; a body may consist of several members."""
-        out = b""
-        while content and self._unzip:
-            out += self._unzip.decompress(content)
-            content = self._unzip.unused_data
-            if self._unzip.eof:
-                self._unzip = zlib.decompressobj(47)
+        """Some of `content` with its coding undone; a body may consist of several members."""
+        unzip = self._unzip or zlib.decompressobj(47)
+        try:
+            out = unzip.decompress(content, MAX_INFLATED_BYTES)
+        except zlib.error:
+            if not self._perhaps_raw:
+                raise
+            unzip = self._unzip = zlib.decompressobj(-15)
+            out = unzip.decompress(content, MAX_INFLATED_BYTES)
+        self._perhaps_raw = False
+        self._squeezed = unzip.unconsumed_tail or unzip.unused_data
+        if unzip.eof:
+            self._unzip = zlib.decompressobj(47)
         return out
 
     def _decode(self, data: bytes) -> bytes:
@@ -16931,12 +18455,14 @@ class Transport:
 
 
 # =============================================================================
-# 32. Upstream
+# 33. Upstream
 # =============================================================================
 
+ANSWERED: Final = frozenset({200, 201, 202, 203})  # web frameworks answer a POST with 201
 MAX_HELD_BYTES: Final = 1 << 20  # of a stream before its first useful event
 LINGER_S: Final = 0.3  # for the end of the coding after [DONE]
 NOT_EVENTS: Final = (b"{", b"<", b"[")  # how JSON and HTML begin, and no event
+BEFORE: Final = b"\xef\xbb\xbf \t\r\n"  # what may stand before that: a byte order mark, blanks
 MAX_REMEDIES: Final = 3  # in one attempt: most providers name one thing at a time
 OVERFLOWS: Final = frozenset({OVERFLOW.name, TOO_LARGE.name})
 
@@ -16955,6 +18481,7 @@ class Attempt:
     rest_s: float = 0.0  # how long what the verdict blames rests
     final: Json | None = None  # the client's answer, parsed
     left_out: Sequence[str] = ()  # tools that were not sent on
+    filtered: bool = False  # a content filter ended it (CONTENT_FILTER_FAILOVER only)
     refusal: bytes = b""  # the body of an error status
     sizes: Sizes = Sizes()  # what an overflow states, or what is known of the window
 
@@ -16968,19 +18495,21 @@ class Patience:
         self._guard, self._idle_s, self._deadline, self._now = guard, idle_s, deadline, now
         self._since = now()
 
-    def wait(self, stirred: bool) -> None:
+    def wait(self, stirred: bool, told: bool) -> None:
+        """`stirred`: the provider sent something; `told`: the client got something."""
         now = self._now()
         if stirred:
             self._since = now
-        self._guard.wait(now, min(self._since + self._idle_s, self._deadline))
+        if told:
+            self._guard.quiet_since = now
+        self._guard.wait(min(self._since + self._idle_s, self._deadline))
 
     def resume(self) -> None:
         self._guard.resume(self._deadline)
 
     def linger(self) -> None:
         """After the end: only a moment for what is left of the coding."""
-        now = self._now()
-        self._guard.wait(now, min(now + LINGER_S, self._deadline))
+        self._guard.wait(min(self._now() + LINGER_S, self._deadline))
 
 
 class Relay:
@@ -16992,13 +18521,11 @@ class Relay:
         self.held = b""  # what commits the stream
         self.read_out = False  # the client got all of it
         self.broken = False  # the client was told that it broke off
+        self.mending = False  # somebody who goes on is looked for
+        self._spoke = True  # the client got something since a wait was begun
         self.rescue: Callable[[Relay], Relay | None] | None = None  # somebody who goes on
         self.on_close: Callable[[Relay], None] | None = None
         self.keep: Callable[[Json], None] | None = None  # gets the whole answer at the end
-
-    @property
-    def tokens(self) -> Tokens | None:
-        return self.flow.tokens
 
     @property
     def failure(self) -> Outcome | None:
@@ -17011,6 +18538,7 @@ class Relay:
         try:
             while not self.broken:
                 if block := self._next():
+                    self._spoke = True
                     return block
                 if self._response is None and not self.flow.failure:
                     break
@@ -17051,8 +18579,8 @@ class Relay:
         """What came; only the provider's silence counts against it, not a slow client's."""
         if self.patience is None:
             return response.read1()
-        self.patience.wait(self.flow.stirred)
-        self.flow.stirred = False
+        self.patience.wait(self.flow.stirred, self._spoke)
+        self.flow.stirred = self._spoke = False
         data = response.read1()
         self.patience.resume()
         return data
@@ -17073,7 +18601,9 @@ class Relay:
             self._response.close()
             self._response = None
         rescue, self.rescue = self.rescue, None
+        self.mending = True
         other = rescue(self) if rescue else None
+        self.mending = False
         if other is None:
             self.broken = True
             problem = self.flow.failure or BROKEN
@@ -17182,14 +18712,18 @@ class Upstream:
             if response.status == 200:
                 self._lacking.add((target.provider, dialects[0].name))
             dialects = dialects[1:]
-        if response.status != 200:
+        if response.status not in ANSWERED:
             return self._refused(response, secret.encode(), target.service.provider)
-        passage = Passage(dialects[0], ask, target.provider, secret.encode())
+        reworded = ask.custom and not target.fit.quirk.custom_tools
+        origin = origin_of(target, lease)
+        passage = Passage(dialects[0], ask, origin, secret.encode(), reworded)
         if ask.stream:
             attempt = first_useful(response, passage, self._keep_waiting(ask.guard))
         else:
             attempt = whole_answer(response, passage)
         attempt.left_out = () if passage.native else ask.left_out
+        if self._config.content_filter_failover:
+            attempt.filtered = was_filtered(attempt, passage)
         return attempt
 
     def _healed(self, target: Target, lease: Lease, ask: Ask, attempt: Attempt) -> Attempt:
@@ -17262,7 +18796,7 @@ class Upstream:
             self._transport.origin(service.url),
             dialect.path,
             headers,
-            self._body(target, ask, dialect.name, native),
+            self._body(target, origin_of(target, lease), ask, dialect.name, native),
             ask.guard,
         )
 
@@ -17322,15 +18856,15 @@ class Upstream:
             "Authorization": f"Bearer {token}",
         }
 
-    def _body(self, target: Target, ask: Ask, dialect: str, native: bool) -> bytes:
+    def _body(self, target: Target, origin: str, ask: Ask, dialect: str, native: bool) -> bytes:
         """The client's bytes with the edits this target needs, or its chat in another dialect."""
-        place = (target.label, dialect)
-        if ask.kept_body[0] == place:  # the same for every key
+        place = (target.label, dialect, origin)
+        if ask.kept_body[0] == place:  # the same for every key, if not for every account
             return ask.kept_body[1]
         if dialect == "embeddings":
             made = edit_body(ask.raw, ask.body, model_edit(target, ask))
         else:
-            made = BODIES[dialect](target, ask, native, self._config.reasoning_reserve)
+            made = BODIES[dialect](target, origin, ask, native, self._config.reasoning_reserve)
         learnt = self.lessons.mends(target.provider, target.model, dialect)
         made = mended(made, (*learnt, *ask.mends.get(place, ())))
         ask.kept_body = (place, made)
@@ -17350,17 +18884,25 @@ def header_lines(headers: Mapping[str, str]) -> bytes:
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
 
 
+def origin_of(target: Target, lease: Lease) -> str:
+    """Who alone can read its opaque reasoning: the provider, or one account of a subscription."""
+    if not target.service.provider.accounts:
+        return target.provider
+    return f"{target.provider}@{hashlib.sha256(lease.key.encode()).hexdigest()[:8]}"
+
+
 def model_edit(target: Target, ask: Ask) -> dict[str, object]:
     return {} if ask.body.get("model") == target.model else {"model": target.model}
 
 
-def chat_body(target: Target, ask: Ask, native: bool, reserve: int) -> bytes:
+def chat_body(target: Target, _origin: str, ask: Ask, native: bool, reserve: int) -> bytes:
     """A chat body that this provider takes; the client's own bytes where little must change."""
     if why := target.fit.refuses(ask.chat):
         raise BadRequest(why)
     edits = {**model_edit(target, ask), **target.fit.edits(ask.chat)}
     asked = {**ask.chat, **edits} if edits else ask.chat
     edits |= output_edits(asked, reserve * target.reasoning, target.service.max_output_tokens)
+    target.fit.stream_long(ask.chat, edits)  # the reserve may have made it long
     if edits.get("stream", ask.stream) and target.service.provider.stream_options:
         if not (native and ask.wants_usage):
             options = ask.chat.get("stream_options") or {}
@@ -17373,30 +18915,37 @@ def chat_body(target: Target, ask: Ask, native: bool, reserve: int) -> bytes:
     return dump_json({name: value for name, value in whole.items() if value is not DROP})
 
 
-def messages_body(target: Target, ask: Ask, native: bool, _reserve: int) -> bytes:
+def messages_body(target: Target, origin: str, ask: Ask, native: bool, _reserve: int) -> bytes:
     if native:
-        edits = native_edits(target, ask) | (own_thinking(ask.body, target.provider) or {})
+        edits = native_edits(target, ask) | (own_thinking(ask.body, origin) or {})
+        turns = cast("list[Json]", edits.get("messages", ask.body["messages"]))
+        if (mended_turns := own_turns(turns)) is not None:
+            edits["messages"] = mended_turns
         return edit_body(ask.raw, ask.body, edits)
-    made = chat_to_messages(ask.chat, target.model, target.claude, target.provider)
+    made = chat_to_messages(ask.chat, target.model, target.claude, origin)
     return dump_json({**made, "stream": ask.stream})
 
 
-def codex_body(target: Target, ask: Ask, _native: bool, _reserve: int) -> bytes:
-    return dump_json(chat_to_responses(ask.chat, target.model, target.provider, codex=True))
+def codex_body(target: Target, origin: str, ask: Ask, _native: bool, _reserve: int) -> bytes:
+    return dump_json(chat_to_responses(ask.chat, target.model, origin, codex=True))
 
 
-def responses_body(target: Target, ask: Ask, native: bool, reserve: int) -> bytes:
+def responses_body(target: Target, origin: str, ask: Ask, native: bool, reserve: int) -> bytes:
     if not native:
         ceiling = target.service.max_output_tokens
         chat = {**ask.chat, **output_edits(ask.chat, reserve * target.reasoning, ceiling)}
         reasons = target.facts.reasoning is not False
-        made = chat_to_responses(chat, target.model, target.provider, reasons=reasons)
+        made = chat_to_responses(chat, target.model, origin, reasons=reasons)
         return dump_json({**made, "stream": ask.stream})
     edits, body = native_edits(target, ask), ask.body
     if ask.input is not None:
         body = {**body, "input": ask.input}
         edits |= {"input": ask.input, "previous_response_id": DROP}
-    return edit_body(ask.raw, ask.body, edits | (own_reasoning(body, target.provider) or {}))
+    edits |= own_reasoning(body, origin) or {}
+    items = edits.get("input", body.get("input"))
+    if isinstance(items, list) and (mended_items := own_items(items)) is not None:
+        edits["input"] = mended_items
+    return edit_body(ask.raw, ask.body, edits)
 
 
 def native_edits(target: Target, ask: Ask) -> dict[str, object]:
@@ -17405,7 +18954,7 @@ def native_edits(target: Target, ask: Ask) -> dict[str, object]:
     return model_edit(target, ask) | output_edits(ask.body, 0, ceiling)
 
 
-BODIES: Final[Mapping[str, Callable[[Target, Ask, bool, int], bytes]]] = {
+BODIES: Final[Mapping[str, Callable[[Target, str, Ask, bool, int], bytes]]] = {
     "chat": chat_body,
     "messages": messages_body,
     "responses": responses_body,
@@ -17415,6 +18964,13 @@ BODIES: Final[Mapping[str, Callable[[Target, Ask, bool, int], bytes]]] = {
 
 def failed(outcome: Outcome, in_ok: bool = False) -> Attempt:
     return Attempt(judge(outcome, in_ok), outcome)
+
+
+def was_filtered(attempt: Attempt, passage: Passage) -> bool:
+    """Whether a content filter ended what came, as far as it has come."""
+    if attempt.stream:
+        return attempt.stream.flow.filtered()
+    return attempt.final is not None and passage.filtered(attempt.final)
 
 
 def whole_answer(response: Response, passage: Passage) -> Attempt:
@@ -17440,7 +18996,7 @@ def first_useful(response: Response, passage: Passage, extend: Callable[[], None
     held: list[bytes] = []
     while not flow.failure and size <= MAX_HELD_BYTES:
         data = response.read1()
-        if not begun and data.lstrip()[:1] in NOT_EVENTS:
+        if not begun and data.lstrip(BEFORE)[:1] in NOT_EVENTS:
             return not_a_stream(response, data, flow)
         begun = begun or bool(data.strip())
         try:
@@ -17451,7 +19007,7 @@ def first_useful(response: Response, passage: Passage, extend: Callable[[], None
         if flow.odd:
             flow, anew = flow.translated()
             held = [anew]
-        if flow.useful:
+        if flow.ready:
             return committed(response if data else None, flow, cutter, b"".join(held))
         if not data:
             text = "the stream ended before its first useful event" if begun else "an empty stream"
@@ -17478,7 +19034,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 33. Checks
+# 34. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -17691,13 +19247,14 @@ class KeyChecks:
 
 
 # =============================================================================
-# 34. Router
+# 35. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
 CUT_TOKENS: Final = 2000  # an estimate may be that wrong
 QUICK_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 5.0  # a longer wait, or a failure that took longer, is no quick retry
+FILTER_ENDED: Final = Outcome(200, "a content filter ended the answer", code="content_filter")
 TRANSIENT: Final = (SICK, OVERLOADED, SORTS["reset"])
 
 
@@ -17865,13 +19422,17 @@ class Router:
         transport: Transport | None = None,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self.now, self.sleep = now, sleep
-        self.config, self.directory = config, Directory(config)
+        self.config = config
         self.loaded = Loaded(time.time())
         self.keys = KeyPool({}, now=now)
         self.breakers = Breakers(now=now)
-        self.usage = Usage(now)
+        name = config.usage_file
+        self.usage = Usage(now, wall, config.home / Path(name).expanduser() if name else None)
+        self.quotas = Quotas(now, wall)
+        self.addresses = Addresses(now=now)
         self.traces = Traces(config.request_log_size)
         self.lessons = Lessons(now)
         self.gate = Gate(config.max_streams)
@@ -17890,6 +19451,7 @@ class Router:
             self.keys,
             self.breakers,
             self.usage,
+            self.addresses,
             self.traces,
             self.lessons,
             self.gate,
@@ -17903,6 +19465,8 @@ class Router:
     def start(self) -> None:
         """What goes on beside requests: health is kept in a file, dead keys are asked again."""
         self.state.start()
+        self.usage.start()
+        self.quotas.restore(self.usage.places())
         self.checks.start()
 
     def close(self) -> None:
@@ -17910,6 +19474,7 @@ class Router:
         self.probe.close()
         self.checks.close()
         self.state.close()
+        self.usage.close()
         self.transport.close()
 
     # -- settings --------------------------------------------------------------------------
@@ -17922,6 +19487,7 @@ class Router:
         """
         stay = staying(self.config, config)
         self.config, self.directory = config, Directory(config)
+        self.prices = Prices(config.prices, config.model_overrides)
         for part in self.parts:
             part.adopt(config, stay)
 
@@ -17937,6 +19503,8 @@ class Router:
         directory = self.directory
         choice = directory.choose(ask.chat.get("model") or "", ask.fallback)
         tokens = ask.tokens = self.size(ask)
+        lead = [t for t in choice.lead if self.may_use(ask, t.service)]
+        self.admit(ask, lead)
         if choice.echo or self.echoes:
             return echo_answer(ask)
         profile = choice.profile or profile
@@ -17948,9 +19516,9 @@ class Router:
             profile,
             0 < tokens < threshold,
             ask.caller.scope,
+            ask.privacy,
         )
         groups, turn = directory.arranged(traits)
-        lead = [t for t in choice.lead if ask.caller.may_use(t.provider)]
         if choice.lead and not choice.spill:
             groups = ()
         limits = Limits(tokens, self.breakers.bucket, self.breakers.is_open, self.window)
@@ -17962,7 +19530,11 @@ class Router:
 
     def embed(self, ask: Ask) -> Answer:
         """Answer an embeddings request inside one family of models, never mixing vectors."""
-        family = self.embedders(str(ask.body.get("model") or ""), ask.caller)
+        family = self.embedders(str(ask.body.get("model") or ""), ask)
+        ask.tokens = token_bounds(text_bytes(ask.raw), ask.chat).likely
+        self.admit(ask, family)
+        if not family and ask.privacy:
+            raise self.no_privacy(ask.privacy)
         if not family:
             raise Exhausted(
                 "no embedding-capable providers configured"
@@ -17971,16 +19543,44 @@ class Router:
         limits = Limits(0, self.breakers.bucket, self.breakers.is_open)
         return self.answer(ask, plan(family, (), limits, 0, "embedding family"), 0)
 
-    def embedders(self, model: str, caller: Caller) -> list[Target]:
+    def admit(self, ask: Ask, targets: Sequence[Target]) -> None:
+        """Let the request in, or raise OverQuota; from here on `finish` has to be called.
+
+        The price of the first target is taken for that of the request, where there is one.
+        """
+        price, most = None, 0
+        if ask.caller.quota.limited:
+            price = self.prices.of(targets[0].service, targets[0].facts) if targets else None
+            wishes = (ask.chat.get(name) for name in ("max_completion_tokens", "max_tokens"))
+            most = next(filter(None, map(natural, wishes)), 0)
+        try:
+            grant = self.quotas.admit(ask.caller, ask.tokens, price, most, ask.stream)
+        except OverQuota:
+            self.usage.rejected("quota")
+            raise
+        ask.grant = grant
+        self.usage.admitted(grant.day, ask.caller.id)
+
+    def finish(self, ask: Ask) -> None:
+        """The request is over, however it ended."""
+        if ask.grant:
+            self.quotas.settle(ask.grant)
+
+    @staticmethod
+    def may_use(ask: Ask, service: Service) -> bool:
+        """Whether this caller's prompt may go there."""
+        return ask.caller.may_use(service.name) and keeps(service, ask.privacy)
+
+    def embedders(self, model: str, ask: Ask) -> list[Target]:
         """Targets of the family asked for, in configuration order; by default the first one's."""
         able = [
             self.directory.target(s, s.embed_model)
             for s in self.directory.services.values()
-            if s.embed_model and caller.may_use(s.name)
+            if s.embed_model and self.may_use(ask, s)
         ]
         named = [t for t in able if model.lower() in (t.model.lower(), t.label.lower())]
         if not named:
-            named = [t for t in self.directory.explicit(model) if caller.may_use(t.provider)]
+            named = [t for t in self.directory.explicit(model) if self.may_use(ask, t.service)]
         chosen = (named or able)[:1]
         family = {embedding_family(t.model) for t in chosen}
         return [*chosen, *(t for t in able if embedding_family(t.model) in family)]
@@ -18008,7 +19608,7 @@ class Router:
                         attempt.stream.rescue = rescue.go_on
                     return answer
                 walk.rule(target, attempt.verdict)
-                self.learn(target, lease, attempt, ask.guard, first)
+                self.learn(target, lease, attempt, ask, first)
                 if attempt.verdict.then == "stop":
                     break
         except BaseException:
@@ -18017,7 +19617,7 @@ class Router:
                 attempt.stream.close()
             raise
         self.watchdog.unwatch(ask.guard)
-        error = self.exhausted(walk, tokens, self.now() >= deadline)
+        error = self.exhausted(walk, tokens, self.now() >= deadline, ask.privacy)
         error.attempts = walk.candidates
         raise error
 
@@ -18049,7 +19649,7 @@ class Router:
             return False  # its other keys come next
         walk.repeated = True
         ask.trace.note(step_of(target, lease, attempt))
-        self.usage.attempt(target.provider, False, attempt.seconds)
+        self.usage.attempt(self.place(target, lease, ask), False, attempt.seconds)
         log.info("%s: %s, asked again in %.1f s", target.label, verdict.name, pause)
         until = self.now() + pause
         while (left := until - self.now()) > 0 and not ask.guard.gone:
@@ -18064,9 +19664,16 @@ class Router:
             attempt = self.upstream.send(target, lease, ask, deadline, last)
         except BaseException:
             self.breakers.leave(target.provider, ask.guard)
+            if ask.guard.gone:  # the provider had the prompt: what it made of it nobody knows
+                self.charge(target, lease, None, ask)
             raise
         if attempt.verdict is CONTENT_FILTER and self.config.content_filter_failover:
             attempt.verdict = FILTERED_HERE
+        # What a filter left of an answer is better than nothing, but not as the rest of another.
+        if attempt.filtered and attempt.verdict is None and (ask.make_flow or not last):
+            if attempt.stream:
+                attempt.stream.close()
+            attempt.verdict, attempt.outcome = FILTERED_HERE, FILTER_ENDED
         return attempt
 
     def window(self, target: Target) -> int:
@@ -18154,7 +19761,7 @@ class Router:
             walk.skipped.append(f"{target.label}: resting {math.ceil(wait)} s ({why})")
 
     def learn(
-        self, target: Target, lease: Lease, attempt: Attempt, owner: Guard, first: bool = True
+        self, target: Target, lease: Lease, attempt: Attempt, ask: Ask, first: bool = True
     ) -> None:
         """Let rest what the verdict blames, and tell the breaker: of one model once a request."""
         verdict, outcome = attempt.verdict, attempt.outcome
@@ -18169,9 +19776,9 @@ class Router:
         if verdict.name in DEAD:
             self.checks.wake()
         if verdict.counts and first:
-            self.breakers.note(target.provider, False, owner)
-        self.breakers.leave(target.provider, owner)
-        self.usage.attempt(target.provider, False, attempt.seconds)
+            self.breakers.note(target.provider, False, ask.guard)
+        self.breakers.leave(target.provider, ask.guard)
+        self.usage.attempt(self.place(target, lease, ask), False, attempt.seconds)
         log.warning(
             "%s %s key=%s: %s (%s) %s%s",
             "attempt failed:",
@@ -18189,7 +19796,7 @@ class Router:
         """A success: health, usage, and for a stream what happens when it ends."""
         self.keys.forgive(lease)
         self.breakers.note(target.provider, True, ask.guard)
-        self.usage.attempt(target.provider, True, attempt.seconds)
+        self.usage.attempt(self.place(target, lease, ask), True, attempt.seconds)
         trace = ask.trace
         if not trace.provider:  # a rescue adds to an answer that somebody else began
             trace.provider, trace.model = target.provider, target.model
@@ -18198,7 +19805,7 @@ class Router:
         answer.left_out = attempt.left_out
         if attempt.stream is None:
             self.watchdog.unwatch(ask.guard)
-            self.charge(target, attempt.tokens, ask)
+            self.charge(target, lease, attempt.tokens, ask)
             answer.final = attempt.final
             return answer
         answer.body = attempt.stream
@@ -18217,22 +19824,28 @@ class Router:
 
     def settle(self, target: Target, lease: Lease, ask: Ask, relay: Relay) -> None:
         """What one provider's part of a stream cost, and what its end means."""
-        self.charge(target, relay.tokens, ask)
+        self.charge(target, lease, relay.flow.spent(), ask)
         if relay.failure:
             ask.trace.note(step_of(target, lease, failed(relay.failure, in_ok=True)))
-            self.learn(target, lease, failed(relay.failure, in_ok=True), ask.guard)
+            self.learn(target, lease, failed(relay.failure, in_ok=True), ask)
 
-    def charge(self, target: Target, tokens: Tokens | None, ask: Ask) -> None:
-        if tokens is None:
-            return
-        self.lessons.disprove(target.provider, target.model, tokens.prompt)
-        self.notice_cut(target, tokens.prompt, ask)
-        facts = target.facts
-        cost = None
-        if facts.price_in is not None and facts.price_out is not None:
-            cost = (tokens.prompt * facts.price_in + tokens.completion * facts.price_out) / 1e6
-        self.usage.spent(target.provider, tokens, cost)
+    def charge(self, target: Target, lease: Lease, tokens: Tokens | None, ask: Ask) -> None:
+        """Count what one provider's part of a request took, for the owner and for the caller."""
+        tokens = tokens or Tokens(ask.tokens, estimated=True)  # it had the prompt
+        if not tokens.estimated:
+            self.lessons.disprove(target.provider, target.model, tokens.prompt)
+            self.notice_cut(target, tokens.prompt, ask)
+        price = self.prices.of(target.service, target.facts)
+        cost = price.of(tokens.prompt, tokens.completion, tokens.cached) if price else None
+        self.usage.spent(self.place(target, lease, ask), tokens, cost)
         ask.trace.spent(tokens.prompt, tokens.completion, cost)
+        if ask.grant:
+            ask.grant.use(tokens, cost)
+
+    def place(self, target: Target, lease: Lease, ask: Ask) -> Place:
+        """Where an attempt is counted: on the day on which its request came."""
+        day = ask.grant.day if ask.grant else self.usage.today
+        return Place(day, ask.caller.id, target.provider, target.model, key_id(lease.key))
 
     def notice_cut(self, target: Target, counted: int, ask: Ask) -> None:
         """Ollama cuts a long prompt without a word; its count gives that away (Reasonix#10245)."""
@@ -18268,13 +19881,13 @@ class Router:
             return count_tokens(ask.chat, self.encoder) or estimate.likely
         return estimate.likely
 
-    def exhausted(self, walk: Walk, tokens: int, late: bool) -> RouterError:
+    def exhausted(self, walk: Walk, tokens: int, late: bool, privacy: str = "") -> RouterError:
         """The one error that says honestly why nobody answered."""
         told = walk.told()
         if error := self.clients_own(walk, told):
             return self.sized(error, walk, tokens)
         if not walk.tried and not walk.waits:
-            return self.nobody(tokens)
+            return self.nobody(tokens, privacy)
         wait = self.soonest(walk)
         if walk.limited and not late:
             return OverLimit(
@@ -18343,8 +19956,20 @@ class Router:
         rests = [a.rest_s for _, a in walk.tried if a.verdict and a.verdict.rests]
         return min([*walk.waits, *rests], default=None)
 
-    def nobody(self, tokens: int) -> RouterError:
+    @staticmethod
+    def no_privacy(privacy: str) -> RouterError:
+        """Nobody may see this prompt: waiting does not help."""
+        told = {
+            "no-train": "that is known not to train on prompts",
+            "local-only": "on this machine",
+        }
+        text = f"no provider {told.get(privacy, '')} can serve this request (X-Privacy: {privacy})"
+        return BadRequest(text, param="X-Privacy", code="privacy")
+
+    def nobody(self, tokens: int, privacy: str = "") -> RouterError:
         """No candidate at all: say which setting made it so."""
+        if privacy and not any(keeps(t.service, privacy) for t in self.directory.targets):
+            return self.no_privacy(privacy)
         ceilings = [
             t.service.skip_tokens_over for t in self.directory.targets if too_large(t, tokens)
         ]
@@ -18386,7 +20011,7 @@ class Rescue:
     def go_on(self, relay: Relay) -> Relay | None:
         """The stream of somebody who goes on honestly, or None. ClientGone may be raised."""
         ask, failure = self._ask, relay.flow.failure
-        if failure is None or judge(failure, in_ok=True).then == "stop":
+        if failure is None or self._is_final(judge(failure, in_ok=True)):
             return None
         said = relay.flow.said()
         if said is None:
@@ -18398,6 +20023,8 @@ class Rescue:
         others = itertools.chain(self._routes, [self._route])
         for second, key in itertools.islice(others, self.MOST):
             attempt = self._ask_to_go_on(second, key, said)
+            if attempt and attempt.verdict:
+                return None
             if attempt and attempt.stream:
                 log.warning(
                     "%s: %s broke off after %d characters, %s goes on",
@@ -18408,8 +20035,16 @@ class Rescue:
                 return attempt.stream
         return None
 
+    def _is_final(self, verdict: Verdict) -> bool:
+        """Whether nobody else may be asked after it."""
+        elsewhere = verdict is CONTENT_FILTER and self._router.config.content_filter_failover
+        return verdict.then == "stop" and not elsewhere
+
     def _ask_to_go_on(self, target: Target, lease: Lease, said: Said) -> Attempt | None:
-        """First with what was said as its own words, then the plain question once more."""
+        """First with what was said as its own words, then the plain question once more.
+
+        One that failed is returned only where nobody else may be asked.
+        """
         for prefilled in (True, False):
             if prefilled and not (said.text and target.goes_on):
                 continue
@@ -18419,7 +20054,9 @@ class Rescue:
             if attempt.verdict is None:
                 return attempt
             self._walk.rule(target, attempt.verdict)
-            self._router.learn(target, lease, attempt, ask.guard)
+            self._router.learn(target, lease, attempt, ask)
+            if attempt.verdict is CONTENT_FILTER:
+                return attempt
             if attempt.verdict.rests or attempt.verdict.counts:
                 return None
         return None
@@ -18486,7 +20123,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 35. Reload
+# 36. Reload
 # =============================================================================
 
 
@@ -18608,7 +20245,7 @@ def file_mark(path: Path) -> tuple[int, int, int] | None:
 
 
 # =============================================================================
-# 36. Configuration
+# 37. Configuration
 # =============================================================================
 
 # -- features --------------------------------------------------------------------
@@ -19076,7 +20713,11 @@ def caller_row(config: Config, caller: Caller) -> Json:
 def list_proxy_keys(desk: Desk, _body: Json) -> Json:
     return {
         "keys": [
-            {**caller_row(desk.config, caller), "usage": {}, "pending_restart": False}
+            {
+                **caller_row(desk.config, caller),
+                "usage": desk.router.quotas.snapshot(caller),
+                "pending_restart": False,
+            }
             for caller in desk.config.callers
         ]
     }
@@ -19214,11 +20855,11 @@ def run_errand(desk: Desk, errand: Errand, body: Json, names: Mapping[str, str])
 
 
 # =============================================================================
-# 37. Status
+# 38. Status
 # =============================================================================
 
 
-def snapshot(router: Router) -> Json:
+def snapshot(router: Router, caller: Caller = ITSELF) -> Json:
     """GET /v1/status: everything an owner wants to know; keys by their last characters."""
     config = router.config
     return {
@@ -19234,6 +20875,7 @@ def snapshot(router: Router) -> Json:
             "fast_providers": sorted(FAST_PROVIDERS),
         },
         "rotation": {"mode": config.rotation_mode},
+        "limits": limits_status(router, caller),
         "circuit_breaker": {
             "window": config.breaker_window,
             "min_samples": config.breaker_min_samples,
@@ -19251,6 +20893,153 @@ def snapshot(router: Router) -> Json:
     }
 
 
+def seen_callers(router: Router, caller: Caller) -> list[Caller]:
+    """Whose numbers a caller may see: an admin everybody's, the others their own."""
+    known = list(router.config.callers)
+    return known if caller.admin or caller is ITSELF else [caller]
+
+
+def limits_status(router: Router, caller: Caller) -> Json:
+    """The callers that have limits, and what they used of them."""
+    limited = [c for c in seen_callers(router, caller) if c.quota.limited]
+    return {
+        "enabled": bool(limited),
+        "keys": [
+            {
+                "key_tail": key_tail(c.key),
+                "name": c.name,
+                "limits": {f.name: getattr(c.quota, f.name) for f in fields(Quota)},
+                "usage": router.quotas.snapshot(c),
+            }
+            for c in limited
+        ],
+    }
+
+
+USAGE_DAYS: Final = 31
+
+
+def usage_report(router: Router, caller: Caller) -> Json:
+    """GET /v1/usage: what was used, ever, today and day by day; by provider, model and caller."""
+    shown = seen_callers(router, caller)
+    ids = {c.id for c in shown}
+    everything = caller.admin or caller is ITSELF
+    rows = [(p, t) for p, t in router.usage.places() if everything or p.caller in ids]
+    spent = [(p, t) for p, t in rows if p.provider]
+    total = summed(spent, lambda place: "").get("", Tally())
+    config, usage = router.config, router.usage
+    days = [
+        (p, t) for p, t in usage.days(usage.today - USAGE_DAYS + 1) if everything or p.caller in ids
+    ]
+    return {
+        "uptime_s": round(usage.uptime_s, 1),
+        "totals": used(config, total),
+        "providers": {
+            name: used(config, tally, attempts=True)
+            for name, tally in sorted(summed(spent, lambda place: place.provider).items())
+        },
+        "models": model_usage(router, spent),
+        "keys": [caller_usage(router, c, rows) for c in shown],
+        "days": day_usage(config, days),
+        "cache": {"hits": 0, "misses": 0, "hit_rate": 0.0, "semantic_hits": 0},
+        "prices": {"as_of": MODELS_AS_OF, "own": len(config.prices)},
+    }
+
+
+Spent = Sequence[tuple[Place, Tally]]
+
+
+def summed(rows: Spent, by: Callable[[Place], Any]) -> dict[Any, Tally]:
+    """One tally for each value of `by`."""
+    found: dict[Any, Tally] = {}
+    for place, tally in rows:
+        found.setdefault(by(place), Tally()).add(tally)
+    return found
+
+
+def used(config: Config, tally: Tally, attempts: bool = False) -> Json:
+    """Tokens and known cost; estimated and unpriced ones are marked."""
+    counts = {"requests": tally.requests, "errors": tally.errors} if attempts else {}
+    return {
+        **counts,
+        "tokens": tally.tokens,
+        "prompt_tokens": tally.prompt_tokens,
+        "completion_tokens": tally.completion_tokens,
+        "cached_tokens": tally.cached_tokens,
+        "estimated_tokens": tally.estimated_tokens,
+        "unpriced_answers": tally.unpriced,
+        "cost": cost_object(config, tally.cost_usd),
+    }
+
+
+def cost_object(config: Config, usd: float) -> Json:
+    """{"usd": ...}, and the second currency where one is set."""
+    cost, name = {"usd": round(usd, 6)}, config.cost_currency.lower()
+    if config.cost_fx_rate > 0 and name != "usd":
+        cost[name] = round(usd * config.cost_fx_rate, 4)
+    return cost
+
+
+def model_usage(router: Router, spent: Spent) -> list[Json]:
+    """One row per provider, model and key of it, what cost most tokens first."""
+    tails = {key_id(key): key_tail(key) for s in router.config.services for key in s.keys}
+    rows = summed(spent, lambda place: (place.provider, place.model, place.key))
+    return [
+        {
+            "provider": provider,
+            "model": model,
+            "key_tail": tails.get(key),
+            "price": price_of(router, provider, model),
+            **used(router.config, tally, attempts=True),
+        }
+        for (provider, model, key), tally in sorted(rows.items(), key=lambda row: -row[1].tokens)
+    ]
+
+
+def price_of(router: Router, provider: str, model: str) -> list[float | None] | None:
+    """[in, out, cached in] in USD per 1M tokens as of now; None = unknown."""
+    service = router.directory.services.get(provider)
+    price = service and router.prices.of(service, router.directory.facts(provider, model))
+    return list(price) if price else None
+
+
+def caller_usage(router: Router, caller: Caller, rows: Spent) -> Json:
+    own = [(p, t) for p, t in rows if p.caller == caller.id]
+    total = summed(own, lambda place: bool(place.provider))
+    asked, spent = total.get(False, Tally()), total.get(True, Tally())
+    return {
+        "key_tail": key_tail(caller.key),
+        "name": caller.name,
+        **router.quotas.snapshot(caller),
+        "req_total": asked.requests,
+        "tokens_total": spent.tokens,
+        "cost_total": round(spent.cost_usd, 6),
+        "unpriced_answers": spent.unpriced,
+    }
+
+
+def day_usage(config: Config, rows: Spent) -> list[Json]:
+    """One row per UTC day, the latest first; requests are those of callers."""
+    asked = summed([(p, t) for p, t in rows if not p.provider], lambda place: place.day)
+    spent = summed([(p, t) for p, t in rows if p.provider], lambda place: place.day)
+    return [
+        {
+            "day": day_text(day),
+            "requests": asked.get(day, Tally()).requests,
+            **used(config, spent.get(day, Tally())),
+        }
+        for day in sorted({*asked, *spent}, reverse=True)
+    ]
+
+
+def requests_by_name(router: Router) -> dict[str, int]:
+    """Requests that were admitted, by the caller's name; two of the same name are one."""
+    names = {"open": "open", **{caller.id: caller.name for caller in router.config.callers}}
+    rows = [(p, t) for p, t in router.usage.places() if not p.provider]
+    found = summed(rows, lambda place: names.get(place.caller, "(others)"))
+    return {name: tally.requests for name, tally in sorted(found.items())}
+
+
 def service_status(router: Router, service: Service) -> Json:
     name, tally = service.name, router.usage.tally(service.name)
     targets = [t for t in router.directory.targets if t.provider == name]
@@ -19266,9 +21055,10 @@ def service_status(router: Router, service: Service) -> Json:
         },
         "breaker": router.breakers.snapshot(name),
         "lessons": router.lessons.snapshot(name),
-        "tokens": tally.prompt_tokens + tally.completion_tokens,
+        "tokens": tally.tokens,
         "cost_usd": round(tally.cost_usd, 6),
         "unpriced_answers": tally.unpriced,
+        "estimated_answers": tally.estimated,
         "available": not service.resting and not router.breakers.is_open(name),
         "out_of_use": service.resting or None,
         "tier": service.provider.tier,
@@ -19505,9 +21295,21 @@ METRICS: Final = (
         "tokens_total",
         "counter",
         "Tokens used.",
-        per_provider(lambda t: t.prompt_tokens + t.completion_tokens),
+        per_provider(lambda t: t.tokens),
     ),
     Metric("cost_usd_total", "counter", "Known cost in USD.", per_provider(lambda t: t.cost_usd)),
+    Metric(
+        "key_requests_total",
+        "counter",
+        "Requests of a caller that were let in.",
+        lambda r: [({"key": name}, n) for name, n in requests_by_name(r).items()],
+    ),
+    Metric(
+        "rejected_requests_total",
+        "counter",
+        "Requests that a limit of this router kept out.",
+        lambda r: [({"limit": why}, n) for why, n in sorted(r.usage.rejections().items())],
+    ),
     Metric(
         "responses_total",
         "counter",
@@ -19557,59 +21359,102 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 38. Endpoints
+# 39. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
     "/v1/chat/completions": "chat",
     "/v1/messages": "messages",
     "/v1/responses": "responses",
+    "/v1/responses/compact": "responses",
     "/v1/completions": "completions",
     "/v1/embeddings": "embeddings",
 }
 PUBLIC: Final = frozenset({"/health", "/", "/favicon.ico"})
+FREELY_ASKED: Final = frozenset({"/health", "/metrics"})  # as often as anybody likes
 HTTP_ERRORS: Final = {404: NotFound, 405: MethodNotAllowed, 413: TooLarge, 415: UnsupportedMedia}
 # The server below puts a setter here; called with a function it runs that function
 # when the client's connection closes, with None it forgets it.
 ON_CLOSE: Final = "hermes.on_client_close"
-SEND: Final = "hermes.send"  # a function of the server that sends bytes of a stream at once
+# A function of the server that sends bytes of a stream at once, and with headers begins it.
+SEND: Final = "hermes.send"
+PRELUDE: Final = "hermes.prelude"  # what may have begun a stream before it was answered
 HANG_UP: Final = "hermes.hang_up"  # a function of the server that closes the client's connection
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+EVENT_STREAM: Final = {**STREAM_HEADERS, "Content-Type": "text/event-stream"}
+PHRASES: Final = http.client.responses
 HARMLESS_ID: Final = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+class App(flask.Flask):
+    """Flask, with a shorter way for the requests that models answer.
+
+    Contexts, hooks, the URL map and checked headers are half of what such a request costs this
+    file, and their views use none of it: a POST to exactly such a path goes straight to its view.
+    All else, also other methods of these paths, goes Flask's way, on which they are as well.
+    """
+
+    def __init__(self, router: Router) -> None:
+        super().__init__("hermes-router", static_folder=None)
+        self.extensions["router"], self.extensions["reloader"] = router, Reloader(router)
+        self._router, self._door = router, Door(router)
+        router.follow(self._door)
+        self.before_request(lambda: self._door.check(current_request()))
+        self.register_error_handler(Exception, lambda e: refusal(router, current_request(), e))
+        add_routes(self, router)
+
+    def wsgi_app(self, environ: Json, start_response: Any) -> Iterable[bytes]:
+        serve = (
+            MODEL_CALLS.get(environ["PATH_INFO"]) if environ["REQUEST_METHOD"] == "POST" else None
+        )
+        if serve is None:
+            return super().wsgi_app(environ, start_response)
+        request = self.request_class(environ)
+        try:
+            self._door.check(request)
+            reply = serve(self._router, request)
+        except Exception as error:
+            reply = refusal(self._router, request, error)
+        reply.headers["X-Request-ID"] = request_id(request)
+        return reply(environ, start_response)
+
+
+class Reply:
+    """An answer of a model as WSGI takes it: a whole body, or one that is streamed."""
+
+    def __init__(
+        self, body: bytes | Iterable[bytes], headers: dict[str, str], status: int = 200
+    ) -> None:
+        self.body, self.headers, self.status = body, headers, status
+
+    def __call__(self, _environ: Json, start_response: Any) -> Iterable[bytes]:
+        headers = list(self.headers.items())
+        body = self.body
+        if isinstance(body, bytes):
+            headers.append(("Content-Length", str(len(body))))
+            body = [body]
+        start_response(f"{self.status} {PHRASES.get(self.status, 'Unknown')}", headers)
+        return body
 
 
 def create_app(config: Config, **parts: Any) -> flask.Flask:
     """A fresh WSGI app around a fresh Router; `parts` (transport, now) go to the Router."""
-    app = flask.Flask("hermes-router", static_folder=None)
-    router = Router(config, **parts)
-    app.extensions["router"], app.extensions["reloader"] = router, Reloader(router)
-    door = Door()
-    router.follow(door)
-    app.before_request(lambda: door.check(current_request()))
-    app.register_error_handler(RouterError, lambda error: error_response(router, error))
-    app.register_error_handler(HTTPException, lambda error: http_error(router, error))
-    app.register_error_handler(Exception, lambda error: crash(router, error))
-    add_routes(app, router)
-    return app
+    return App(Router(config, **parts))
 
 
 def add_routes(app: flask.Flask, router: Router) -> None:
     """Every path, the method it answers to, and its function."""
     routes: tuple[tuple[str, str, Callable[..., Any]], ...] = (
-        ("POST", "/v1/chat/completions", lambda: serve_chat(router)),
-        ("POST", "/v1/messages", lambda: serve_messages(router)),
         ("POST", "/v1/messages/count_tokens", lambda: serve_count(router)),
-        ("POST", "/v1/responses", lambda: serve_responses(router)),
         ("GET", "/v1/responses/<own>", lambda own: serve_stored(router, own)),
         ("GET", "/v1/responses/<own>/input_items", lambda own: serve_input(router, own)),
         ("DELETE", "/v1/responses/<own>", lambda own: delete_stored(router, own)),
-        ("POST", "/v1/completions", lambda: serve_completions(router)),
-        ("POST", "/v1/embeddings", lambda: serve_embeddings(router)),
         ("GET", "/v1/models", lambda: serve_models(router)),
         ("GET", "/v1/models/<path:model>", lambda model: serve_model(router, model)),
-        ("GET", "/v1/status", lambda: snapshot(router)),
         ("GET", "/v1/logs", lambda: serve_logs(router)),
         ("GET", "/v1/why/<id>", lambda id: serve_why(router, id)),
+        ("GET", "/v1/status", lambda: snapshot(router, current_caller())),
+        ("GET", "/v1/usage", lambda: usage_report(router, current_caller())),
         (
             "GET",
             "/metrics",
@@ -19623,11 +21468,12 @@ def add_routes(app: flask.Flask, router: Router) -> None:
             lambda: {"status": "ok", "message": "hermes-router is running; see /v1/models"},
         ),
     )
-    errands: tuple[tuple[str, str, Callable[..., Any]], ...] = tuple(
+    routes += tuple(("POST", path, asked(serve, router)) for path, serve in MODEL_CALLS.items())
+    routes += tuple(
         (method, f"/v1/config/{path}", functools.partial(administer, app, errand))
         for method, path, errand in ERRANDS
     )
-    for method, path, function in (*routes, *errands):
+    for method, path, function in routes:
         app.add_url_rule(
             path,
             f"{method} {path}",
@@ -19635,6 +21481,10 @@ def add_routes(app: flask.Flask, router: Router) -> None:
             methods=[method],
             provide_automatic_options=False,
         )
+
+
+def asked(serve: Callable[[Router, flask.Request], Any], router: Router) -> Callable[[], Any]:
+    return lambda: serve(router, current_request())
 
 
 def tagged(function: Callable[..., Any]) -> Callable[..., flask.Response]:
@@ -19654,6 +21504,10 @@ def current_request() -> flask.Request:
     return cast(flask.Request, flask.request._get_current_object())  # type: ignore[attr-defined]
 
 
+def current_caller() -> Caller:
+    return cast(Caller, current_request().environ["hermes.caller"])
+
+
 def request_id(request: flask.Request) -> str:
     """The client's own id where it is a harmless one, else a new one; the same for one request."""
     environ = request.environ
@@ -19668,15 +21522,28 @@ def request_id(request: flask.Request) -> str:
 class Door:
     """Who may come in."""
 
+    def __init__(self, router: Router) -> None:
+        self._addresses, self._usage = router.addresses, router.usage
+
     def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._stranger = Caller("open", "open", quota=config.quota)
         self._open = config.auth_mode == "open"
         self._public = PUBLIC if config.metrics_require_auth else PUBLIC | {"/metrics"}
         self._callers = [(caller.key.encode(), caller) for caller in config.callers]
 
     def check(self, request: flask.Request) -> None:
-        """Before anything else of a request is looked at; Unauthorized stops it here."""
+        """Before anything else of a request is looked at; RouterError stops it here."""
+        if self._addresses.most and request.path not in FREELY_ASKED:
+            self._count(request)
         if request.path not in self._public:
             request.environ["hermes.caller"] = self.caller(request)
+
+    def _count(self, request: flask.Request) -> None:
+        try:
+            self._addresses.check(request.environ)
+        except OverQuota:
+            self._usage.rejected("address")
+            raise
 
     def caller(self, request: flask.Request) -> Caller:
         """The owner of the key in Authorization (with or without Bearer) or x-api-key.
@@ -19695,7 +21562,7 @@ class Door:
         if found:
             return found
         if self._open:
-            return Caller("open", "open")
+            return self._stranger
         raise Unauthorized(
             "unauthorized: send one of this router's keys as `Authorization: Bearer <key>`"
         )
@@ -19804,18 +21671,18 @@ def serve_model(router: Router, model: str) -> Json:
     )
 
 
-def serve_chat(router: Router) -> flask.Response:
-    request = current_request()
+def serve_chat(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     validate_chat(body)
-    ask = make_ask(router, request, CHAT, raw, body, body)
+    surface = OLDER_CHAT if has_functions(body) else CHAT
+    ask = make_ask(router, request, surface, raw, body, modern_chat(body))
+    ask.custom = bool(custom_names(body))
     options = body.get("stream_options") or {}
     ask.wants_usage = bool(options.get("include_usage"))
     return respond_chat(router, request, ask)
 
 
-def serve_messages(router: Router) -> flask.Response:
-    request = current_request()
+def serve_messages(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     ask = make_ask(router, request, MESSAGES, raw, body, messages_to_chat(body))
     ask.wants_usage = True
@@ -19840,25 +21707,26 @@ def serve_count(router: Router) -> Json:
     return {"input_tokens": count_messages_tokens(body, router.encoder)}
 
 
-def serve_completions(router: Router) -> flask.Response:
-    request = current_request()
+def serve_completions(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     ask = make_ask(router, request, COMPLETIONS, raw, body, completions_to_chat(body))
     ask.wants_usage = True
     return respond_chat(router, request, ask)
 
 
-def serve_responses(router: Router) -> flask.Response:
-    request = current_request()
+def serve_responses(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     validate_responses(body)
     caller, previous = request.environ["hermes.caller"].id, body.get("previous_response_id")
     earlier = router.responses.chain(caller, previous) if previous else []
-    surface = responses_surface(is_codex(request, body), earlier)
-    ask = make_ask(router, request, surface, raw, body, responses_to_chat(body, earlier))
+    codex, compacts = is_codex(request, body), asks_to_compact(body)
+    surface = compaction_surface(codex) if compacts else responses_surface(codex, earlier)
+    to_chat = compaction_chat if compacts else responses_to_chat
+    ask = make_ask(router, request, surface, raw, body, to_chat(body, earlier))
     ask.wants_usage = True
-    ask.left_out = plan_tools(body, earlier).unserved
-    items = items_of(body)
+    ask.left_out = () if compacts else plan_tools(body, earlier).unserved
+    ask.make_flow = Summary if compacts else None
+    items = items_of(without_trigger(body))
     if previous:
         ask.input = [*earlier, *items]
 
@@ -19870,12 +21738,29 @@ def serve_responses(router: Router) -> flask.Response:
     try:
         return respond_chat(router, request, ask, keep)
     except (BadRequest, OverLimit) as error:
-        if not told_in_stream(error, ask, is_codex(request, body)):
+        if not told_in_stream(error, ask, codex):
             raise
-        flow = surface.writer(ask.opening, "")
-        return flask.Response(
-            flow.fail(error), 200, {**STREAM_HEADERS, "Content-Type": "text/event-stream"}
-        )
+        return failed_stream(ask, error)
+
+
+def failed_stream(ask: Ask, error: RouterError) -> Reply:
+    """A stream that holds an error only. Its length is not stated, as it may have begun."""
+    error.message = told_with_wait(error.message, error.retry_after)
+    told = ask.surface.writer(ask.opening, "").fail(error)
+    return Reply(iter([told]), dict(EVENT_STREAM))
+
+
+def serve_compact(router: Router, request: flask.Request) -> Reply:
+    """POST /v1/responses/compact: the context window to go on with."""
+    raw, body = read_body(router, request)
+    validate_responses(body)
+    caller, previous = request.environ["hermes.caller"].id, body.get("previous_response_id")
+    earlier = router.responses.chain(caller, previous) if previous else []
+    body = {**without_trigger(body), "stream": False}
+    chat = compaction_chat(body, earlier)
+    return respond_chat(
+        router, request, make_ask(router, request, compact_surface(earlier), raw, body, chat)
+    )
 
 
 def is_codex(request: flask.Request, body: Json) -> bool:
@@ -19922,13 +21807,22 @@ def delete_stored(router: Router, own: str) -> Json:
     return {"id": own, "object": "response", "deleted": True}
 
 
-def serve_embeddings(router: Router) -> flask.Response:
-    request = current_request()
+def serve_embeddings(router: Router, request: flask.Request) -> Reply:
     raw, body = read_body(router, request)
     validate_embeddings(body)
     ask = make_ask(router, request, EMBEDDINGS, raw, body, body)
     ask.stream = ask.trace.streaming = False
     return respond(router, request, ask, lambda: router.embed(ask))
+
+
+MODEL_CALLS: Final[Mapping[str, Callable[[Router, flask.Request], Reply]]] = {
+    "/v1/chat/completions": serve_chat,
+    "/v1/messages": serve_messages,
+    "/v1/responses": serve_responses,
+    "/v1/responses/compact": serve_compact,
+    "/v1/completions": serve_completions,
+    "/v1/embeddings": serve_embeddings,
+}
 
 
 def read_body(router: Router, request: flask.Request) -> tuple[bytes, Json]:
@@ -19938,7 +21832,8 @@ def read_body(router: Router, request: flask.Request) -> tuple[bytes, Json]:
         raise UnsupportedMedia(f"request bodies with content encoding {coding[:40]!r} are not read")
     if (request.content_length or 0) > router.config.max_request_bytes:
         raise TooLarge(f"the request is larger than {router.config.max_request_bytes} bytes")
-    raw = request.get_data(cache=False)
+    own = request.environ.get("wsgi.input_terminated")  # it ends where the body does
+    raw = request.environ["wsgi.input"].read() if own else request.get_data(cache=False)
     return raw, parse_body(raw)
 
 
@@ -19953,8 +21848,19 @@ def make_ask(
         ask.request_id, surface.dialect, ask.caller, time.time(), ask.started, ask.stream, asked
     )
     request.environ["hermes.trace"] = ask.trace
+    ask.privacy = privacy_of(request, ask.caller)
     ask.fallback = request.environ.get("HTTP_X_ROUTE_FALLBACK", "").lower() == "allow"
     return ask
+
+
+def privacy_of(request: flask.Request, caller: Caller) -> str:
+    """The stricter of what the header X-Privacy and the caller's row ask for."""
+    asked = request.environ.get("HTTP_X_PRIVACY", "").strip().lower()
+    if asked and asked not in PRIVACY:
+        expected = " or ".join(PRIVACY)
+        raise BadRequest(f"X-Privacy: {asked[:40]!r} is not {expected}", param="X-Privacy")
+    wishes = {asked, caller.privacy}
+    return next((level for level in reversed(PRIVACY) if level in wishes), "")
 
 
 def respond_chat(
@@ -19962,7 +21868,7 @@ def respond_chat(
     request: flask.Request,
     ask: Ask,
     keep: Callable[[Json], None] | None = None,
-) -> flask.Response:
+) -> Reply:
     """Answer whatever became a chat; `keep` gets the whole answer once it is known."""
     profile = request.environ.get("HTTP_X_HERMES_PROFILE", "").strip().lower()
     profile = profile if profile in ("fast", "local") else ""
@@ -19975,7 +21881,7 @@ def respond(
     ask: Ask,
     answer: Callable[[], Answer],
     keep: Callable[[Json], None] | None = None,
-) -> flask.Response:
+) -> Reply:
     """Run one request inside the gate, cut when the client goes away."""
     on_close = request.environ.get(ON_CLOSE, forget)
     router.gate.enter()
@@ -19983,12 +21889,15 @@ def respond(
     try:
         on_close(ask.guard.client_gone)
         ask.guard.hang_up = request.environ.get(HANG_UP, ask.guard.cut_off)
-        made = answer()
+        with Prelude(router, request, ask):
+            made = answer()
     except ClientGone:
         visit.leave(499)
-        return flask.Response("", 499)
-    except BaseException:
+        return Reply(b"", {}, 499)
+    except BaseException as error:
         visit.leave(0)
+        if isinstance(error, RouterError):
+            error.headers = rate_headers(router, ask)
         raise
     headers = {
         "X-Provider": made.provider,
@@ -20004,13 +21913,72 @@ def respond(
         visit.leave(200, made)
         if keep and made.final:
             keep(made.final)
-        return flask.Response(made.body, 200, headers)
+        return Reply(made.body, {**headers, **rate_headers(router, ask)})
     relay, send = made.body, request.environ.get(SEND)
     relay.keep = keep
     if send:
-        ask.guard.show_life(lambda: send(relay.flow.beat()))
+        beat = ask.surface.beat
+        ask.guard.show_life(lambda: send(beat if relay.mending else relay.flow.beat()))
     body = Stream(made.body, lambda whole: visit.leave(200 if whole else 499, made))
-    return flask.Response(body, 200, {**headers, **STREAM_HEADERS}, direct_passthrough=True)
+    return Reply(body, {**headers, **STREAM_HEADERS, **rate_headers(router, ask)})
+
+
+class Prelude:
+    """Begins a stream that nobody has answered for long, while candidates are still being asked.
+
+    Clients and front ends give up on a silent connection, some after 30 seconds. What is sent
+    commits to HTTP 200 and to nothing else: whoever answers later, it goes before their first
+    event. From then on a failure is told as the dialect's error event.
+    """
+
+    def __init__(self, router: Router, request: flask.Request, ask: Ask) -> None:
+        self._ask, self.begun = ask, False
+        self._send: Callable[..., None] | None = request.environ.get(SEND)
+        self._after = router.config.keepalive_after
+        self._headers = [*EVENT_STREAM.items(), ("X-Request-ID", ask.request_id)]
+        if ask.stream and self._after and self._send:
+            request.environ[PRELUDE] = self
+            ask.guard.quiet_since = ask.started + self._after - Watchdog.BEAT_S
+            ask.guard.show_life(self._beat)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        """Returns when no sign of life is under way any more."""
+        self._ask.guard.show_life(None)
+        self._ask.guard.quiet_since = math.inf
+
+    def _beat(self) -> None:
+        if not self.begun:
+            own = self._ask.request_id
+            log.info("%s nobody answered within %g s: the stream begins", own, self._after)
+        self.begun = True
+        if self._send:
+            self._send(self._ask.surface.beat, self._headers)
+
+    def fail(self, error: RouterError) -> Reply:
+        return failed_stream(self._ask, error)
+
+
+def rate_headers(router: Router, ask: Ask) -> Json:
+    """What is left of the caller's limits, where there are any, in the words of the dialect."""
+    if not ask.caller.quota.limited:
+        return {}
+    claude, found = ask.surface.dialect == "messages", {}
+    for kind, (limit, remaining, reset_s) in router.quotas.rates(ask.caller).items():
+        names = [f"anthropic-ratelimit-{kind}-", ""] if claude else ["x-ratelimit-", f"-{kind}"]
+        back = utc_text(round(time.time() + reset_s)) if claude else short_duration(reset_s)
+        for what, value in (("limit", limit), ("remaining", remaining), ("reset", back)):
+            found[names[0] + what + names[1]] = str(value)
+    return found
+
+
+def short_duration(seconds: float) -> str:
+    """As OpenAI tells it: 90 -> 1m30s."""
+    left = math.ceil(seconds)
+    parts = [(left // 3600, "h"), (left // 60 % 60, "m"), (left % 60, "s")]
+    return "".join(f"{n}{unit}" for n, unit in parts if n) or "0s"
 
 
 def forget(_callback: Callable[[], None] | None) -> None:
@@ -20025,6 +21993,7 @@ class Visit:
 
     def leave(self, status: int, answer: Answer | None = None) -> None:
         self._router.gate.leave()
+        self._router.finish(self._ask)
         self._on_close(None)
         if status:
             trace = self._ask.trace
@@ -20066,12 +22035,27 @@ class Stream:
 WORTH_WAITING_S: Final = 60.0  # longer ones are not honoured by the SDKs: they would hammer
 
 
-def error_response(router: Router, error: RouterError) -> flask.Response:
+def refusal(router: Router, request: flask.Request, error: Exception) -> Reply:
+    """What a client is told of any error; one that nobody foresaw is logged with its traceback."""
+    if isinstance(error, RouterError):
+        return error_response(router, request, error)
+    if isinstance(error, HTTPException):
+        return http_error(router, request, error)
+    log.error("%s failed", request_id(request), exc_info=error)
+    text = "an internal error; the log has the details"
+    return error_response(router, request, RouterError(text))
+
+
+def error_response(router: Router, request: flask.Request, error: RouterError) -> Reply:
     """Any RouterError in the envelope of the endpoint's dialect."""
-    request = current_request()
-    envelope = envelope_for(request.environ, error, request_id(request))
-    response = flask.Response(dump_json(envelope), error.status, mimetype="application/json")
+    prelude: Prelude | None = request.environ.get(PRELUDE)
+    if prelude and prelude.begun:
+        response = prelude.fail(error)
+    else:
+        envelope = envelope_for(request.environ, error, request_id(request))
+        response = Reply(dump_json(envelope), {"Content-Type": "application/json"}, error.status)
     response.headers["X-Request-ID"] = request_id(request)
+    response.headers.update(error.headers)
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, OverLimit):
@@ -20107,34 +22091,28 @@ def envelope_for(environ: Mapping[str, Any], error: RouterError, request_id: str
     return error_body(error)
 
 
-def http_error(router: Router, error: HTTPException) -> flask.Response:
+def http_error(router: Router, request: flask.Request, error: HTTPException) -> Reply:
     """Flask's own errors (no such path, wrong method) in the same envelope."""
     status = error.code or 500
-    request = flask.request
     text = {
         404: f"there is no {request.method} {scrub(request.path, 200)} here",
         405: f"{request.method} is not allowed on {scrub(request.path, 200)}",
     }.get(status, error.description or error.name)
     kind = HTTP_ERRORS.get(status, BadRequest if status < 500 else RouterError)
-    response = error_response(router, kind(text))
-    response.status_code = status
+    response = error_response(router, request, kind(text))
+    response.status = status
     if status == 405 and isinstance(allowed := getattr(error, "valid_methods", None), list):
         response.headers["Allow"] = ", ".join(allowed)
     return response
 
 
-def crash(router: Router, error: Exception) -> flask.Response:
-    """The request boundary: a fault of ours is logged with its traceback and told as a 500."""
-    log.error("%s failed", request_id(current_request()), exc_info=error)
-    return error_response(router, RouterError("an internal error; the log has the details"))
-
-
 # =============================================================================
-# 39. Server
+# 40. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
 THREAD_REST_S: Final = 60.0
+LARGE_BYTES: Final = 1 << 20  # what is larger is not copied
 
 
 class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
@@ -20148,7 +22126,10 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
         self._keep, self.most = keep, most
         self._tasks: deque[Any] = deque()
         self._idle: list[threading.Lock] = []  # each released to wake its thread
+        self._due: list[threading.Lock] = []  # those to be released next
+        self.put_off = False  # until `wake` is called
         self._count = 0
+        self._own: set[int] = set()  # the ids of these threads
         self._closed = False
         self._guard = threading.Lock()
         self.drains = threading.BoundedSemaphore(max(1, min(8, most // 4)))
@@ -20159,8 +22140,12 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
     def add_task(self, task: Any) -> None:
         with self._guard:
             self._tasks.append(task)
+            if threading.get_ident() in self._own:  # a client's next request: it comes to that
+                return
             if self._idle:
-                self._idle.pop().release()
+                self._due.append(self._idle.pop())
+                if not self.put_off:
+                    self.wake()
                 return
             if self._count >= self.most:
                 return
@@ -20171,14 +22156,20 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
             with self._guard:
                 self._count -= 1
 
+    def wake(self) -> None:
+        """Wake the threads for the tasks that were added."""
+        while self._due:
+            self._due.pop().release()
+
     def _work(self) -> None:
         wake = threading.Lock()
         wake.acquire()
+        self._own.add(threading.get_ident())
         while True:
             with self._guard:
                 task = self._tasks.popleft() if self._tasks else None
                 if task is None and self._closed:
-                    self._count -= 1
+                    self._leave()
                     return
                 if task is None:
                     self._idle.append(wake)
@@ -20196,8 +22187,12 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
             self._idle.remove(wake)
             if self._count <= self._keep and not self._closed:
                 return False
-            self._count -= 1
+            self._leave()
             return True
+
+    def _leave(self) -> None:
+        self._count -= 1
+        self._own.discard(threading.get_ident())
 
     @staticmethod
     def _run(task: Any) -> None:
@@ -20211,9 +22206,9 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
             self._closed = True
             pending = list(self._tasks) if cancel_pending else []
             self._tasks.clear()
-            for wake in self._idle:
-                wake.release()
+            self._due += self._idle
             self._idle.clear()
+            self.wake()
         for task in pending:
             task.cancel()
         return bool(pending)
@@ -20232,6 +22227,9 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
     """
 
     wrote_header: bool = False
+    has_body: bool = True  # of an answer with this status
+    chunked_response: bool = False
+    close_on_finish: bool = False
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
@@ -20240,21 +22238,47 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
         environ[SEND] = self.send_aside
         return environ
 
-    def send_aside(self, data: bytes) -> None:
-        """Whole events from another thread, unless there is something to be sent already."""
-        if self.wrote_header and not self.channel.total_outbufs_len:
+    def send_aside(self, data: bytes, headers: Sequence[tuple[str, str]] = ()) -> None:
+        """Whole events from another thread, unless there is something to be sent already.
+
+        With `headers` the answer is begun, if it was not; those that come later are too late.
+        """
+        if headers and not self.wrote_header:
+            self.response_headers = list(headers)
+        if (headers or self.wrote_header) and not self.channel.total_outbufs_len:
             with suppress(waitress.channel.ClientDisconnected):
                 self.write(data)
+
+    def execute(self) -> None:
+        """What the app answers, as it comes."""
+        answer = self.channel.server.application(self.get_environment(), self.start_response)
+        try:
+            for piece in answer:
+                if piece:
+                    self.write(piece)
+        finally:
+            if close := getattr(answer, "close", None):
+                close()
+        if self.content_length not in (None, self.content_bytes_written):
+            self.close_on_finish = self.close_on_finish or self.request.command != "HEAD"
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], _problem: object = None
+    ) -> Callable[[bytes], None]:
+        """As WSGI has it; that no header holds a line end is seen when they are written."""
+        self.complete, self.status, self.response_headers = True, status, headers
+        self.has_body = status[:1] != "1" and status[:3] not in ("204", "304")
+        for name, value in headers:
+            if name.lower() == "content-length":
+                self.content_length = int(value)
+        return self.write
 
     def build_response_header(self) -> bytes:
         """Status line and headers; decides about chunked coding and keep-alive (RFC 9112)."""
         asked = self.request.headers.get("CONNECTION", "").lower()
         keep = asked != "close" if self.version == "1.1" else asked == "keep-alive"
         lines = [f"HTTP/{self.version} {self.status}"]
-        lines += [f"{k}: {v}" for k, v in self.response_headers if k.lower() != "connection"]
-        headers = {k.lower() for k, _ in self.response_headers}
-        if self.content_length is not None and self.has_body and "content-length" not in headers:
-            lines.append(f"Content-Length: {self.content_length}")
+        lines += [f"{name}: {value}" for name, value in self.response_headers]
         if self.content_length is None and self.has_body:
             self.chunked_response = self.version == "1.1"
             keep = keep and self.chunked_response
@@ -20266,7 +22290,10 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
         elif self.version == "1.0":
             lines.append("Connection: keep-alive")
         lines += ["Server: hermes-router", f"Date: {http_date(int(self.start_time))}", "", ""]
-        return "\r\n".join(lines).encode("latin-1")
+        head = "\r\n".join(lines)
+        if not head.count("\n") == head.count("\r") == len(lines) - 1:
+            raise ValueError("a line end in a header")
+        return head.encode("latin-1")
 
     def write(self, data: bytes) -> None:
         """A piece of the body, with the head in front of the first."""
@@ -20278,6 +22305,9 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
             data = b"%X\r\n%b\r\n" % (len(data), data)
         else:
             self.content_bytes_written += len(data)
+        if head and len(data) > LARGE_BYTES:  # a copy would cost more than a second call
+            self.channel.write_soon(head)
+            head = b""
         if head or data:
             self.channel.write_soon(head + data)
 
@@ -20359,6 +22389,7 @@ class Sockets(dict[int, Any]):
         self._wanted: dict[int, int] = {}
         self._changed: deque[int | None] = deque()  # other threads append to it
         self._refreshed = 0.0
+        self.before_wait: Callable[[], None] = lambda: None
 
     def __setitem__(self, fd: int, part: Any) -> None:
         super().__setitem__(fd, part)
@@ -20369,14 +22400,19 @@ class Sockets(dict[int, Any]):
         if self._wanted.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
-    def touch(self, part: Any) -> None:
-        """What `part` waits for may have changed; from any thread, before the loop is woken."""
+    def touch(self, part: Any) -> bool:
+        """What `part` waits for may have changed, as any thread may say; whether it is not read.
+
+        Said before it is asked, and the loop looks the other way round: a change is not missed.
+        """
         self._changed.append(part._fileno)
+        return not self._wanted.get(part._fileno, 0) & select.EPOLLIN
 
     def loop(self, timeout: float, **_options: Any) -> None:
         """Waitress's asyncore.loop; ends when no socket is left."""
         while self:
             self._update()
+            self.before_wait()
             for fd, flags in self._epoll.poll(timeout):
                 if part := self.get(fd):
                     waitress.wasyncore.readwrite(part, flags)
@@ -20387,7 +22423,7 @@ class Sockets(dict[int, Any]):
         if now - self._refreshed > self.REFRESH_S:
             self._refreshed = now
             self._changed.extend(self)
-        for _ in range(len(self._changed)):
+        while self._changed:
             fd = self._changed.popleft()
             if fd is not None and (part := self.get(fd)):
                 self._want(fd, self._wishes(part))
@@ -20425,9 +22461,9 @@ class QuietServer:
         channel = self._channel
         unsent = channel.total_outbufs_len or channel.close_when_flushed or channel.will_close
         if unsent or channel.requests:
-            if isinstance(channel._map, Sockets):
-                channel._map.touch(channel)
-            self._server.pull_trigger()
+            unread = channel._map.touch(channel) if isinstance(channel._map, Sockets) else True
+            if unsent or unread:
+                self._server.pull_trigger()
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
@@ -20490,7 +22526,10 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             if self.connected and not self.total_outbufs_len and not self.will_close:
                 with suppress(OSError):  # full, or broken: Waitress's own way deals with both
                     sent = self.socket.send(data)
-            return sent if sent == len(data) else sent + cast(int, super().write_soon(data[sent:]))
+            if sent == len(data):
+                return sent
+            rest = memoryview(data)[sent:] if len(data) > LARGE_BYTES else data[sent:]
+            return sent + cast(int, super().write_soon(rest))
 
     def handle_close(self) -> None:
         super().handle_close()
@@ -20516,18 +22555,20 @@ def make_server(app: flask.Flask, config: Config) -> Any:
         backlog=1024,
         channel_timeout=120,
         cleanup_interval=15,
-        channel_request_lookahead=1,
+        channel_request_lookahead=2,  # the next one often comes before the last one's end
         recv_bytes=262_144,
         outbuf_high_watermark=1 << 20,  # a slow reader's stream waits instead of filling memory
         inbuf_overflow=64 << 20,
         ident="hermes-router",
-        clear_untrusted_proxy_headers=True,
+        clear_untrusted_proxy_headers=not config.trusted_proxies,
     )
     for part in sockets.values():
         if isinstance(part, waitress.server.BaseWSGIServer):
             part.channel_class = Channel
     if isinstance(sockets, Sockets):
         server.asyncore = sockets  # whose `loop` it runs
+        # A worker woken earlier would wait for the interpreter, which the loop still holds.
+        sockets.before_wait, workers.put_off = workers.wake, True
     app.extensions["router"].follow(Ceilings(server.adj, workers))
     return server
 
@@ -20609,7 +22650,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 40. Crash test
+# 41. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -21248,6 +23289,12 @@ def crash_config(config: Config, mocks: Sequence[Mock], home: str) -> Config:
         accounts=(),
         services=tuple(services),
         home=Path(home),
+        rate_limit_requests=0,
+        limit_rpm=0,
+        limit_req_day=0,
+        limit_tokens_day=0,
+        limit_cost_day=0.0,
+        limit_streams=0,
     )
 
 
@@ -21395,7 +23442,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 41. Documents
+# 42. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -21481,6 +23528,12 @@ def describe_configuration() -> str:
         "Every setting is an environment variable or a line in `.env` (the environment wins)."
         " A value that cannot be used stops the start, and every such value is named at once. A"
         " running router takes changes over within two seconds, except where a restart is named.",
+        "",
+        "An empty value counts as none, so an empty variable of the environment (compose files"
+        " pass `NAME=` for what is not set) does not hide the line in `.env`. Only these say"
+        " something when they are empty: a switch (default 0 or 1) is off,"
+        " `<PROVIDER>_SUPPORTS_TOOLS` and `<PROVIDER>_REASONING` are 0, `<PROVIDER>_EMBED_MODEL`"
+        " is none, `ROUTER_STATE_FILE` is not kept.",
     ]
     for group, rows in itertools.groupby(
         sorted(setting_rows(), key=lambda r: r[0]), lambda r: r[0]
@@ -21562,7 +23615,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 42. Terminal
+# 43. Terminal
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -21734,7 +23787,7 @@ def noted_address(config: Config) -> str:
 
 
 # =============================================================================
-# 43. Views
+# 44. Views
 # =============================================================================
 
 DEGRADED: Final = 0.1  # share of errors from which a provider is called so
@@ -21967,7 +24020,7 @@ def service_row(service: Service) -> dict[str, str]:
 
 
 # =============================================================================
-# 44. Connect
+# 45. Connect
 # =============================================================================
 
 # What clients keep in their settings files, merged into what stands there. A place in a file is
@@ -21984,14 +24037,14 @@ class Item(NamedTuple):
     value: str
 
 
-Place = tuple["str | Item", ...]
+SettingPath = tuple["str | Item", ...]
 
 
 @dataclass(frozen=True)
 class Edit:
     """One value of a settings file; `gentle` = only where nothing stands yet."""
 
-    place: Place
+    place: SettingPath
     value: Any
     gentle: bool = False
 
@@ -22003,9 +24056,9 @@ class CannotMerge(Exception):
 class SettingsFile(Protocol):
     """A settings file in memory: what stands at a place may be taken, put and removed."""
 
-    def take(self, place: Place) -> Any: ...
-    def put(self, place: Place, value: Any) -> None: ...
-    def made(self, value: Any, place: Place) -> Any: ...
+    def take(self, place: SettingPath) -> Any: ...
+    def put(self, place: SettingPath, value: Any) -> None: ...
+    def made(self, value: Any, place: SettingPath) -> Any: ...
     def text(self) -> str: ...
 
 
@@ -22020,13 +24073,13 @@ class JsonSettings:
         except (ValueError, RecursionError) as error:
             raise CannotMerge(f"it is not plain JSON ({error})") from None
 
-    def take(self, place: Place) -> Any:
+    def take(self, place: SettingPath) -> Any:
         value = self._root
         for step in place:
             value = inside(value, step)
         return value
 
-    def put(self, place: Place, value: Any) -> None:
+    def put(self, place: SettingPath, value: Any) -> None:
         """MISSING removes, and with it the containers that it leaves empty."""
         if not place:
             self._root = None if value is MISSING else value
@@ -22043,7 +24096,7 @@ class JsonSettings:
         if not parent and value is MISSING:
             self.put(place[:-1], MISSING)
 
-    def made(self, value: Any, place: Place) -> Any:
+    def made(self, value: Any, place: SettingPath) -> Any:
         return value
 
     def text(self) -> str:
@@ -22072,7 +24125,7 @@ def put_inside(parent: Any, step: str | Item, value: Any) -> None:
         parent[at : at + 1] = [] if value is MISSING else [value]
 
 
-def told_place(place: Place) -> str:
+def told_place(place: SettingPath) -> str:
     return ".".join(step if isinstance(step, str) else step.value for step in place) or "the file"
 
 
@@ -22083,15 +24136,15 @@ class TomlSettings:
 
     def __init__(self, text: str) -> None:
         self._lines = text.splitlines()
-        self._before, self._touched = read_toml(text), list[Place]()
+        self._before, self._touched = read_toml(text), list[SettingPath]()
         if self._before is None and ('"""' in text or "'''" in text):
             raise CannotMerge("it holds texts of several lines, which this Python cannot read")
 
-    def take(self, place: Place) -> Any:
+    def take(self, place: SettingPath) -> Any:
         start, end = self._span(place)
         return "\n".join(self._lines[start:end]) if end > start else MISSING
 
-    def put(self, place: Place, value: Any) -> None:
+    def put(self, place: SettingPath, value: Any) -> None:
         self._touched.append(place)
         start, end = self._span(place)
         lines = [] if value is MISSING else value.split("\n")
@@ -22103,7 +24156,7 @@ class TomlSettings:
             gap = [""] if self._lines and self._lines[-1].strip() else []
             self._lines += [*gap, *lines]
 
-    def _span(self, place: Place) -> tuple[int, int]:
+    def _span(self, place: SettingPath) -> tuple[int, int]:
         """The lines that a place takes; (0, 0) = it is not there."""
         found = [self.HEADER.match(line) for line in self._lines]
         headers = [at for at, header in enumerate(found) if header]
@@ -22125,7 +24178,7 @@ class TomlSettings:
             end -= 1
         return end
 
-    def made(self, value: Any, place: Place) -> Any:
+    def made(self, value: Any, place: SettingPath) -> Any:
         if len(place) == 1:
             return f"{place[0]} = {toml_value(value)}"
         rows = [f"{name} = {toml_value(inner)}" for name, inner in value.items()]
@@ -22171,13 +24224,13 @@ class YamlSettings:
         if flow or "\t" in text or [line.rstrip() for line in self._lines[1:]].count("---"):
             raise CannotMerge("it is YAML of a form that is not understood here")
 
-    def take(self, place: Place) -> Any:
+    def take(self, place: SettingPath) -> Any:
         """The lines there, without the indent of the first."""
         start, end = self._span(place)
         lines, indent = self._lines[start:end], self._indent(start)
         return "\n".join(line.removeprefix(indent) for line in lines) if lines else MISSING
 
-    def put(self, place: Place, value: Any) -> None:
+    def put(self, place: SettingPath, value: Any) -> None:
         start, end = self._span(place)
         lines = [] if value is MISSING else value.split("\n")
         if end > start:
@@ -22190,7 +24243,7 @@ class YamlSettings:
             at, indent = self._list_of(str(place[0]))
             self._lines[at:at] = [indent + line for line in lines]
 
-    def _span(self, place: Place) -> tuple[int, int]:
+    def _span(self, place: SettingPath) -> tuple[int, int]:
         start, end = self._top(str(place[0]))
         if len(place) == 1 or end == start:
             return start, end
@@ -22245,14 +24298,14 @@ class YamlSettings:
         line = self._lines[at] if at < len(self._lines) else ""
         return line[: len(line) - len(line.lstrip())]
 
-    def _forget_empty(self, place: Place) -> None:
+    def _forget_empty(self, place: SettingPath) -> None:
         """A list whose last object went is no list any more."""
         if len(place) > 1:
             start, end = self._top(str(place[0]))
             if end == start + 1 and self._lines[start].rstrip().endswith(":"):
                 del self._lines[start]
 
-    def made(self, value: Any, place: Place) -> Any:
+    def made(self, value: Any, place: SettingPath) -> Any:
         if len(place) == 1:
             return f"{place[0]}: {json.dumps(value)}"
         rows = [f"{name}: {json.dumps(inner)}" for name, inner in value.items()]
@@ -22596,7 +24649,7 @@ def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None
 
 
 # =============================================================================
-# 45. Changes
+# 46. Changes
 # =============================================================================
 
 # Commands that change auth.json and .env, through section Files. A running router reads both
@@ -23046,11 +25099,12 @@ LIMIT_OPTIONS: Final = (
     ("--req-day", "req_per_day", "requests per day"),
     ("--tokens-day", "tokens_per_day", "tokens per day"),
     ("--cost-day", "cost_per_day", "US dollars per day"),
+    ("--streams", "streams", "requests at once"),
 )
 
 
 def limits_given(args: argparse.Namespace) -> Json:
-    """Limits from options; `none` takes one away. BadValue for what is no number."""
+    """Limits from options; `none` takes a key's own away. BadValue for what is no number."""
     found: Json = {}
     for option, member, _ in LIMIT_OPTIONS:
         text = getattr(args, member)
@@ -23070,12 +25124,10 @@ def limit_number(option: str, member: str, text: str) -> int | float:
     return cast(float, number)
 
 
-def limits_text(row: Mapping[str, Any]) -> str:
-    names = ("rpm", "req/day", "tokens/day", "cost/day")
-    return " ".join(
-        f"{name}={row.get(member) or '∞'}"
-        for name, member in zip(names, CALLER_LIMITS, strict=True)
-    )
+def limits_text(quota: Quota) -> str:
+    names = ("rpm", "req/day", "tokens/day", "cost/day", "streams")
+    limits = (getattr(quota, member) for _, member, _ in LIMIT_OPTIONS)
+    return " ".join(f"{name}={limit or '∞'}" for name, limit in zip(names, limits, strict=True))
 
 
 def which_key(config: Config, given: str) -> str:
@@ -23088,20 +25140,18 @@ def which_key(config: Config, given: str) -> str:
 
 
 def cmd_limit_list(args: argparse.Namespace) -> int:
+    """The limits in effect: a key's own, and the usual ones for what it says nothing of."""
     config = Config.from_env()
-    rows = [
-        {
-            "key_tail": key_tail(caller.key),
-            "name": caller.name,
-            **{m: config.key_rows.get(caller.key, {}).get(m) for m in CALLER_LIMITS},
-        }
-        for caller in config.callers
-    ]
     if args.json:
-        print(json.dumps(rows, indent=2))
+        rows = [
+            {"key_tail": key_tail(caller.key), "name": caller.name, **asdict(caller.quota)}
+            for caller in config.callers
+        ]
+        print(json.dumps({"keys": rows, "usual": asdict(config.quota)}, indent=2))
         return DONE_OK
-    for row in rows:
-        print(f"…{row['key_tail']} ({row['name']}): {limits_text(row)}")
+    for caller in config.callers:
+        print(f"…{key_tail(caller.key)} ({caller.name}): {limits_text(caller.quota)}")
+    print(f"usual (PROXY_LIMIT_...): {limits_text(config.quota)}")
     return DONE_OK
 
 
@@ -23123,8 +25173,8 @@ def update_caller(config: Config, key: str, values: Json) -> int:
         config.auth_path,
         lambda document: update_proxy_key(document, key, values, config.proxy_keys),
     )
-    row = Config.from_env().key_rows.get(key, {})
-    say(f"…{key_tail(key)}: {limits_text(row)}; {TAKEN}")
+    now = next(caller.quota for caller in Config.from_env().callers if caller.key == key)
+    say(f"…{key_tail(key)}: {limits_text(now)}; {TAKEN}")
     return DONE_OK
 
 
@@ -23170,6 +25220,7 @@ def cmd_keys_new(args: argparse.Namespace) -> int:
         **({"name": args.name} if args.name else {}),
         **({"allowed_providers": only} if only else {}),
         **({"admin": True} if args.admin else {}),
+        **({"privacy": args.privacy} if args.privacy else {}),
         **limits_given(args),
     }
     config, _ = with_proxy_key(config)  # or this key would be the only one, and so an admin's
@@ -23196,7 +25247,7 @@ def cmd_keys_revoke(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 46. Doctor
+# 47. Doctor
 # =============================================================================
 
 Health = Literal["ok", "note", "bad"]
@@ -23228,7 +25279,7 @@ class Exam:
     live: bool  # providers may be asked
 
 
-class Check(NamedTuple):
+class DoctorCheck(NamedTuple):
     name: str
     look: Callable[[Exam], Iterable[Finding]]
     needs_config: bool = False
@@ -23442,22 +25493,22 @@ def look_at_cursor(exam: Exam) -> Iterator[Finding]:
         yield Finding("note", text, "give the router a public https address (see `connect cursor`)")
 
 
-CHECKS: Final = (
-    Check("python", look_at_python),
-    Check("packages", look_at_packages),
-    Check("tokenizer", look_at_tokenizer),
-    Check(".env", look_at_dotenv),
-    Check("auth.json", look_at_auth),
-    Check("settings", look_at_settings),
-    Check("file modes", look_at_modes),
-    Check("folder", look_at_home),
-    Check("providers", look_at_providers, needs_config=True),
-    Check("keys", look_at_keys, needs_config=True),
-    Check("callers", look_at_callers, needs_config=True),
-    Check("port", look_at_port, needs_config=True),
-    Check("PATH", look_at_path),
-    Check("boot", look_at_boot),
-    Check("cursor", look_at_cursor, needs_config=True),
+DOCTOR_CHECKS: Final = (
+    DoctorCheck("python", look_at_python),
+    DoctorCheck("packages", look_at_packages),
+    DoctorCheck("tokenizer", look_at_tokenizer),
+    DoctorCheck(".env", look_at_dotenv),
+    DoctorCheck("auth.json", look_at_auth),
+    DoctorCheck("settings", look_at_settings),
+    DoctorCheck("file modes", look_at_modes),
+    DoctorCheck("folder", look_at_home),
+    DoctorCheck("providers", look_at_providers, needs_config=True),
+    DoctorCheck("keys", look_at_keys, needs_config=True),
+    DoctorCheck("callers", look_at_callers, needs_config=True),
+    DoctorCheck("port", look_at_port, needs_config=True),
+    DoctorCheck("PATH", look_at_path),
+    DoctorCheck("boot", look_at_boot),
+    DoctorCheck("cursor", look_at_cursor, needs_config=True),
 )
 
 
@@ -23475,7 +25526,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     exam = examine(args.live)
     found = [
         (check.name, finding)
-        for check in CHECKS
+        for check in DOCTOR_CHECKS
         if exam.config or not check.needs_config
         for finding in check.look(exam)
     ]
@@ -23494,7 +25545,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 47. Bench
+# 48. Bench
 # =============================================================================
 
 
@@ -23566,7 +25617,7 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
 
 
 # =============================================================================
-# 48. Setup
+# 49. Setup
 # =============================================================================
 
 # The wizard: a row per step. Every step may be skipped and all of it be run again: each looks
@@ -23809,7 +25860,7 @@ def cmd_setup(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 49. Command line
+# 50. Command line
 # =============================================================================
 
 Arguments = tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
@@ -24067,7 +26118,7 @@ PROVIDER: Final = (("provider",), {"help": "name of a provider, or an alias"})
 FEATURE: Final = (("name",), {"help": "its name, as `features list` shows it"})
 WHICH_KEY: Final = (("key",), {"help": "a key's last characters, name or id; - reads it"})
 LIMIT_ROWS: Final = tuple(
-    ((option,), {"dest": member, "metavar": "N", "help": f"{text}; none = no limit"})
+    ((option,), {"dest": member, "metavar": "N", "help": f"{text}; 0 = no limit, none = the usual"})
     for option, member, text in LIMIT_OPTIONS
 )
 
@@ -24227,6 +26278,7 @@ COMMANDS: Final = (
                 {"action": "append", "metavar": "PROVIDERS", "help": "providers it may reach"},
             ),
             (("--admin",), {"action": "store_true", "help": "it may change settings"}),
+            (("--privacy",), {"choices": PRIVACY, "help": "who may see what it asks"}),
             *LIMIT_ROWS,
         ),
     ),

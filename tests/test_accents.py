@@ -768,7 +768,7 @@ def test_cache_writes_and_estimates() -> None:
     assert found["prompt_tokens_details"] == {"cached_tokens": 0, "cache_creation_tokens": 6}
     guess = router.estimate_usage(100, 41)
     assert (guess["completion_tokens"], guess["total_tokens"]) == (11, 111)
-    assert guess["estimated"] and router.canonical_usage({"usage": guess}) == guess
+    assert guess["hermes"] and router.canonical_usage({"usage": guess}) == guess
 
 
 # --- arguments ----------------------------------------------------------------

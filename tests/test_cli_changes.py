@@ -367,13 +367,25 @@ def test_what_is_not_turned_on(call, home, name, told):
 
 
 def test_keys_of_callers(call, home):
-    made = call("keys", "new", "--name", "laptop", "--only", "groq,hf", "--rpm", "60")
+    made = call(
+        "keys",
+        "new",
+        "--name",
+        "laptop",
+        "--only",
+        "groq,hf",
+        "--rpm",
+        "60",
+        "--privacy",
+        "no-train",
+    )
     key = made.out.strip()
     assert made.status == 0 and key.startswith("sk-router-") and key not in made.err
     assert auth(home)["proxy_keys"][key] == {
         "name": "laptop",
         "allowed_providers": ["groq", "huggingface"],
         "rpm": 60,
+        "privacy": "no-train",
     }
     rows = {row["name"]: row for row in json.loads(call("keys", "list", "--json").out)}
     assert rows["laptop"]["providers"] == ["groq", "huggingface"]
@@ -425,7 +437,8 @@ def test_a_key_with_limits_is_revoked_in_both_places(call, home):
 def test_limits(call, home):
     (home / ".env").write_text("PROXY_API_KEYS=sk-router-aaa-0123456789\n")
     listed = call("limit", "list")
-    assert listed.out == "…456789 (key1): rpm=∞ req/day=∞ tokens/day=∞ cost/day=∞\n"
+    none = "rpm=∞ req/day=∞ tokens/day=∞ cost/day=∞ streams=∞"
+    assert listed.out == f"…456789 (key1): {none}\nusual (PROXY_LIMIT_...): {none}\n"
     words = ("--rpm", "60", "--req-day", "1000", "--tokens-day", "2000000", "--cost-day", "1.5")
     done = call("limit", "set", "456789", *words)
     assert done.status == 0, done.err
@@ -435,6 +448,14 @@ def test_limits(call, home):
     assert "rpm=60 req/day=1000 tokens/day=2000000 cost/day=1.5" in call("limit", "list").out
     assert call("limit", "set", "key1", "--rpm", "none").status == 0, "by name, one of them"
     assert "rpm=∞ req/day=1000" in call("limit", "list").out
+    assert "rpm=7 req/day=1000" in call("limit", "list", PROXY_LIMIT_RPM="7").out
+    call("limit", "set", "key1", "--rpm", "0", "--streams", "2")
+    shown = json.loads(call("limit", "list", "--json", PROXY_LIMIT_RPM="7").out)
+    assert (shown["keys"][0]["rpm"], shown["keys"][0]["streams"], shown["usual"]["rpm"]) == (
+        0,
+        2,
+        7,
+    )
     by_pipe = call("limit", "clear", "-", stdin="sk-router-aaa-0123456789\n")
     assert by_pipe.status == 0
     assert call("limit", "list").out == listed.out

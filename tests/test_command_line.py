@@ -419,7 +419,8 @@ def test_no_error_rate_or_latency_before_the_first_request(upstream, make_app):
 
 def test_large_counters_keep_every_digit(make_app, upstream):
     app = make_app(**provider("groq", upstream(good())))
-    app.extensions["router"].usage.spent("groq", router.Tokens(12_345_678, 1), 0.0)
+    place = router.Place(0, "", "groq")
+    app.extensions["router"].usage.spent(place, router.Tokens(12_345_678, 1), 0.0)
     text = app.test_client().get("/metrics").text
     assert 'hermes_router_tokens_total{provider="groq"} 12345679\n' in text
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import select
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import requests
+from conftest import ROOT
 from upstream import (
     AUTH,
     HELLO,
@@ -191,6 +194,14 @@ def test_health_answers_while_everything_waits_for_the_first_byte(upstream, serv
         assert requests.get(f"{live.url}/health", timeout=10).status_code == 200
         assert time.monotonic() - started < 1.0
     up.open_gate()
+
+
+def test_a_crowd_of_every_kind_harms_nobody():
+    """The benchmark, smaller: hung calls, half-open requests, slow readers, huge answers."""
+    crowd = str(ROOT / "bench" / "crowd.py")
+    command = [sys.executable, crowd, "--streams", "150", "--health", "5"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=55, check=False)
+    assert "every target met" in ran.stdout, ran.stdout + ran.stderr
 
 
 def test_more_streams_than_allowed_are_refused_at_once(upstream, serve, holder):

@@ -228,6 +228,36 @@ def test_the_process_environment_wins_over_the_file(read, tmp_path):
     assert (config.port, config.host) == (9001, "0.0.0.0")
 
 
+HELD = {
+    "PROXY_API_KEYS": ("sk-mine", lambda c: c.proxy_keys == ("sk-mine",)),
+    "PORT": ("9001", lambda c: c.port == 9001),
+    "ROTATION_MODE": ("sequential", lambda c: c.rotation_mode == "sequential"),
+    "GROQ_API_KEY": (KEY, lambda c: service(c).keys == (KEY,)),
+    "GROQ_MODEL": ("m9", lambda c: service(c).models == ("m9",)),
+    "GROQ_BASE_URL": ("http://here:1/v1", lambda c: service(c).url == "http://here:1/v1"),
+}
+SAYING = {
+    "RESCUE": ("1", lambda c: not c.rescue),
+    "ROUTER_STATE_FILE": ("x.json", lambda c: c.state_file == ""),
+    "STATE_FILE": ("x.json", lambda c: c.state_file == ""),
+    "GROQ_EMBED_MODEL": ("e1", lambda c: service(c).embed_model == ""),
+    "GROQ_SUPPORTS_TOOLS": ("1", lambda c: service(c).tools[""] is False),
+    "GROQ_M1_REASONING": ("1", lambda c: service(c).reasoning["m1"] is False),
+}
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+@pytest.mark.parametrize("name", [*HELD, *SAYING])
+def test_an_empty_variable_hides_the_file_only_where_empty_says_something(
+    read, tmp_path, name, empty
+):
+    text, holds = {**HELD, **SAYING}[name]
+    rest = {"GROQ_API_KEY": KEY, "GROQ_MODEL": "m1"} | {name: text}
+    lines = [f"{variable}={value}" for variable, value in rest.items()]
+    (tmp_path / ".env").write_text("\n".join(lines), encoding="utf-8")
+    assert holds(read(**{name: empty}))
+
+
 def test_the_process_environment_is_not_read_when_a_mapping_is_given(read, monkeypatch):
     monkeypatch.setenv("PORT", "9009")
     monkeypatch.setenv("MISTRAL_API_KEY", KEY)

@@ -164,7 +164,7 @@ def test_a_stream_in_any_pieces_is_the_same_stream(cuts: set[int], wants_usage: 
     got, relay = relayed(pieces_of(WHOLE, cuts), wants_usage)
     assert (b'"usage"' in got) is wants_usage
     assert got == (WHOLE if wants_usage else WHOLE.replace(sse(usage_chunk()), b""))
-    assert relay.tokens == router.Tokens(7, 3)
+    assert relay.flow.tokens == router.Tokens(7, 3)
     assert relay.flow.finished and relay.failure is None
 
 

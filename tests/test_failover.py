@@ -313,6 +313,80 @@ def test_a_refusal_by_content_filter_is_handed_to_the_client(pair, stream):
     assert len(both.asked) == 1
 
 
+def blocked(text: str, stream: bool, finish: str = "content_filter") -> Answer:
+    """An answer that a provider's filter ended, after some words or none."""
+    body = completion(text)
+    body["choices"][0]["finish_reason"] = finish
+    words = [delta(content=text)] if text else []
+    raw = b"".join(sse(event) for event in [*ROLE_ONLY, *words, delta(finish)])
+    return Stream(chunks=[raw]) if stream else Reply(200, body)
+
+
+def filtered_first(text: str, stream: bool, finish: str):
+    """Whoever is asked first is filtered, the other answers."""
+    asked = []
+
+    def script(request: Request) -> Answer:
+        asked.append(request)
+        return blocked(text, stream, finish) if len(asked) == 1 else good()(request)
+
+    return script
+
+
+@BOTH
+@pytest.mark.parametrize("text", ["", "Sure, "])
+@pytest.mark.parametrize("finish", ["content_filter", "PROHIBITED_CONTENT"])
+def test_an_answer_that_a_filter_ended_is_tried_elsewhere_where_allowed(
+    pair, stream, text, finish
+):
+    both = pair(filtered_first(text, stream, finish), CONTENT_FILTER_FAILOVER=1)
+    got = both.ask(stream=stream)
+    assert said(got) == "hello" and len(both.asked) == 2
+
+
+@BOTH
+def test_if_all_filter_the_last_ones_answer_is_handed_over(pair, stream):
+    both = pair(lambda _: blocked("Sure, ", stream), CONTENT_FILTER_FAILOVER=1)
+    got = both.ask(stream=stream)
+    assert said(got) == "Sure, " and b"content_filter" in got.data
+    assert len(both.asked) == 2
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 9}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/completions", {"prompt": "hi"}),
+    ],
+)
+def test_it_holds_on_every_surface(pair, stream, path, body):
+    both = pair(filtered_first("", stream, "content_filter"), CONTENT_FILTER_FAILOVER=1)
+    asked = {"model": "auto", "stream": stream, **body}
+    got = both.client.post(path, json=asked, headers=AUTH)
+    assert b"hello" in got.data and len(both.asked) == 2
+
+
+@BOTH
+def test_a_refusal_of_claude_is_tried_elsewhere_where_allowed(upstream, make_app, stream):
+    end = {"stop_reason": "refusal"}
+    message = {"type": "message", "role": "assistant", "content": [], "usage": {}, "model": "c"}
+    events = [
+        {"type": "message_start", "message": message},
+        {"type": "message_delta", "delta": end, "usage": {}},
+        {"type": "message_stop"},
+    ]
+    refused = Stream(chunks=events, done=False) if stream else Reply(200, {**message, **end})
+    one, two = upstream(refused), upstream(good())
+    rows = {**provider("anthropic", one, "claude-x"), **provider("groq", two, "m1")}
+    body = {"model": "anthropic/claude-x", "messages": HELLO, "max_tokens": 9, "stream": stream}
+    for setting, mark in ((0, b"refusal"), (1, b"hello")):
+        client = make_app(**rows, CONTENT_FILTER_FAILOVER=setting).test_client()
+        assert mark in client.post("/v1/messages", json=body, headers=AUTH).data
+    assert len(two.requests) == 1
+
+
 # --- the client's own fault ----------------------------------------------------------
 
 

@@ -257,12 +257,11 @@ def test_custom_tools() -> None:
     assert "start: X" in body["tools"][0]["description"]
 
 
-def test_functions_of_the_older_kind() -> None:
+def test_calls_of_the_older_kind() -> None:
     old = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
     answer = {"role": "function", "name": "f", "content": "42"}
-    body = made(user("go"), old, answer, functions=[{"name": "f"}], function_call={"name": "f"})
+    body = made(user("go"), old, answer)
     assert body["messages"][2]["content"][0]["content"] == "42"
-    assert body["tool_choice"] == {"type": "tool", "name": "f"}
 
 
 def test_images_in_a_result_take_the_place_of_is_error() -> None:
@@ -706,7 +705,7 @@ def test_usage_is_put_together_from_both_ends() -> None:
     ]
     found = folded(events)["usage"]
     assert (found["prompt_tokens"], found["completion_tokens"]) == (13, 30)
-    assert router.messages_tokens(events[0]) == router.Tokens(13, 1)
+    assert router.messages_tokens(events[0]) == router.Tokens(13, 1, cached=4)
     assert router.messages_tokens(events[1]) == router.Tokens(0, 30)
     assert router.messages_tokens({"type": "ping"}) is None
 

@@ -29,3 +29,19 @@ def test_the_ceiling(upstream, serve, tmp_path, wire, surface, asked, sent):
     (request,) = up.requests
     assert path_of(request).endswith(row.path)
     assert [request.json[name] for name in SENT if name in request.json] == [sent]
+
+
+@pytest.mark.parametrize("surface", ASKED)
+def test_an_answer_that_the_reserve_made_long_is_streamed_where_it_must_be(
+    upstream, serve, tmp_path, surface
+):
+    """Fireworks refuses more than 4096 tokens in a whole answer."""
+    up = upstream(speak(Said("hello")))
+    row = WIRES["chat"]._replace(model="accounts/fireworks/models/glm-5p3-flash")
+    live = serve(**settings_of(row, f"{up.url}/v1", tmp_path), REASONING_TOKEN_RESERVE="4096")
+    path, member, body = ASKED[surface]
+    got = live.session.post(live.url + path, json={"model": "auto", member: 4000, **body})
+    assert got.status_code == 200 and b"hello" in got.content
+    (request,) = up.requests
+    assert [request.json[name] for name in SENT if name in request.json] == [8096]
+    assert request.json["stream"] is True

@@ -1073,7 +1073,7 @@ def test_any_text_is_a_wait_or_none(text, wall, clock):
 
 def test_a_wait_that_is_not_stated_is_none():
     assert Wait().seconds(NOW) is None
-    assert router.parse_wait("", NOW) is None
+    assert router.read_wait("").seconds(NOW) is None
 
 
 HOSTILE: dict[str, bytes] = {

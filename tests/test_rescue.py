@@ -184,6 +184,49 @@ def test_a_client_fault_in_the_middle_is_not_gone_on_with(rescued):
     assert not two.requests and "bad tool" in data_of(got.content)[-1]["error"]["message"]
 
 
+FILTER_ERROR = {"error": {"message": "flagged", "code": "content_filter"}}
+FILTERED = [
+    lambda _: Reply(400, FILTER_ERROR),
+    lambda _: Stream(chunks=[delta("content_filter")]),
+]
+
+
+@pytest.fixture
+def three(upstream, serve):
+    """three(second, SETTING=...): one breaks off, the second may go on, and so may a third."""
+
+    def make(first, second, **settings):
+        ups = [upstream(script) for script in (first, second, going_on)]
+        names = ("cerebras", "groq", "mistral")
+        rows: dict[str, str] = {}
+        for at, up in enumerate(ups):
+            rows |= provider(names[at], up, f"m{at + 1}")
+        live = serve(**rows, **settings)
+        body = {"model": "cerebras/m1", "stream": True, "messages": HELLO}
+        return ups, live.session.post(f"{live.url}/v1/chat/completions", json=body, timeout=20)
+
+    return make
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+@pytest.mark.parametrize("filtered", FILTERED, ids=["error", "finish"])
+def test_a_filter_in_a_rescue_is_passed_by_only_where_allowed(three, filtered, allowed):
+    ups, got = three(CUT, filtered, CONTENT_FILTER_FAILOVER=allowed)
+    assert ups[1].requests
+    assert (text_of(got.content) == TEXT) is bool(allowed)
+    assert bool(ups[2].requests) is bool(allowed)
+    if not allowed:
+        assert b"content_filter" in got.content or b'"error"' in got.content
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_filter_in_the_middle_is_gone_on_with_only_where_allowed(rescued, allowed):
+    flagged = Stream(chunks=[*CUT.chunks, FILTER_ERROR], done=False)
+    _, got = rescued(flagged, going_on, CONTENT_FILTER_FAILOVER=allowed)
+    assert (text_of(got.content) == TEXT) is bool(allowed)
+    assert (b"flagged" in got.content) is not bool(allowed)
+
+
 @pytest.fixture
 def trimmed() -> Callable[..., str]:
     import router

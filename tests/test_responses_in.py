@@ -579,7 +579,7 @@ def test_the_response_repeats_the_request() -> None:
 def test_missing_usage_is_estimated() -> None:
     usage = last([delta("stop", content="x" * 40)])["usage"]
     assert (usage["input_tokens"], usage["output_tokens"], usage["total_tokens"]) == (7, 10, 17)
-    assert usage["estimated"] is True
+    assert usage["hermes"] == {"estimated": True}
 
 
 def test_totals_are_not_recomputed() -> None:
@@ -752,7 +752,6 @@ def test_failures(error: router.RouterError, code: str, words: str, before: list
     assert failure["code"] == code and failure["message"].endswith(words)
     assert not (writer.finish() or writer.fail(error) or writer.beat())
     assert not writer.feed(delta(content="late"))
-    assert router.responses_error(error) == router.error_body(error)
 
 
 def test_beats_are_events_in_order() -> None:

@@ -291,6 +291,19 @@ def test_the_slot_comes_back_when_the_client_leaves_in_the_stream(upstream, serv
     until(lambda: all(request.closed.is_set() for request in up.requests))
 
 
+def test_a_client_that_closes_its_sending_side_counts_as_gone(upstream, serve):
+    """Until something is sent, it looks like one that closed all of it."""
+    up = upstream(Hang(20, chat()))
+    live = serve(**provider("groq", up))
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as sock:
+        sock.sendall(request_bytes())
+        up.wait_for(1)
+        sock.shutdown(socket.SHUT_WR)
+        assert up.requests[0].closed.wait(5)
+        assert sock.recv(1000) == b""
+    at_rest(live)
+
+
 def test_a_client_that_leaves_is_logged_as_499_and_without_a_traceback(
     upstream, serve, caplog, knock
 ):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -570,7 +571,7 @@ def launch(tmp_path):
     """launch(SETTING=value, ...): router.py serve as a process, in the test's folder."""
     started = []
 
-    def start(**settings):
+    def start(preexec=None, **settings):
         base = {
             "PATH": os.environ["PATH"],
             "HR_HOME": str(tmp_path),
@@ -584,6 +585,7 @@ def launch(tmp_path):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=preexec,
         )
         started.append(process)
         return Running(process)
@@ -695,6 +697,129 @@ def test_a_process_lives_where_nothing_can_be_written(upstream, launch, tmp_path
     assert running.stop() == 0
     assert running.text.count("cannot be written") == 1
     assert "Traceback" not in running.text
+
+
+def full_disk():
+    """In a child: no file may grow by a byte, as where no block is left."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def test_a_process_lives_on_a_full_disk(upstream, launch, tmp_path):
+    env = tmp_path / ".env"
+    env.write_text("LOG_LEVEL=INFO\n")
+    up = upstream(by_key({LONG: REVOKED, OTHER: Reply(200, completion())}))
+    rows = provider("groq", up, "m1", keys=f"{LONG},{OTHER}")
+    running = launch(full_disk, **rows, PROXY_API_KEYS="", AUTH_MODE="keys")
+    until(lambda: "listening on" in running.text, 20)
+    assert "could not be written to .env" in running.text, "the new key lives in memory"
+    until(lambda: requests.get(f"{running.url}/health", timeout=10).status_code == 200, 20)
+    assert running.stop() == 0
+    running = launch(full_disk, **rows)
+    assert [ask(running).status_code for _ in range(3)] == [200, 200, 200]
+    until(lambda: "router_state.json cannot be written" in running.text, 20)
+    assert running.stop() == 0
+    assert "Traceback" not in running.text
+    assert env.read_text() == "LOG_LEVEL=INFO\n"
+    assert [file.name for file in tmp_path.iterdir()] == [".env"], "nothing half-written is left"
+
+
+SPOILT = {
+    "cut": b'{"providers": {"groq": ["gsk_',
+    "binary": bytes(range(256)),
+    "utf-16": '{"providers": {}}'.encode("utf-16"),
+    "deep": b"[" * 100_000,
+    "list": b"[]",
+}
+
+
+@pytest.mark.parametrize("content", SPOILT.values(), ids=SPOILT)
+def test_a_process_starts_beside_a_spoilt_auth_json(upstream, launch, tmp_path, content):
+    (tmp_path / "auth.json").write_bytes(content)
+    running = launch(**provider("groq", upstream(good()), "m1"))
+    assert ask(running).status_code == 200
+    assert running.stop() == 0
+    assert "auth.json is ignored" in running.text and "Traceback" not in running.text
+    assert (tmp_path / "auth.json").read_bytes() == content
+
+
+WRITERS = """
+import json, os, pathlib, random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import router
+
+home = pathlib.Path(sys.argv[2])
+state, auth, env = home / "router_state.json", home / "auth.json", home / ".env"
+
+
+def write_state():
+    pool = router.KeyPool({"p": ("key",)})
+    file = router.StateFile(state, pool, router.Breakers())
+    file.load()
+    for number in range(10**6):
+        for at in range(50):
+            pool.rest("p", "key", f"model-{at}-{number}", 600, "rate_limited")
+        file.save()
+
+
+def write_auth():
+    accounts = router.Accounts(
+        router.read_accounts(json.loads(auth.read_text())), auth, renew, time.time, "http://token"
+    )
+    token = accounts.access_token("acc")
+    while True:
+        accounts.reject("acc", token)
+        token = accounts.access_token("acc")
+
+
+def renew(url, body, timeout):
+    number = int(body["refresh_token"])
+    return 200, {"access_token": f"a{number}", "refresh_token": str(number + 1), "expires_in": 9}
+
+
+def write_env():
+    while True:
+        router.with_proxy_key(router.Config.from_env({"HR_HOME": str(home)}))
+        lines = [x for x in env.read_text().splitlines() if not x.startswith("PROXY")]
+        router.write_private(env, "\\n".join(lines) + "\\n")
+
+
+def whole():
+    if state.exists():
+        assert json.loads(state.read_text())["hermes_router_state"] == 1
+    (row,) = json.loads(auth.read_text())["codex_accounts"]
+    number = int(row["refresh_token"])
+    assert row["access_token"] in ("", f"a{number - 1}"), row
+    assert env.read_text().startswith("LOG_LEVEL=INFO\\nGROQ_MODEL=" + "m" * 5000 + "\\n")
+    return number
+
+
+random.seed(int(sys.argv[3]))
+seen = 0
+for _ in range(60):
+    children = []
+    for job in (write_state, write_auth, write_env):
+        if not (child := os.fork()):
+            job()
+        children.append(child)
+    time.sleep(random.uniform(0.001, 0.04))
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert whole() >= seen
+    seen = whole()
+print("whole", seen, state.exists())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
+def test_files_stay_whole_when_their_writers_are_killed_at_any_moment(tmp_path):
+    row = {"account_id": "acc", "access_token": "", "refresh_token": "1", "more": "x" * 20_000}
+    (tmp_path / "auth.json").write_text(json.dumps({"codex_accounts": [row]}))
+    (tmp_path / ".env").write_text("LOG_LEVEL=INFO\nGROQ_MODEL=" + "m" * 5000 + "\n")
+    command = [sys.executable, "-B", "-c", WRITERS, str(ROOT), str(tmp_path), "7"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    word, count, state = (ran.stdout.split() or ["", "0", ""])[:3]
+    assert (word, state) == ("whole", "True") and int(count) > 60, ran.stderr[-2000:]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
