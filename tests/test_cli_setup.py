@@ -108,7 +108,12 @@ def running(place):
     process = subprocess.Popen(
         [sys.executable, "-B", str(ROOT / "router.py"), "serve"],
         env=place.env
-        | {"GROQ_MODEL": "m1", "GROQ_API_KEY": KEY, "PROXY_API_KEYS": "sk-mine-12345"},
+        | {
+            "GROQ_MODEL": "m1",
+            "GROQ_API_KEY": KEY,
+            "PROXY_API_KEYS": "sk-mine-12345",
+            "USAGE_DB_PATH": "",
+        },
         stderr=subprocess.PIPE,
         text=True,
     )
