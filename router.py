@@ -2922,7 +2922,7 @@ def check_flag(field: str, value: object) -> bool:
 def check_privacy(field: str, value: object) -> str:
     if value not in PRIVACY:
         raise BadValue(field, f"{field} must be {' or '.join(PRIVACY)}")
-    return cast(str, value)
+    return value
 
 
 def check_providers(field: str, value: object) -> list[str]:
