@@ -14174,7 +14174,7 @@ def unpacked(data: bytes) -> Saved | None:
 
 
 class Shelf:
-    """Where answers are kept beside memory: nowhere. Keys are digests, data is `packed`.
+    """Where answers are kept beside memory: nowhere. Keys are digests, what is read is `packed`.
 
     A shelf that fails is empty and says so once; nobody gets an error for it.
     """
@@ -14189,7 +14189,7 @@ class Shelf:
         """What another router may have put there."""
         return None
 
-    def put(self, key: bytes, data: bytes, until: float) -> None: ...
+    def put(self, key: bytes, saved: Saved) -> None: ...
     def drop(self, key: bytes) -> None: ...
     def clear(self) -> None: ...
     def close(self) -> None: ...
@@ -14219,8 +14219,9 @@ class DiskShelf(Shelf):
         self._database.write("DELETE FROM answers WHERE until < ?", oldest)
         return [(key, data) for key, data, _ in reversed(rows)]
 
-    def put(self, key: bytes, data: bytes, until: float) -> None:
-        self._database.write("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", key, data, until)
+    def put(self, key: bytes, saved: Saved) -> None:
+        row = (key, saved.packed(), saved.until)
+        self._database.write("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", *row)
 
     def drop(self, key: bytes) -> None:
         self._database.write("DELETE FROM answers WHERE key = ?", key)
@@ -14284,11 +14285,11 @@ class RedisShelf(Shelf):
         found = self._ask(lambda client: client.get(self.PREFIX + key.hex()))
         return found if isinstance(found, bytes) else None
 
-    def put(self, key: bytes, data: bytes, until: float) -> None:
+    def put(self, key: bytes, saved: Saved) -> None:
         """Queue it; of a full queue the oldest is dropped."""
-        left_ms = int(1000 * (until - self._wall()))
+        left_ms = int(1000 * (saved.until - self._wall()))
         if self._client is not None and left_ms > 0:
-            self._queue.append((self.PREFIX + key.hex(), data, left_ms))
+            self._queue.append((self.PREFIX + key.hex(), saved.packed(), left_ms))
             self._some.set()
 
     def clear(self) -> None:
@@ -14430,7 +14431,7 @@ class Cache:
     def put(self, key: bytes, saved: Saved) -> None:
         if saved.size * self.LARGEST <= self._most_bytes:
             self._insert(key, saved)
-            self._shelf.put(key, saved.packed(), saved.until)
+            self._shelf.put(key, saved)
 
     def clear(self) -> None:
         with self._lock:
