@@ -14023,9 +14023,9 @@ def digest(ask: Ask, *told: object) -> bytes:
 def answer_key(ask: Ask) -> bytes:
     """The name of a request: who asks, and everything that decides the answer."""
     body = ask.body
-    said = [(name, body[name]) for name in sorted(body) if name not in UNSAID]
     # Where one form cannot be made of the other, each is kept for itself.
-    return digest(ask, said, ask.stream and ask.surface.dialect not in DIALECTS)
+    unsaid = UNSAID if ask.surface.dialect in DIALECTS else frozenset()
+    return digest(ask, [(name, body[name]) for name in sorted(body) if name not in unsaid])
 
 
 def question_of(ask: Ask) -> tuple[bytes, str] | None:
@@ -14055,6 +14055,15 @@ WELL: Final = {
     "completions": frozenset({"stop"}),
     "messages": frozenset({"end_turn", "stop_sequence"}),
 }
+WORDS_ONLY: Final = {
+    "messages": frozenset({"text", "thinking", "redacted_thinking"}),
+    "responses": frozenset({"message", "reasoning"}),
+}
+
+
+def objects(value: object) -> list[Json]:
+    """The objects in a list of JSON; of anything else none."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def ended_well(dialect: str, answer: Json) -> bool:
@@ -14062,25 +14071,29 @@ def ended_well(dialect: str, answer: Json) -> bool:
     if dialect == "embeddings":
         return True
     if dialect == "messages":
-        kinds = {block.get("type") for block in answer.get("content") or ()}
-        plain = kinds <= {"text", "thinking", "redacted_thinking"}
-        return plain and answer.get("stop_reason") in WELL[dialect]
+        stopped = str(answer.get("stop_reason")) in WELL[dialect]
+        return stopped and holds_words_only(dialect, answer.get("content"))
     if dialect == "responses":
-        items = answer.get("output") or ()
-        parts = [part for item in items for part in item.get("content") or ()]
-        plain = {item.get("type") for item in items} <= {"message", "reasoning"}
+        items = objects(answer.get("output"))
+        parts = [part for item in items for part in objects(item.get("content"))]
         refused = any(part.get("type") == "refusal" for part in parts)
-        return plain and not refused and answer.get("status") == "completed"
-    choices = answer.get("choices") or ()
+        whole = answer.get("status") == "completed" and not refused
+        return whole and holds_words_only(dialect, items)
+    choices = objects(answer.get("choices"))
     return bool(choices) and all(
-        choice.get("finish_reason") in WELL[dialect] and not acts_or_refuses(choice)
+        str(choice.get("finish_reason")) in WELL[dialect] and not acts_or_refuses(choice)
         for choice in choices
     )
 
 
+def holds_words_only(dialect: str, parts: object) -> bool:
+    return {str(part.get("type")) for part in objects(parts)} <= WORDS_ONLY[dialect]
+
+
 def acts_or_refuses(choice: Json) -> bool:
-    message = choice.get("message") or {}
-    return any(message.get(name) for name in ("tool_calls", "function_call", "refusal", "audio"))
+    message = choice.get("message")
+    told = message if isinstance(message, dict) else {}
+    return any(map(told.get, ("tool_calls", "function_call", "refusal", "audio")))
 
 
 def stream_ended_well(dialect: str, body: bytes, final: Json | None) -> bool:
@@ -14092,14 +14105,14 @@ def stream_ended_well(dialect: str, body: bytes, final: Json | None) -> bool:
         return False
     events = (read_json(event_data(event)) for event in split_events(body[-2048:]))
     reasons = [finish_of(event) for event in events if isinstance(event, dict)]
-    return any(reasons) and all(r in WELL[dialect] for r in reasons if r)
+    return any(reasons) and all(reason in WELL[dialect] for reason in reasons if reason)
 
 
-def finish_of(event: Json) -> object:
-    """How the answer ended, if this event of Chat or Messages says so."""
-    holders = [event.get("delta"), *(event.get("choices") or ())]
-    told = (h.get("finish_reason") or h.get("stop_reason") for h in holders if isinstance(h, dict))
-    return next(filter(None, told), None)
+def finish_of(event: Json) -> str:
+    """How the answer ended, if this event of Chat or Messages says so; else ""."""
+    holders = objects([event.get("delta")]) + objects(event.get("choices"))
+    told = (holder.get("finish_reason") or holder.get("stop_reason") for holder in holders)
+    return str(next(filter(None, told), ""))
 
 
 @dataclass(frozen=True)
@@ -17768,7 +17781,8 @@ class Listener(Relay):
         if self._follows:
             self._guard.resume(math.inf)
         if block is None:
-            self.read_out = self._broadcast.relay.read_out
+            relay = self._broadcast.relay
+            self.read_out, self.broken = relay.read_out, relay.broken
             self.close()
             raise StopIteration
         self._number += 1
@@ -17827,8 +17841,8 @@ class Embedder:
             self._rests[caller.id] = self._now() + self.REST_S
             log.warning("questions are not compared for a while: %s", error.message[:200])
             return None
-        made = read_json(cast(bytes, answer.body))
-        return embedding_family(answer.model), made["data"][0].get("embedding")
+        made = objects(read_json(cast(bytes, answer.body))["data"])
+        return embedding_family(answer.model), made[0].get("embedding") if made else None
 
     def _here(self, text: str) -> tuple[str, object] | None:
         """By the model on this machine; None while it is being loaded."""
@@ -17838,7 +17852,12 @@ class Embedder:
                 self._thread.start()
         if self._local is None:
             return None
-        return f"here {self._name}", [float(value) for value in self._local.encode(text)]
+        try:
+            values = [float(value) for value in self._local.encode(text)]
+        except (RuntimeError, TypeError, ValueError) as error:
+            log.warning("a question could not be compared: %s", scrub(str(error), 200))
+            return None
+        return f"here {self._name}", values
 
     def _load(self) -> None:
         try:
@@ -17886,6 +17905,12 @@ class Sharing:
         """The answer to a request, which `make` gets from a provider where need be."""
         if not self._cache.on or ask.memory == "off" or not may_share(ask):
             return make()
+        ask.trace.cache = "miss"
+        answer, trace = self._found_or_made(ask, make), ask.trace
+        trace.cache, trace.provider, trace.model = answer.cache, answer.provider, answer.model
+        return answer
+
+    def _found_or_made(self, ask: Ask, make: Callable[[], Answer]) -> Answer:
         key = answer_key(ask)
         if ask.memory == "refresh":
             return self._kept(key, ask, make(), None)
@@ -18002,11 +18027,10 @@ class Sharing:
 
     def _share(self, crowd: Crowd, answer: Answer, ask: Ask) -> Answer:
         """The answer for one of those who waited."""
-        cache = answer.cache if ask.guard is crowd.leader else "hit"
-        if crowd.broadcast is None:
-            return replace(answer, cache=cache)
-        body = Listener(crowd.broadcast, crowd, ask.guard, self)
-        return replace(answer, body=body, cache=cache)
+        if crowd.broadcast:
+            body = Listener(crowd.broadcast, crowd, ask.guard, self)
+            answer = replace(answer, body=body)
+        return answer if ask.guard is crowd.leader else replace(answer, cache="hit", attempts=0)
 
 
 # =============================================================================
@@ -19059,7 +19083,7 @@ METRICS: Final = (
         "cache_hits_total",
         "counter",
         "Requests answered from the cache.",
-        lambda r: [({}, r.cache.counts["hit"])],
+        lambda r: [({}, r.cache.stats()["hits"])],
     ),
     Metric(
         "cache_misses_total",

@@ -190,6 +190,40 @@ def test_only_text_said_to_its_end_is_kept(dialect, answer, expected):
     assert router.ended_well(dialect, answer) is expected
 
 
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["stop", "end_turn", "text"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "choices",
+                    "message",
+                    "finish_reason",
+                    "content",
+                    "output",
+                    "type",
+                    "delta",
+                    "status",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.sampled_from(["chat", "completions", "messages", "responses", "embeddings"]), ODD)
+def test_no_answer_is_too_odd_to_be_judged(dialect, value):
+    answer = value if isinstance(value, dict) else {"choices": value, "content": value}
+    router.ended_well(dialect, answer)
+    if dialect != "embeddings":
+        body = router.encode_event({"choices": [{"delta": {"content": "x"}}]})
+        router.stream_ended_well(dialect, body + router.encode_event(answer), answer)
+
+
 def events(*deltas, finish="stop"):
     made = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
     made.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})

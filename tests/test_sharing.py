@@ -57,6 +57,7 @@ def ask(upstream, make_app):
             } | body
             got = self.http.post(path, json=body, headers={**AUTH, **(headers or {})})
             assert got.data is not None  # a stream is read to its end
+            got.close()
             return got
 
         @property
@@ -319,6 +320,7 @@ def test_status_and_metrics_tell(ask):
     for text in ("a", "a", "b", "a"):
         talk(text)
     cache = talk.http.get("/v1/status", headers=AUTH).json["cache"]
+    assert talk.router.cache.counts == {"hit": 2, "miss": 2}
     expected = {"enabled": True, "ttl_s": 300, "size": 2, "max_size": 100, "persistent": False,
                 "hits": 2, "misses": 2, "hit_rate": 0.5}  # fmt: skip
     assert {name: cache[name] for name in expected} == expected
@@ -509,6 +511,31 @@ def test_leaving_in_the_middle_of_a_shared_stream_harms_nobody(serve, upstream, 
         assert text_of(task.result().content) == "".join(words)
     (follower if gone == "leader" else leader).leave()
     assert len(up.requests) == 1
+    until(lambda: waiting(live) == 0)
+
+
+def test_all_who_share_a_silent_stream_hear_that_it_is_alive(serve, upstream, monkeypatch):
+    monkeypatch.setattr(router.Watchdog, "BEAT_S", 0.2)
+    begin = threading.Event()
+    stream = Stream(chunks=chunks("one", "two"), hold_after=2)
+    up = upstream(lambda request: begin.wait(30) and stream)
+    live = serve(**provider("groq", up), **ON)
+    callers = [Caller(live, True)]
+    up.wait_for(1)
+    callers.append(Caller(live, True))
+    until(lambda: crowd_of(live) == 2)
+    begin.set()
+    for caller in callers:
+        heard = b""
+        while heard.count(b": keep-alive") < 2:
+            heard += caller.sock.recv(65536)
+        assert b"one" in heard
+    up.open_gate()
+    for caller in callers:
+        heard = b""
+        while b"[DONE]" not in heard:
+            heard += caller.sock.recv(65536)
+        caller.leave()
     until(lambda: waiting(live) == 0)
 
 
@@ -716,3 +743,19 @@ def test_where_the_library_is_missing_a_provider_embeds(near, monkeypatch, caplo
     until(lambda: not talk.router.sharing._embedder._name)
     assert [said(talk(text)) for text in (TALL, HEIGHT)] == ["miss", "semantic"]
     assert "pip install sentence-transformers" in caplog.text
+
+
+def test_the_log_tells_where_an_answer_came_from(ask):
+    talk = ask()
+    for text in ("a", "a"):
+        talk(text)
+    talk("a", stream=True)
+    entries = talk.http.get("/v1/logs", headers=AUTH).json["entries"]
+    told = [(e["status"], e["provider"], e["model"], e["prompt_tokens"]) for e in entries]
+    assert sorted(told, key=str) == [
+        ("cache_hit", "cache", "m1", None),
+        ("cache_hit", "cache", "m1", None),
+        ("success", "groq", "m1", 7),
+    ]
+    why = talk.http.get(f"/v1/why/{entries[0]['id']}", headers=AUTH).json
+    assert why["cache"] in ("hit", "miss")
