@@ -118,16 +118,19 @@ def test_in_the_same_form_it_is_the_same_to_the_byte(upstream, make_app, tmp_pat
     assert len(up.requests) == 1
 
 
-@pytest.mark.parametrize("wanted", [(False, True), (True, False)])
-def test_usage_is_told_to_those_who_ask_for_it(ask, wanted):
-    talk = ask()
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("wanted", [(False, True), (True, False)], ids=str)
+def test_usage_is_told_to_those_who_ask_for_it(upstream, make_app, tmp_path, wire, wanted):
+    up = upstream(speak(Said("one two three")))
+    http = make_app(**settings_of(WIRES[wire], f"{up.url}/v1", tmp_path), **ON).test_client()
     for wants in wanted:
         options = {"stream_options": {"include_usage": True}} if wants else {}
-        got = talk(stream=True, **options)
-        told = [event["usage"] for event in data_of(got.data) if event.get("usage")]
-        assert told == ([usage()] if wants else [])
-        assert text_of(got.data) == "hello" and got.data.endswith(b"data: [DONE]\n\n")
-    assert talk.calls == 1
+        body = {"model": "hermes-router", "messages": HELLO, "stream": True, **options}
+        got = http.post("/v1/chat/completions", json=body, headers=AUTH)
+        told = [event["usage"]["total_tokens"] for event in data_of(got.data) if event.get("usage")]
+        assert told == ([USED.total] if wants else [])
+        assert text_of(got.data) == "one two three" and got.data.endswith(b"data: [DONE]\n\n")
+    assert len(up.requests) == 1
 
 
 def test_a_stream_without_usage_is_not_made_a_whole_answer(ask):
@@ -433,6 +436,38 @@ def test_a_failure_is_told_to_each(serve, upstream, post):
     assert all("not like this" in response.text for response in got)
     assert len({response.headers["X-Request-ID"] for response in got}) == 5
     assert len(up.requests) == 1
+
+
+def test_when_the_first_one_gave_up_another_asks(make_app):
+    sharing = make_app(**ON).extensions["router"].sharing
+    begun, answers = threading.Event(), []
+
+    def request():
+        body = {"model": "m", "messages": HELLO}
+        ask = router.Ask(router.CHAT, b"", body, body, router.Guard())
+        ask.started = router.time.monotonic()
+        return ask
+
+    def give_up():
+        begun.set()
+        until(lambda: sum(len(c.waiting) for c in sharing._crowds._open.values()) == 4)
+        raise router.ClientGone
+
+    def first():
+        with pytest.raises(router.ClientGone):
+            sharing.answer(request(), give_up)
+
+    def answer():
+        answers.append(router.Answer(b"{}", "application/json", "groq", "m1", 1))
+        return answers[-1]
+
+    with ThreadPoolExecutor(4) as pool:
+        task = pool.submit(first)
+        begun.wait(10)
+        others = [pool.submit(sharing.answer, request(), answer) for _ in range(3)]
+        assert {other.result().body for other in others} == {b"{}"}
+        task.result()
+    assert 1 <= len(answers) < 4
 
 
 class Caller:
