@@ -17746,6 +17746,10 @@ class Broadcast:
             self._reading = True
         return self._read()
 
+    def has_lost(self, number: int) -> bool:
+        """Whether block `number` is no longer kept."""
+        return number < self._first
+
     def _read(self) -> bytes | None:
         block = None
         try:
@@ -17766,13 +17770,14 @@ class Broadcast:
 class Listener(Relay):
     """A broadcast as one client gets it."""
 
-    def __init__(self, broadcast: Broadcast, crowd: Crowd, guard: Guard, sharing: Sharing) -> None:
+    def __init__(self, broadcast: Broadcast, crowd: Crowd, ask: Ask, sharing: Sharing) -> None:
         super().__init__(None, broadcast.relay.flow, EventCutter())
-        self._broadcast, self._crowd, self._guard = broadcast, crowd, guard
+        self._broadcast, self._crowd, self._guard = broadcast, crowd, ask.guard
         self._sharing, self._number, self._closed = sharing, 0, False
-        self._follows = guard is not crowd.leader  # the leader's guard is that of the call
+        self._dialect = DIALECTS.get(ask.surface.dialect, DIALECTS["chat"])
+        self._follows = ask.guard is not crowd.leader  # the leader's guard is that of the call
         if self._follows:
-            sharing.watchdog.watch(guard)
+            sharing.watchdog.watch(ask.guard)
 
     def __next__(self) -> bytes:
         if self._follows:
@@ -17780,13 +17785,17 @@ class Listener(Relay):
         block = self._broadcast.block(self._number, self._guard)
         if self._follows:
             self._guard.resume(math.inf)
-        if block is None:
-            relay = self._broadcast.relay
-            self.read_out, self.broken = relay.read_out, relay.broken
-            self.close()
-            raise StopIteration
-        self._number += 1
-        return block
+        if block is not None:
+            self._number += 1
+            return block
+        if self._broadcast.has_lost(self._number) and not self.broken:
+            self.broken = True
+            error = Exhausted("this stream was read too slowly", code="stream_interrupted")
+            return self._dialect.broken(b"", b"", error)
+        relay = self._broadcast.relay
+        self.read_out, self.broken = relay.read_out, self.broken or relay.broken
+        self.close()
+        raise StopIteration
 
     def close(self) -> None:
         if self._closed:
@@ -18028,8 +18037,7 @@ class Sharing:
     def _share(self, crowd: Crowd, answer: Answer, ask: Ask) -> Answer:
         """The answer for one of those who waited."""
         if crowd.broadcast:
-            body = Listener(crowd.broadcast, crowd, ask.guard, self)
-            answer = replace(answer, body=body)
+            answer = replace(answer, body=Listener(crowd.broadcast, crowd, ask, self))
         return answer if ask.guard is crowd.leader else replace(answer, cache="hit", attempts=0)
 
 

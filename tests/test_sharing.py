@@ -608,8 +608,13 @@ def test_who_reads_a_broadcast_too_slowly_loses_it():
         number += 1
     assert number == 5
     assert broadcast._bytes <= broadcast.MOST
-    assert broadcast.block(0, guard) is None
     assert broadcast.block(4, guard)
+    ask = router.Ask(router.CHAT, b"", {}, {}, router.Guard())
+    crowds, sharing = router.Crowds(), types.SimpleNamespace(watchdog=router.Watchdog(), now=int)
+    crowds.join("here", guard)
+    late = router.Listener(broadcast, crowds.join("here", ask.guard), ask, sharing)
+    (told,) = data_of(b"".join(late))
+    assert told["error"]["code"] == "stream_interrupted" and late.broken
 
 
 # --- nearly the same --------------------------------------------------------------------------
