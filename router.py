@@ -22558,7 +22558,7 @@ HTTP_ERRORS: Final = {404: NotFound, 405: MethodNotAllowed, 413: TooLarge, 415: 
 ON_CLOSE: Final = "hermes.on_client_close"
 # A function of the server that sends bytes of a stream at once, and with headers begins it.
 SEND: Final = "hermes.send"
-PRELUDE: Final = "hermes.prelude"  # what may have begun a stream before it was answered
+IN_STREAM: Final = "hermes.in_stream"  # makes an error the end of a stream, where one has begun
 HANG_UP: Final = "hermes.hang_up"  # a function of the server that closes the client's connection
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENT_STREAM: Final = {**STREAM_HEADERS, "Content-Type": "text/event-stream"}
@@ -22919,9 +22919,9 @@ def serve_responses(router: Router, request: flask.Request) -> Reply:
     try:
         return respond_chat(router, request, ask, keep)
     except (BadRequest, OverLimit) as error:
-        if not told_in_stream(error, ask, codex):
-            raise
-        return failed_stream(ask, error)
+        if told_in_stream(error, ask, codex):
+            request.environ[IN_STREAM] = functools.partial(failed_stream, ask)
+        raise
 
 
 def failed_stream(ask: Ask, error: RouterError) -> Reply:
@@ -23139,12 +23139,11 @@ class Prelude:
     """
 
     def __init__(self, router: Router, request: flask.Request, ask: Ask) -> None:
-        self._ask, self.begun = ask, False
+        self._ask, self._environ = ask, request.environ
         self._send: Callable[..., None] | None = request.environ.get(SEND)
         self._after = router.config.keepalive_after
         self._headers = [*EVENT_STREAM.items(), ("X-Request-ID", ask.request_id)]
         if ask.stream and self._after and self._send:
-            request.environ[PRELUDE] = self
             ask.guard.quiet_since = ask.started + self._after - Watchdog.BEAT_S
             ask.guard.show_life(self._beat)
 
@@ -23157,15 +23156,12 @@ class Prelude:
         self._ask.guard.quiet_since = math.inf
 
     def _beat(self) -> None:
-        if not self.begun:
+        if IN_STREAM not in self._environ:
             own = self._ask.request_id
             log.info("%s nobody answered within %g s: the stream begins", own, self._after)
-        self.begun = True
+            self._environ[IN_STREAM] = functools.partial(failed_stream, self._ask)
         if self._send:
             self._send(self._ask.surface.beat, self._headers)
-
-    def fail(self, error: RouterError) -> Reply:
-        return failed_stream(self._ask, error)
 
 
 def rate_headers(router: Router, ask: Ask) -> Json:
@@ -23255,9 +23251,8 @@ def refusal(router: Router, request: flask.Request, error: Exception) -> Reply:
 
 def error_response(router: Router, request: flask.Request, error: RouterError) -> Reply:
     """Any RouterError in the envelope of the endpoint's dialect."""
-    prelude: Prelude | None = request.environ.get(PRELUDE)
-    if prelude and prelude.begun:
-        response = prelude.fail(error)
+    if in_stream := request.environ.get(IN_STREAM):
+        response: Reply = in_stream(error)
     else:
         envelope = envelope_for(request.environ, error, request_id(request))
         response = Reply(dump_json(envelope), {"Content-Type": "application/json"}, error.status)
