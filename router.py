@@ -35,32 +35,33 @@ Contents (each section uses only the ones above it):
               25. Usage            what was asked, answered, failed and spent
               26. Limits           what each caller may still use
               27. Traces           what became of the latest requests, for logs, metrics and why
-              28. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   29. Difficulty       how hard is this request?
-              30. Plan             which candidates, in what order, and why
-              31. Verdicts         what an outcome means, and what rests for how long
-  ACTION      32. Transport        connections to providers, cut when nobody waits any more
-              33. Upstream         one attempt: send, wait for something useful, judge
-              34. Checks           keys that a provider called dead, asked again in the background
-              35. Router           plan, try, learn, answer
-              36. Reload           changed settings taken over while requests go on
-  SURFACE     37. Configuration    what admins see and change over HTTP
-              38. Status           what /v1/status, /v1/models and /metrics say
-              39. Endpoints        Flask: routes, auth, errors
-              40. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              41. Crash test       how these settings fare when providers misbehave
-              42. Documents        .env.example and the printed pages of docs/
-              43. Terminal         what commands print and ask; the running router
-              44. Views            status, logs, why and config for people
-              45. Connect          clients whose settings are written, shown and taken back
-              46. Changes          commands that change keys, models, limits
-              47. Doctor           what may be wrong, and what to do about it
-              48. Bench            a few timed answers
-              49. Setup            the wizard, from nothing to the first answer
-              50. Command line     the table of commands, and what comes from it
+              28. Cache            answers worth giving twice: exactly the same, or nearly
+              29. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   30. Difficulty       how hard is this request?
+              31. Plan             which candidates, in what order, and why
+              32. Verdicts         what an outcome means, and what rests for how long
+  ACTION      33. Transport        connections to providers, cut when nobody waits any more
+              34. Upstream         one attempt: send, wait for something useful, judge
+              35. Checks           keys that a provider called dead, asked again in the background
+              36. Sharing          one answer for identical requests: from memory, or from one call
+              37. Router           plan, try, learn, answer
+              38. Reload           changed settings taken over while requests go on
+  SURFACE     39. Configuration    what admins see and change over HTTP
+              40. Status           what /v1/status, /v1/models and /metrics say
+              41. Endpoints        Flask: routes, auth, errors
+              42. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              43. Crash test       how these settings fare when providers misbehave
+              44. Documents        .env.example and the printed pages of docs/
+              45. Terminal         what commands print and ask; the running router
+              46. Views            status, logs, why and config for people
+              47. Connect          clients whose settings are written, shown and taken back
+              48. Changes          commands that change keys, models, limits
+              49. Doctor           what may be wrong, and what to do about it
+              50. Bench            a few timed answers
+              51. Setup            the wizard, from nothing to the first answer
+              52. Command line     the table of commands, and what comes from it
 
-Rooms that later releases open: Cache and Registry after Limits, Catalog after Router,
-Dashboard after Status.
+Rooms that later releases open: Registry after Limits, Catalog after Router, Dashboard after Status.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ if __name__ == "__main__" and sys.argv[1:] in ([], ["serve"]) and hasattr(os, "m
     # handed to a fresh interpreter, which takes the place of this one under the same pid.
     with suppress(OSError):  # layer: only where it is run as a script
         file = os.memfd_create("router", 0)
-        with os.fdopen(os.dup(file), "wb") as copy:
-            marshal.dump(sys._getframe().f_code, copy)
+        with os.fdopen(os.dup(file), "wb") as compiled:
+            marshal.dump(sys._getframe().f_code, compiled)
         os.lseek(file, 0, os.SEEK_SET)
         boot = (
             "import marshal, os, sys, types; file, path = sys.argv[1:]; sys.argv = [path, 'serve'];"
@@ -93,12 +94,14 @@ import base64
 import bisect
 import codecs
 import concurrent.futures
+import copy
 import difflib
 import errno
 import fnmatch
 import functools
 import getpass
 import hashlib
+import heapq
 import hmac
 import http.client
 import http.server
@@ -130,6 +133,7 @@ import threading
 import time
 import unicodedata
 import zlib
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -1707,6 +1711,7 @@ class Config:
         "Files",
         "SQLite file of requests, tokens and cost (HR_HOME); set to nothing = forgotten at the end",
         blank=True,
+        restart=True,
     )
     prices_file: str = setting(
         "",
@@ -1904,6 +1909,78 @@ class Config:
         "Routing",
         "a key that a provider called invalid is asked again in the background; 0 = never",
     )
+    cache_ttl: float = setting(
+        300.0,
+        "CACHE_TTL_SECONDS",
+        "Cache",
+        "seconds an answer is given again to the same caller for the same request; 0 = no caching",
+        also=("LLMROUTER_CACHE_TTL", "CACHE_TTL"),
+    )
+    cache_max_size: int = setting(100, "CACHE_MAX_SIZE", "Cache", "answers kept", low=1)
+    cache_max_bytes: int = setting(
+        67_108_864, "CACHE_MAX_BYTES", "Cache", "bytes of answers kept", low=1024
+    )
+    cache_backend: str = setting(
+        "memory",
+        "CACHE_BACKEND",
+        "Cache",
+        "where answers are kept beside memory: `sqlite` survives a restart, `redis` is shared by"
+        " several routers",
+        choices=("memory", "sqlite", "redis"),
+        restart=True,
+    )
+    cache_persist: bool = setting(
+        False, "CACHE_PERSIST", "Cache", "1 = CACHE_BACKEND=sqlite", restart=True
+    )
+    cache_db_path: str = setting(
+        "cache.db", "CACHE_DB_PATH", "Cache", "SQLite file (HR_HOME)", restart=True
+    )
+    redis_url: str = setting(
+        "",
+        "REDIS_URL",
+        "Cache",
+        "redis://[user:password@]host:port/db, for CACHE_BACKEND=redis",
+        secret=True,
+        restart=True,
+    )
+    semantic_cache: bool = setting(
+        False,
+        "SEMANTIC_CACHE",
+        "Cache",
+        "1 = questions of nearly the same meaning get the same answer; a miss costs an embedding",
+        also=("LLMROUTER_SEMANTIC_CACHE_ENABLED",),
+    )
+    semantic_threshold: float = setting(
+        0.95,
+        "SEMANTIC_CACHE_THRESHOLD",
+        "Cache",
+        "least cosine of two questions that get the same answer; a header may only raise it",
+        also=("LLMROUTER_SEMANTIC_CACHE_THRESHOLD",),
+        low=0.5,
+        high=1,
+    )
+    semantic_model: str = setting(
+        "",
+        "LLMROUTER_SEMANTIC_MODEL",
+        "Cache",
+        "sentence-transformers model that compares questions on this machine; empty = a provider's"
+        " embeddings",
+        restart=True,
+    )
+    semantic_max_entries: int = setting(
+        512,
+        "LLMROUTER_SEMANTIC_CACHE_MAX_ENTRIES",
+        "Cache",
+        "questions kept for that",
+        low=1,
+        restart=True,
+    )
+    single_flight: bool = setting(
+        True,
+        "SINGLE_FLIGHT",
+        "Cache",
+        "identical requests of a caller at the same time share one call; 0 = each makes its own",
+    )
     codex_token_url: str = setting(
         CODEX_TOKEN_URL,
         "CODEX_TOKEN_URL",
@@ -1948,6 +2025,9 @@ class Config:
             for row in values["model_aliases"]
             if "=" not in row
         ]
+        values["semantic_cache"] |= reader.flag("LLMROUTER_SEMANTIC_CACHE_ENABLED", False)
+        if values["cache_backend"] == "redis" and not values["redis_url"]:
+            reader.problems.append("CACHE_BACKEND=redis needs REDIS_URL")
         reader.check_overrides(overrides)
         reader.check_key_rows(rows)
         reader.check_networks(values["trusted_proxies"])
@@ -2919,7 +2999,7 @@ def find_secret(keys: Iterable[str], which: str, what: str) -> str:
 def check_caller(values: Mapping[str, object]) -> Json:
     """What may be said of a proxy key, checked; None takes a member away.
 
-    Members: name, admin, allowed_providers, privacy, and CALLER_LIMITS. BadValue names the one at fault.
+    Members: name, admin, allowed_providers, privacy, CALLER_LIMITS; BadValue names the wrong one.
     """
     checks: dict[str, Callable[[str, object], Any]] = {
         "name": check_name,
@@ -2953,7 +3033,7 @@ def check_flag(field: str, value: object) -> bool:
 def check_privacy(field: str, value: object) -> str:
     if value not in PRIVACY:
         raise BadValue(field, f"{field} must be {' or '.join(PRIVACY)}")
-    return cast(str, value)
+    return value
 
 
 def check_providers(field: str, value: object) -> list[str]:
@@ -13342,9 +13422,17 @@ class ChatWriter:
         return made
 
     def finish(self) -> bytes:
-        if not (self._wants_usage and self._usage):
-            return DONE
-        return encode_event({**self._head, "choices": [], "usage": self._usage}) + DONE
+        return (self._usage_event() if self._wants_usage else b"") + DONE
+
+    @property
+    def withheld(self) -> bytes:
+        """The event of usage that the client did not ask for."""
+        return b"" if self._wants_usage else self._usage_event()
+
+    def _usage_event(self) -> bytes:
+        if not self._usage:
+            return b""
+        return encode_event({**self._head, "choices": [], "usage": self._usage})
 
     def fail(self, error: RouterError) -> bytes:
         return encode_event(error_body(error))
@@ -13511,6 +13599,9 @@ class Ask:
     input: list[Json] | None = None  # Responses: all items, those of earlier turns included
     kept_body: tuple[tuple[str, str, str], bytes] = (NOBODY, b"")  # the body made last, for whom
     make_flow: Callable[[Passage], Flow] | None = None  # where it goes on with another answer
+    terms: tuple[object, ...] = ()  # what besides the body decides the answer: headers
+    memory: Literal["", "off", "refresh"] = ""  # what the client wants of the cache
+    likeness: float = 0.0  # least cosine of another question with the same answer; 0 = no such
     # (label, dialect, origin) -> what was changed after a refusal
     mends: dict[tuple[str, str, str], tuple[Mend, ...]] = field(default_factory=dict)
 
@@ -13683,6 +13774,7 @@ class Flow:
         self.done = False  # nothing comes any more
         self.odd = False  # what came is better translated
         self.final: Json | None = None  # the whole answer, where a dialect repeats it
+        self.withheld = b""  # an event of usage that the client did not ask for
         self.tokens: Tokens | None = None
         self.failure: Outcome | None = None
         self._calls: list[bytes] = []  # events held back
@@ -13749,8 +13841,10 @@ class Flow:
         if sight.calls or self._calls or (sight.broken and CALL_MARKS.search(data)):
             return self._hold(event, sight)
         self._note(sight)
-        withheld = sight.only_usage and not self._passage.ask.wants_usage
-        return b"" if self.failure or withheld or sight.broken else event
+        if sight.only_usage and not self._passage.ask.wants_usage:
+            self.withheld = event
+            return b""
+        return b"" if self.failure or sight.broken else event
 
     def _counted(self, event: bytes) -> bytes:
         """The event with an estimate, where the client wants a usage and the provider has none."""
@@ -14049,6 +14143,7 @@ class Translation(Flow):
             return block
         block += self._ended()
         self.final = getattr(self._writer, "response", None)
+        self.withheld = getattr(self._writer, "withheld", b"")
         return block
 
     def adopt(self, body: bytes) -> bytes:
@@ -16118,7 +16213,627 @@ def trace_line(trace: Trace) -> str:
 
 
 # =============================================================================
-# 28. Lessons
+# 28. Cache
+# =============================================================================
+
+CACHE_FORM: Final = 1  # of what is kept; another one is not read
+MAX_QUESTION: Final = 1000  # characters; longer texts are alike by their length alone
+UNSAID: Final = frozenset({"stream", "stream_options"})  # members that change no answer
+TURNS: Final = frozenset({"messages", "input", "prompt"})  # where each dialect has what was said
+# Members whose answers are not given twice: they hang on what a provider keeps or looks up, or
+# an answer of the other form (whole, streamed) could not tell all of it.
+UNSHARED: Final = (
+    "previous_response_id", "conversation", "background", "container", "mcp_servers",
+    "web_search_options", "logprobs", "top_logprobs", "audio",
+)  # fmt: skip
+FIGURES: Final = re.compile(r"\d+")
+
+
+def may_share(ask: Ask) -> bool:
+    """Whether the answer may be given again, to the same caller for the same request.
+
+    Not inside a tool loop, not where several different answers are asked for, not where the
+    provider keeps something or runs tools: the next answer would be another one.
+    """
+    body, dialect = ask.body, ask.surface.dialect
+    if dialect == "embeddings":
+        return True
+    store = body.get("store")
+    if ask.left_out or store or (store is None and dialect == "responses"):
+        return False
+    if any(map(body.get, UNSHARED)):
+        return False
+    several = (ask.chat.get("n") or 1) > 1
+    if several and (ask.stream or ask.chat.get("temperature") != 0):
+        return False
+    return not in_tool_loop(ask.chat)
+
+
+def in_tool_loop(chat: Json) -> bool:
+    """Whether results of tools have come since the assistant spoke last."""
+    for message in reversed(chat_messages(chat)):
+        if message.get("role") == "assistant":
+            return False
+        if message.get("role") in ("tool", "function"):
+            return True
+    return False
+
+
+def digest(ask: Ask, *told: object) -> bytes:
+    """The name of `told` for one caller; without the caller's key nobody can tell what it names."""
+    caller = ask.caller
+    secret = (caller.key or caller.id).encode("utf-8", "backslashreplace")
+    whose = (CACHE_FORM, caller.id, sorted(caller.scope), ask.surface.dialect)
+    # Fast where texts are long, and the same for equal values: version 2 knows no references.
+    data = marshal.dumps(cast(Any, (whose, ask.forward, ask.terms, told)), 2)
+    return hmac.digest(secret, data, "sha256")
+
+
+def answer_key(ask: Ask) -> bytes:
+    """The name of a request: who asks, and everything that decides the answer."""
+    body = ask.body
+    # Where one form cannot be made of the other, each is kept for itself.
+    unsaid = UNSAID if ask.surface.dialect in DIALECTS else frozenset()
+    return digest(ask, [(name, body[name]) for name in sorted(body) if name not in unsaid])
+
+
+def question_of(ask: Ask) -> tuple[bytes, str] | None:
+    """(the name of all but the last question, the question), None where none can be compared.
+
+    Everything else must be the same to the letter: who asks, the turns before, tools, format,
+    sampling, images, and the figures in the question.
+    """
+    messages = chat_messages(ask.chat)
+    last = messages[-1] if messages else {}
+    text = message_text(last).strip()
+    if last.get("role") != "user" or not 0 < len(text) <= MAX_QUESTION:
+        return None
+    content = last["content"]
+    if isinstance(content, list):
+        content = [{**p, "text": ""} if isinstance(p.get("text"), str) else p for p in content]
+    else:
+        content = ""
+    body = ask.body
+    said = [(name, body[name]) for name in sorted(body) if name not in UNSAID | TURNS]
+    frame = [*messages[:-1], {**last, "content": content}]
+    return digest(ask, "alike", said, frame, FIGURES.findall(text)), text
+
+
+WELL: Final = {
+    "chat": frozenset({"stop"}),
+    "completions": frozenset({"stop"}),
+    "messages": frozenset({"end_turn", "stop_sequence"}),
+}
+WORDS_ONLY: Final = {
+    "messages": frozenset({"text", "thinking", "redacted_thinking"}),
+    "responses": frozenset({"message", "reasoning"}),
+}
+
+
+def objects(value: object) -> list[Json]:
+    """The objects in a list of JSON; of anything else none."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def ended_well(dialect: str, answer: Json) -> bool:
+    """Whether a whole answer is text alone, said to its end: no call, no refusal, not cut."""
+    if dialect == "embeddings":
+        return True
+    if dialect == "messages":
+        stopped = str(answer.get("stop_reason")) in WELL[dialect]
+        return stopped and holds_words_only(dialect, answer.get("content"))
+    if dialect == "responses":
+        items = objects(answer.get("output"))
+        parts = [part for item in items for part in objects(item.get("content"))]
+        refused = any(part.get("type") == "refusal" for part in parts)
+        whole = answer.get("status") == "completed" and not refused
+        return whole and holds_words_only(dialect, items)
+    choices = objects(answer.get("choices"))
+    return bool(choices) and all(
+        str(choice.get("finish_reason")) in WELL[dialect] and not acts_or_refuses(choice)
+        for choice in choices
+    )
+
+
+def holds_words_only(dialect: str, parts: object) -> bool:
+    return {str(part.get("type")) for part in objects(parts)} <= WORDS_ONLY[dialect]
+
+
+def acts_or_refuses(choice: Json) -> bool:
+    message = choice.get("message")
+    told = message if isinstance(message, dict) else {}
+    return any(map(told.get, ("tool_calls", "function_call", "refusal", "audio")))
+
+
+def stream_ended_well(dialect: str, body: bytes, final: Json | None) -> bool:
+    """The same of a whole stream; `final` is its answer where the dialect repeats it."""
+    if dialect == "responses":
+        return final is not None and ended_well(dialect, final)
+    told = (b"refusal", b"tool_calls", b"function_call")
+    if any(b'"%b"' % name in body and not only_null(body, name) for name in told):
+        return False
+    events = (read_json(event_data(event)) for event in split_events(body[-2048:]))
+    reasons = [finish_of(event) for event in events if isinstance(event, dict)]
+    return any(reasons) and all(reason in WELL[dialect] for reason in reasons if reason)
+
+
+def finish_of(event: Json) -> str:
+    """How the answer ended, if this event of Chat or Messages says so; else ""."""
+    holders = objects([event.get("delta")]) + objects(event.get("choices"))
+    told = (holder.get("finish_reason") or holder.get("stop_reason") for holder in holders)
+    return str(next(filter(None, told), ""))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One answer as its client got it: JSON, or the events of a stream."""
+
+    body: bytes
+    stream: bool
+    provider: str
+    model: str
+    until: float  # unix seconds
+    wants_usage: bool = True  # the events hold usage where the provider told any
+    usage: bytes = b""  # the event of usage that the client did not want
+
+    @property
+    def size(self) -> int:
+        return len(self.body) + len(self.usage) + 512
+
+    def packed(self) -> bytes:
+        """One line that says what it is, then the body."""
+        usage = self.usage.decode("utf-8", "replace")
+        head = [CACHE_FORM, self.stream, self.provider, self.model, self.until]
+        return dump_json([*head, self.wants_usage, usage]) + b"\n" + self.body
+
+    def with_usage(self) -> bytes | None:
+        """The events with those of usage; None where they are not known."""
+        if self.wants_usage:
+            return self.body
+        if not self.usage or not self.body.endswith(DONE):
+            return None
+        return self.body[: -len(DONE)] + self.usage + DONE
+
+    def told(self, ask: Ask) -> bytes | None:
+        """The answer in the form that this request wants; None where it cannot be had."""
+        if self.stream == ask.stream and (not self.stream or self.wants_usage == ask.wants_usage):
+            return self.body
+        dialect = DIALECTS.get(ask.surface.dialect)
+        if dialect is None:
+            return None
+        passage = Passage(dialect, ask, self.provider)
+        events = self.with_usage() if self.stream else b""
+        if events is None:
+            return None
+        if not ask.stream:
+            return passage.whole(events).body or None
+        if self.stream:
+            return Flow(passage).take(events)
+        return self._streamed(passage)
+
+    def _streamed(self, passage: Passage) -> bytes:
+        """A whole answer as events."""
+        chat = passage.canonical(cast(Json, read_json(self.body)))
+        tokens = tokens_of(chat)
+        passage.ask.tokens = tokens.prompt if tokens else 0  # some streams begin with it
+        writer = passage.writer()
+        return b"".join(map(writer.feed, chunks_from_reply(chat))) + writer.finish()
+
+
+PACKED: Final = [int, bool, str, str, float, bool, str]
+
+
+def unpacked(data: bytes) -> Saved | None:
+    """What `packed` made; None for anything else."""
+    line, _, body = data.partition(b"\n")
+    head = read_json(line)
+    if not isinstance(head, list) or list(map(type, head)) != PACKED or head[0] != CACHE_FORM:
+        return None
+    _, stream, provider, model, until, wants_usage, usage = head
+    if not (provider + model).isprintable():  # they become headers
+        return None
+    return Saved(body, stream, provider, model, until, wants_usage, usage.encode())
+
+
+class Shelf:
+    """Where answers are kept beside memory: nowhere. Keys are digests, what is read is `packed`.
+
+    A shelf that fails is empty and says so once; nobody gets an error for it.
+    """
+
+    name = "memory"
+
+    def start(self, _most: int) -> Iterable[tuple[bytes, bytes]]:
+        """Begin; what is kept already and shall be in memory, the oldest first."""
+        return ()
+
+    def get(self, _key: bytes) -> bytes | None:
+        """What another router may have put there."""
+        return None
+
+    def put(self, key: bytes, saved: Saved) -> None: ...
+    def drop(self, key: bytes) -> None: ...
+    def clear(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class DiskShelf(Shelf):
+    """A copy of what is in memory in an SQLite file: written behind, read at the start only."""
+
+    name = "sqlite"
+    SCHEMA: ClassVar[str] = (
+        "CREATE TABLE IF NOT EXISTS answers"
+        " (key BLOB PRIMARY KEY, data BLOB NOT NULL, until REAL NOT NULL) WITHOUT ROWID;"
+    )
+
+    def __init__(self, path: Path, wall: Callable[[], float] = time.time) -> None:
+        self._database, self._wall = Database(path, self.SCHEMA), wall
+
+    def start(self, most: int) -> Iterable[tuple[bytes, bytes]]:
+        self._database.start()
+        rows = self._database.read(
+            "SELECT CAST(key AS BLOB), CAST(data AS BLOB), CAST(until AS REAL) AS until"
+            " FROM answers WHERE until > ? ORDER BY until DESC LIMIT ?",
+            self._wall(),
+            most,
+        )
+        oldest = min((until for _, _, until in rows), default=math.inf)
+        self._database.write("DELETE FROM answers WHERE until < ?", oldest)
+        return [(key, data) for key, data, _ in reversed(rows)]
+
+    def put(self, key: bytes, saved: Saved) -> None:
+        row = (key, saved.packed(), saved.until)
+        self._database.write("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", *row)
+
+    def drop(self, key: bytes) -> None:
+        self._database.write("DELETE FROM answers WHERE key = ?", key)
+
+    def clear(self) -> None:
+        self._database.write("DELETE FROM answers")
+
+    def close(self) -> None:
+        self._database.close()
+
+
+class RedisShelf(Shelf):
+    """A Redis server that several routers share: read once for a miss, written by a thread.
+
+    After a failure it is left alone for REST_S seconds, then asked by one request.
+    """
+
+    name = "redis"
+    PREFIX: ClassVar[str] = "hr:cache:"
+    TIMEOUT_S: ClassVar[float] = 0.2
+    REST_S: ClassVar[float] = 30.0
+    MAX_QUEUED: ClassVar[int] = 256
+    MAX_CLEARED: ClassVar[int] = 1_000_000
+
+    def __init__(
+        self,
+        url: str,
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._url, self._now, self._wall = url, now, wall
+        self._client: Any = None
+        self._errors: tuple[type[Exception], ...] = ()
+        self._rests_until, self._failing = -math.inf, False
+        self._queue: deque[tuple[str, bytes, int]] = deque(maxlen=self.MAX_QUEUED)
+        self._some, self._stop = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, _most: int) -> Iterable[tuple[bytes, bytes]]:
+        try:
+            redis = importlib.import_module("redis")
+            backoff, retry = (importlib.import_module(f"redis.{m}") for m in ("backoff", "retry"))
+            self._client = redis.Redis.from_url(
+                self._url,
+                socket_timeout=self.TIMEOUT_S,
+                socket_connect_timeout=self.TIMEOUT_S,
+                retry=retry.Retry(backoff.NoBackoff(), 0),
+            )
+        except ImportError:
+            log.warning("CACHE_BACKEND=redis is not used: pip install redis")
+            return ()
+        except ValueError as error:
+            log.warning("REDIS_URL is not used: %s", scrub(str(error), 200))
+            return ()
+        self._errors = (redis.RedisError, OSError)
+        self._thread = threading.Thread(target=self._run, name="redis", daemon=True)
+        self._thread.start()
+        return ()
+
+    def get(self, key: bytes) -> bytes | None:
+        found = self._ask(lambda client: client.get(self.PREFIX + key.hex()))
+        return found if isinstance(found, bytes) else None
+
+    def put(self, key: bytes, saved: Saved) -> None:
+        """Queue it; of a full queue the oldest is dropped."""
+        left_ms = int(1000 * (saved.until - self._wall()))
+        if self._client is not None and left_ms > 0:
+            self._queue.append((self.PREFIX + key.hex(), saved.packed(), left_ms))
+            self._some.set()
+
+    def clear(self) -> None:
+        self._queue.clear()
+        self._ask(self._unlink)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._some.set()
+        if self._thread:
+            self._thread.join(2)
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def _ask(self, do: Callable[[Any], Any]) -> Any:
+        """What Redis says, None while it is away."""
+        client, now = self._client, self._now()
+        if client is None or now < self._rests_until:
+            return None
+        if self._failing:  # the others need not wait for the answer to this one
+            self._rests_until = now + self.REST_S
+        try:
+            found = do(client)
+        except self._errors as error:
+            self._rests_until = now + self.REST_S
+            if not self._failing:
+                told = f"{type(error).__name__}: {scrub(str(error), 200)}"
+                log.warning("Redis is away, requests go on without it: %s", told)
+            self._failing = True
+            return None
+        if self._failing:
+            self._failing, self._rests_until = False, -math.inf
+            log.info("Redis is back")
+        return found
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._some.wait()
+            self._some.clear()
+            self._write()
+
+    def _write(self) -> None:
+        batch = [self._queue.popleft() for _ in range(len(self._queue))]
+
+        def send(client: Any) -> None:
+            pipe = client.pipeline(transaction=False)
+            for name, data, left_ms in batch:
+                pipe.set(name, data, px=left_ms)
+            pipe.execute()
+
+        if batch:
+            self._ask(send)
+
+    def _unlink(self, client: Any) -> None:
+        names = client.scan_iter(match=f"{self.PREFIX}*", count=1000)
+        names = itertools.islice(names, self.MAX_CLEARED)
+        while some := list(itertools.islice(names, 1000)):
+            client.unlink(*some)
+
+
+def make_shelf(config: Config) -> Shelf:
+    if not config.cache_ttl:
+        return Shelf()
+    if config.cache_backend == "redis":
+        return RedisShelf(config.redis_url)
+    if config.cache_backend == "sqlite" or config.cache_persist:
+        return DiskShelf(config.home / Path(config.cache_db_path).expanduser())
+    return Shelf()
+
+
+class Cache:
+    """Answers by the name of their request; the least recently used goes first.
+
+    Bounded by entries and bytes, each forgotten `ttl_s` seconds after it was made; 0 = nothing
+    is kept. One lock, for dictionary work only: shelves are asked and told outside of it.
+    """
+
+    LARGEST: ClassVar[int] = 4  # no answer may take more than this part of the bytes
+
+    def __init__(
+        self,
+        ttl_s: float,
+        most: int,
+        most_bytes: int,
+        shelf: Shelf,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._ttl_s, self._most, self._most_bytes = ttl_s, most, most_bytes
+        self._shelf, self._wall = shelf, wall
+        self._lock = threading.Lock()
+        self._kept: dict[bytes, Saved] = {}  # the least recently used first
+        self._bytes = 0
+        self.counts: Counter[str] = Counter()  # of hit, miss, semantic, shared
+
+    @property
+    def on(self) -> bool:
+        return self._ttl_s > 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._ttl_s, self._most = config.cache_ttl, config.cache_max_size
+        self._most_bytes = config.cache_max_bytes
+
+    def start(self) -> None:
+        """Take over what survived a restart."""
+        for key, data in self._shelf.start(self._most) if self.on else ():
+            self._take_in(key, unpacked(data))
+
+    def close(self) -> None:
+        self._shelf.close()
+
+    def count(self, what: str) -> None:
+        with self._lock:
+            self.counts[what] += 1
+
+    def until(self) -> float:
+        """When an answer made now is forgotten, in unix seconds."""
+        return self._wall() + self._ttl_s
+
+    def peek(self, key: bytes) -> Saved | None:
+        """What memory has."""
+        with self._lock:
+            saved = self._kept.pop(key, None)
+            if saved is None:
+                return None
+            if saved.until > self._wall():
+                self._kept[key] = saved  # now the most recently used
+                return saved
+            self._bytes -= saved.size
+        self._shelf.drop(key)
+        return None
+
+    def get(self, key: bytes) -> Saved | None:
+        """What memory has, else what the shelf has."""
+        saved = self.peek(key)
+        if saved is None and (data := self._shelf.get(key)):
+            saved = self._take_in(key, unpacked(data))
+        return saved
+
+    def put(self, key: bytes, saved: Saved) -> None:
+        if saved.size * self.LARGEST <= self._most_bytes:
+            self._insert(key, saved)
+            self._shelf.put(key, saved)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+            self._bytes = 0
+        self._shelf.clear()
+
+    def stats(self) -> Json:
+        hits = self.counts["hit"] + self.counts["semantic"]
+        asked = hits + self.counts["miss"]
+        return {
+            "enabled": self.on,
+            "ttl_s": self._ttl_s,
+            "backend": self._shelf.name,
+            "persistent": self._shelf.name != "memory",
+            "size": len(self._kept),
+            "max_size": self._most,
+            "bytes": self._bytes,
+            "max_bytes": self._most_bytes,
+            "hits": hits,
+            "misses": self.counts["miss"],
+            "hit_rate": round(hits / asked, 3) if asked else 0.0,
+        }
+
+    def _take_in(self, key: bytes, saved: Saved | None) -> Saved | None:
+        """What a shelf had, if it is still fresh; never fresher than one made now."""
+        if saved is None or not self._wall() < saved.until <= self.until():
+            return None
+        self._insert(key, saved)
+        return saved
+
+    def _insert(self, key: bytes, saved: Saved) -> None:
+        now = self._wall()
+        with self._lock:
+            gone = self._kept.pop(key, None)
+            self._kept[key] = saved
+            self._bytes += saved.size - (gone.size if gone else 0)
+            dropped = self._shrink(now)
+        for old in dropped:
+            self._shelf.drop(old)
+
+    def _shrink(self, now: float) -> list[bytes]:
+        """Drop the oldest while there is too much, or while they are stale."""
+        dropped: list[bytes] = []
+        for key, saved in self._kept.items():
+            full = len(self._kept) - len(dropped) > self._most or self._bytes > self._most_bytes
+            if not full and saved.until > now:
+                break
+            self._bytes -= saved.size
+            dropped.append(key)
+        for key in dropped:
+            del self._kept[key]
+        return dropped
+
+
+class Question(NamedTuple):
+    """A question that was answered: its vector, of length 1, and the signs of its numbers."""
+
+    unit: array[float]
+    signs: int
+
+
+def unit_vector(values: object) -> array[float] | None:
+    """The vector with length 1; None for what is none."""
+    if not isinstance(values, list) or not values or not all(map(is_number, values)):
+        return None
+    length = math.sqrt(sum(map(operator.mul, values, values)))
+    if not 0 < length < math.inf:
+        return None
+    return array("f", [value / length for value in values])
+
+
+def question_made(unit: array[float]) -> Question:
+    return Question(unit, int("".join(["1" if value > 0 else "0" for value in unit]), 2))
+
+
+class Questions:
+    """Vectors of questions and the names of their answers, the newest `most`.
+
+    Searched in two steps: by the signs of the numbers, which are one XOR for a whole vector,
+    then the nearest of those exactly. Only what is in the same space is compared.
+    """
+
+    SHORTLIST: ClassVar[int] = 24
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._spaces: dict[bytes, dict[bytes, Question]] = {}  # space -> answer's name -> question
+        self._order: dict[bytes, bytes] = {}  # answer's name -> space, the oldest first
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def add(self, space: bytes, question: Question, key: bytes) -> None:
+        with self._lock:
+            self._forget(key)
+            self._order[key] = space
+            self._spaces.setdefault(space, {})[key] = question
+            if len(self._order) > self._most:
+                self._forget(next(iter(self._order)))
+
+    def forget(self, key: bytes) -> None:
+        with self._lock:
+            self._forget(key)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._order.clear()
+            self._spaces.clear()
+
+    def nearest(self, space: bytes, question: Question, least: float) -> list[bytes]:
+        """Names of answers to questions whose cosine is `least` or more, the nearest first."""
+        with self._lock:
+            rows = list(self._spaces.get(space, {}).items())
+        signs = question.signs
+        distances = [(signs ^ row.signs).bit_count() for _, row in rows]
+        short = heapq.nsmallest(self.SHORTLIST, range(len(rows)), key=distances.__getitem__)
+        near = [(cosine(question.unit, rows[at][1].unit), rows[at][0]) for at in short]
+        return [key for likeness, key in sorted(near, reverse=True) if likeness >= least]
+
+    def _forget(self, key: bytes) -> None:
+        space = self._order.pop(key, None)
+        if space is not None:
+            del self._spaces[space][key]
+            if not self._spaces[space]:
+                del self._spaces[space]
+
+
+def cosine(one: array[float], other: array[float]) -> float:
+    """Of two vectors of length 1; those of different size are not alike."""
+    return sum(map(operator.mul, one, other)) if len(one) == len(other) else 0.0
+
+
+# =============================================================================
+# 29. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -16957,7 +17672,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 29. Difficulty
+# 30. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -17086,7 +17801,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 30. Plan
+# 31. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -17367,6 +18082,10 @@ class Directory:
             for pattern, _, goal in (row.partition("=") for row in config.model_aliases)
         ]
         self._arranged: dict[Traits, tuple[tuple[Group, ...], Iterator[int]]] = {}
+        rows = [(s.name, s.url, s.models, s.embed_model) for s in self.services.values()]
+        ways = (config.model_aliases, config.route_prefer, config.strict_model)
+        # Answers that were given by other models are not those of these.
+        self.edition = hashlib.sha256(repr((rows, ways)).encode()).hexdigest()[:16]
 
     def facts(self, provider: str, model: str) -> Model:
         return self._known.facts(provider, model)
@@ -17448,7 +18167,7 @@ class Directory:
 
 
 # =============================================================================
-# 31. Verdicts
+# 32. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -17840,7 +18559,7 @@ def next_sunday(date: datetime) -> float:
 
 
 # =============================================================================
-# 32. Transport
+# 33. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -17873,8 +18592,8 @@ class Guard:
     """
 
     __slots__ = (
-        "_beat", "_lock", "_sock", "cut", "deadline", "gone", "hang_up", "last", "quiet_since",
-        "waiting",
+        "_beat", "_lock", "_sock", "cut", "deadline", "gone", "hang_up", "last", "others",
+        "quiet_since", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -17888,6 +18607,7 @@ class Guard:
         self.quiet_since = math.inf  # monotonic seconds; since then the client heard nothing
         self._beat: Callable[[], None] | None = None
         self.hang_up: Callable[[], None] = self.cut_off  # on a client that does not read
+        self.others: Callable[[Guard], bool] | None = None  # do other clients wait for the same?
 
     def hold(self, sock: socket.socket) -> None:
         """From now on `sock` is what gets cut. ClientGone if it is too late already."""
@@ -17939,6 +18659,8 @@ class Guard:
             self._sock = None
 
     def client_gone(self) -> None:
+        if self.others and self.others(self):
+            return
         self.gone = True
         self.cut_off()
 
@@ -18455,7 +19177,7 @@ class Transport:
 
 
 # =============================================================================
-# 33. Upstream
+# 34. Upstream
 # =============================================================================
 
 ANSWERED: Final = frozenset({200, 201, 202, 203})  # web frameworks answer a POST with 201
@@ -18526,6 +19248,10 @@ class Relay:
         self.rescue: Callable[[Relay], Relay | None] | None = None  # somebody who goes on
         self.on_close: Callable[[Relay], None] | None = None
         self.keep: Callable[[Json], None] | None = None  # gets the whole answer at the end
+        # Gets the stream at its end, where nothing went wrong and it is not too long.
+        self.remember: Callable[[Relay, bytes], None] | None = None
+        self._record: list[bytes] = []
+        self._recorded = 0  # bytes
 
     @property
     def failure(self) -> Outcome | None:
@@ -18539,6 +19265,8 @@ class Relay:
             while not self.broken:
                 if block := self._next():
                     self._spoke = True
+                    if self.remember:
+                        self._note(block)
                     return block
                 if self._response is None and not self.flow.failure:
                     break
@@ -18549,8 +19277,17 @@ class Relay:
         self.read_out = True
         if self.keep and self.flow.final:
             self.keep(self.flow.final)
+        if self.remember and not self.flow.failure:
+            self.remember(self, b"".join(self._record))
         self.close()
         raise StopIteration
+
+    def _note(self, block: bytes) -> None:
+        """Record what is to be remembered, up to a bound."""
+        self._recorded += len(block)
+        self._record.append(block)
+        if self._recorded > MAX_PASSED_BYTES:
+            self._record, self.remember = [], None
 
     def _next(self) -> bytes:
         """The next bytes for the client, b"" when only part of an event has come."""
@@ -18600,6 +19337,7 @@ class Relay:
         if self._response is not None:
             self._response.close()
             self._response = None
+        self.remember = None  # two halves are no answer to give again
         rescue, self.rescue = self.rescue, None
         self.mending = True
         other = rescue(self) if rescue else None
@@ -19034,7 +19772,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 34. Checks
+# 35. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -19247,7 +19985,438 @@ class KeyChecks:
 
 
 # =============================================================================
-# 35. Router
+# 36. Sharing
+# =============================================================================
+
+MAX_TURNS: Final = 3  # in which a request waits for another one; then it asks for itself
+LOOK_S: Final = 0.25  # how often one that waits looks whether its client is still there
+
+
+@dataclass
+class Answer:
+    """What goes back to the client, with what the headers and the log say about it."""
+
+    body: bytes | Relay
+    content_type: str
+    provider: str
+    model: str
+    attempts: int
+    left_out: Sequence[str] = ()  # tools that were not sent on
+    final: Json | None = None  # the client's answer, parsed; of a stream when it has ended
+    cache: Literal["off", "miss", "hit", "semantic"] = "off"  # where it came from
+
+
+# What an offer's name adds to the model's: not a size such as `:8b`, which is another model.
+EMBEDDING_OFFER: Final = re.compile(r":(?:free|latest|nitro|floor)$")
+
+
+def embedding_family(model: str) -> str:
+    """Models whose vectors may be compared: the same id whatever the provider calls it."""
+    return EMBEDDING_OFFER.sub("", model.lower().rpartition("/")[2])
+
+
+class Crowd:
+    """Identical requests that wait for one answer; the first of them asks for it.
+
+    The call goes on as long as one of their clients is there. Its members are guarded by the
+    lock of the Crowds it belongs to.
+    """
+
+    def __init__(self, leader: Guard, lock: threading.Lock) -> None:
+        self.leader, self._lock = leader, lock
+        self.waiting = {leader}
+        self.came: threading.Event | None = None  # made by the first that follows
+        self.answer: Answer | None = None
+        self.error: RouterError | None = None
+        self.broadcast: Broadcast | None = None  # of an answer that streams
+
+    def leave(self, guard: Guard) -> bool:
+        """A client has gone or has all. -> must the call go on for others, so that it stays?"""
+        with self._lock:
+            was_there = guard in self.waiting
+            self.waiting.discard(guard)
+            others = bool(self.waiting)
+        if guard is self.leader:
+            return others
+        if was_there and not others:
+            self.leader.client_gone()
+        return False
+
+    def tell(self) -> None:
+        """To those who wait: what came is to be had now."""
+        if self.answer and isinstance(self.answer.body, Relay):
+            self.broadcast = Broadcast(self.answer.body)
+        cast(threading.Event, self.came).set()
+
+    def wait(self, guard: Guard, until: float, now: Callable[[], float]) -> None:
+        """Until the answer or the error has come, or neither: then somebody must ask anew."""
+        came = cast(threading.Event, self.came)
+        while not came.wait(max(0.0, min(LOOK_S, until - now()))):
+            if guard.gone:
+                raise ClientGone
+            if now() >= until:
+                self.leave(guard)
+                raise Exhausted("no answer came in time (REQUEST_DEADLINE)")
+
+
+class Crowds:
+    """All crowds that others may still join. One lock, for dictionary work only."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[Any, Crowd] = {}
+
+    def join(self, place: object, guard: Guard) -> Crowd:
+        with self._lock:
+            crowd = self._open.get(place)
+            if crowd is None:
+                crowd = self._open[place] = Crowd(guard, self._lock)
+            else:
+                crowd.waiting.add(guard)
+                crowd.came = crowd.came or threading.Event()
+        guard.others = crowd.leave
+        return crowd
+
+    def close(self, place: object) -> bool:
+        """Nobody can join any more. -> does anybody follow?"""
+        with self._lock:
+            return self._open.pop(place).came is not None
+
+
+class Broadcast:
+    """One stream that several clients hear, each at its own pace: whoever needs more reads on.
+
+    Blocks are kept up to MOST bytes; who is further behind has lost the thread.
+    """
+
+    MOST: ClassVar[int] = 16 << 20
+
+    def __init__(self, relay: Relay) -> None:
+        self.relay = relay
+        self._some = threading.Condition()
+        self._blocks: deque[bytes] = deque()
+        self._first = self._bytes = 0  # number of the first block kept, size of all
+        self._reading = self._over = False
+
+    def block(self, number: int, guard: Guard) -> bytes | None:
+        """Block `number`; None at the end, or when this client has gone."""
+        with self._some:
+            while self._reading and number >= self._first + len(self._blocks):
+                self._some.wait(LOOK_S)
+                if guard.gone:
+                    return None
+            if number < self._first:
+                return None
+            if number < self._first + len(self._blocks):
+                return self._blocks[number - self._first]
+            if self._over:
+                return None
+            self._reading = True
+        return self._read()
+
+    def has_lost(self, number: int) -> bool:
+        """Whether block `number` is no longer kept."""
+        return number < self._first
+
+    def _read(self) -> bytes | None:
+        block = None
+        try:
+            block = next(self.relay, None)
+        finally:
+            with self._some:
+                self._reading, self._over = False, block is None
+                if block:
+                    self._blocks.append(block)
+                    self._bytes += len(block)
+                while self._bytes > self.MOST:
+                    self._bytes -= len(self._blocks.popleft())
+                    self._first += 1
+                self._some.notify_all()
+        return block
+
+
+class Listener(Relay):
+    """A broadcast as one client gets it."""
+
+    def __init__(self, broadcast: Broadcast, crowd: Crowd, ask: Ask, sharing: Sharing) -> None:
+        super().__init__(None, broadcast.relay.flow, EventCutter())
+        self._broadcast, self._crowd, self._guard = broadcast, crowd, ask.guard
+        self._sharing, self._number, self._closed = sharing, 0, False
+        self._dialect = DIALECTS.get(ask.surface.dialect, DIALECTS["chat"])
+        self._follows = ask.guard is not crowd.leader  # the leader's guard is that of the call
+        if self._follows:
+            sharing.watchdog.watch(ask.guard)
+
+    def __next__(self) -> bytes:
+        if self._follows:
+            self._guard.quiet_since = self._sharing.now()
+            self._guard.wait(math.inf)
+        block = self._broadcast.block(self._number, self._guard)
+        if self._follows:
+            self._guard.resume(math.inf)
+        if block is not None:
+            self._number += 1
+            return block
+        if self._broadcast.has_lost(self._number) and not self.broken:
+            self.broken = True
+            error = Exhausted("this stream was read too slowly", code="stream_interrupted")
+            return self._dialect.broken(b"", b"", error)
+        relay = self._broadcast.relay
+        self.read_out, self.broken = relay.read_out, self.broken or relay.broken
+        self.close()
+        raise StopIteration
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._guard.show_life(None)
+        if self._follows:
+            self._sharing.watchdog.unwatch(self._guard)
+        self._crowd.leave(self._guard)
+        if not self._crowd.waiting:
+            self._broadcast.relay.close()
+
+
+class Embedder:
+    """Vectors of questions: by sentence-transformers on this machine, else by a provider.
+
+    A provider is waited for WAIT_S seconds, and after a failure left alone for REST_S.
+    """
+
+    WAIT_S: ClassVar[float] = 3.0
+    REST_S: ClassVar[float] = 30.0
+
+    def __init__(
+        self, config: Config, embed: Callable[[Ask], Answer], now: Callable[[], float]
+    ) -> None:
+        self._embed, self._now, self._name = embed, now, config.semantic_model
+        self.deadline = config.request_deadline
+        self._local: Any = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._rests: dict[str, float] = {}  # caller's id -> monotonic seconds
+
+    def question(self, text: str, whose: Ask) -> tuple[str, Question] | None:
+        """(what its vector may be compared with, the question); None where none is to be had."""
+        found = self._here(text) if self._name else self._there(text, whose)
+        if found is None:
+            return None
+        family, values = found
+        unit = unit_vector(values)
+        return (f"{family} {len(unit)}", question_made(unit)) if unit else None
+
+    def _there(self, text: str, whose: Ask) -> tuple[str, object] | None:
+        now, caller = self._now(), whose.caller
+        if now < self._rests.get(caller.id, -math.inf):
+            return None
+        body = {"input": text}
+        ask = Ask(EMBEDDINGS, dump_json(body), body, body, Guard(), caller=caller)
+        ask.privacy, ask.tokens = whose.privacy, len(text) // 4
+        ask.started = now - max(0.0, self.deadline - self.WAIT_S)
+        try:
+            answer = self._embed(ask)
+        except RouterError as error:
+            self._rests[caller.id] = self._now() + self.REST_S
+            log.warning("questions are not compared for a while: %s", error.message[:200])
+            return None
+        made = objects(read_json(cast(bytes, answer.body))["data"])
+        return embedding_family(answer.model), made[0].get("embedding") if made else None
+
+    def _here(self, text: str) -> tuple[str, object] | None:
+        """By the model on this machine; None while it is being loaded."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._load, name="embedder", daemon=True)
+                self._thread.start()
+        if self._local is None:
+            return None
+        try:
+            values = [float(value) for value in self._local.encode(text)]
+        except (RuntimeError, TypeError, ValueError) as error:
+            log.warning("a question could not be compared: %s", scrub(str(error), 200))
+            return None
+        return f"here {self._name}", values
+
+    def _load(self) -> None:
+        try:
+            library = importlib.import_module("sentence_transformers")
+            self._local = library.SentenceTransformer(self._name)
+        except ImportError:
+            log.warning(
+                "LLMROUTER_SEMANTIC_MODEL is not used, a provider's embeddings are:"
+                " pip install sentence-transformers"
+            )
+            self._name = ""
+        except Exception:  # of a library, in the background
+            log.exception("LLMROUTER_SEMANTIC_MODEL cannot be loaded; a provider's embeddings are")
+            self._name = ""
+
+
+class Asked(NamedTuple):
+    """A question as it is compared with others."""
+
+    space: bytes
+    question: Question
+
+
+class Sharing:
+    """Gives an answer twice where that is right: from memory, or to all who wait for it.
+
+    `answer` is all that the Router calls; who asks providers knows nothing of this.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        cache: Cache,
+        embed: Callable[[Ask], Answer],
+        watchdog: Watchdog,
+        now: Callable[[], float],
+    ) -> None:
+        self._cache, self.watchdog, self.now = cache, watchdog, now
+        self.questions = Questions(config.semantic_max_entries)
+        self._embedder = Embedder(config, embed, now)
+        self._crowds = Crowds()
+        self.adopt(config, frozenset())
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._single, self._deadline = config.single_flight, config.request_deadline
+        self._embedder.deadline = config.request_deadline
+
+    def answer(self, ask: Ask, make: Callable[[], Answer]) -> Answer:
+        """The answer to a request, which `make` gets from a provider where need be."""
+        if not self._cache.on or ask.memory == "off" or not may_share(ask):
+            return make()
+        ask.trace.cache = "miss"
+        answer, trace = self._found_or_made(ask, make), ask.trace
+        trace.cache, trace.provider, trace.model = answer.cache, answer.provider, answer.model
+        return answer
+
+    def _found_or_made(self, ask: Ask, make: Callable[[], Answer]) -> Answer:
+        key = answer_key(ask)
+        if ask.memory == "refresh":
+            return self._kept(key, ask, make(), None)
+        if found := self._given(self._cache.get(key), ask, "hit"):
+            return found
+        asked = self._asked(ask) if 0 < ask.likeness <= 1 else None
+        if asked and (found := self._alike(asked, ask)):
+            return found
+        self._cache.count("miss")
+        if not self._single:
+            return self._kept(key, ask, make(), asked)
+        return self._together(key, ask, lambda: self._kept(key, ask, make(), asked))
+
+    def clear(self) -> None:
+        """Forget every answer."""
+        self._cache.clear()
+        self.questions.clear()
+
+    # -- from memory -----------------------------------------------------------------------
+
+    def _given(
+        self, saved: Saved | None, ask: Ask, how: Literal["hit", "semantic"]
+    ) -> Answer | None:
+        body = saved.told(ask) if saved else None
+        if saved is None or body is None:
+            return None
+        self._cache.count(how)
+        made = Answer(body, "application/json", saved.provider, saved.model, 0, cache=how)
+        if ask.stream:
+            flow = Flow(Passage(DIALECTS["chat"], ask, saved.provider))
+            relay = Relay(None, flow, EventCutter())
+            relay.held = body
+            made.body, made.content_type = relay, "text/event-stream"
+        return made
+
+    def _asked(self, ask: Ask) -> Asked | None:
+        """The question, where there is one to compare; costs an embedding."""
+        found = question_of(ask)
+        if found is None:
+            return None
+        space, text = found
+        made = self._embedder.question(text, ask)
+        return Asked(space + made[0].encode(), made[1]) if made else None
+
+    def _alike(self, asked: Asked, ask: Ask) -> Answer | None:
+        for key in self.questions.nearest(*asked, ask.likeness):
+            if found := self._given(self._cache.peek(key), ask, "semantic"):
+                return found
+            self.questions.forget(key)
+        return None
+
+    def _kept(self, key: bytes, ask: Ask, answer: Answer, asked: Asked | None) -> Answer:
+        """The answer itself, remembered if it is a good one; a stream when it has ended."""
+        answer.cache = "miss"
+        if isinstance(answer.body, Relay):
+            answer.body.remember = functools.partial(self._keep_stream, key, ask, answer, asked)
+        elif answer.final and ended_well(ask.surface.dialect, answer.final):
+            self._save(key, ask, answer, asked, answer.body)
+        return answer
+
+    def _keep_stream(
+        self, key: bytes, ask: Ask, answer: Answer, asked: Asked | None, relay: Relay, body: bytes
+    ) -> None:
+        if stream_ended_well(ask.surface.dialect, body, relay.flow.final):
+            self._save(key, ask, answer, asked, body, relay.flow.withheld)
+
+    def _save(
+        self,
+        key: bytes,
+        ask: Ask,
+        answer: Answer,
+        asked: Asked | None,
+        body: bytes,
+        usage: bytes = b"",
+    ) -> None:
+        until, named = self._cache.until(), (answer.provider, answer.model)
+        self._cache.put(key, Saved(body, ask.stream, *named, until, ask.wants_usage, usage))
+        if asked:
+            self.questions.add(asked.space, asked.question, key)
+
+    # -- under way -------------------------------------------------------------------------
+
+    def _together(self, key: bytes, ask: Ask, make: Callable[[], Answer]) -> Answer:
+        """The answer that an identical request waits for already, else one's own."""
+        place = (key, ask.stream, ask.wants_usage)
+        for _ in range(MAX_TURNS):
+            crowd = self._crowds.join(place, ask.guard)
+            if crowd.leader is ask.guard:
+                return self._lead(place, crowd, ask, make)
+            crowd.wait(ask.guard, ask.started + self._deadline, self.now)
+            if crowd.error:
+                raise copy.copy(crowd.error)
+            if crowd.answer:
+                self._cache.count("shared")
+                return self._share(crowd, crowd.answer, ask)
+        return make()
+
+    def _lead(
+        self, place: tuple[bytes, bool, bool], crowd: Crowd, ask: Ask, make: Callable[[], Answer]
+    ) -> Answer:
+        """Get the answer, and tell the others what came of it."""
+        try:
+            # Another one may have got it between the look into memory and joining.
+            answer = self._given(self._cache.peek(place[0]), ask, "hit") or make()
+            crowd.answer = answer
+        except RouterError as error:
+            crowd.error = error
+            raise
+        finally:
+            follows = self._crowds.close(place)
+            if follows:
+                crowd.tell()
+        return self._share(crowd, answer, ask) if follows else answer
+
+    def _share(self, crowd: Crowd, answer: Answer, ask: Ask) -> Answer:
+        """The answer for one of those who waited."""
+        if crowd.broadcast:
+            answer = replace(answer, body=Listener(crowd.broadcast, crowd, ask, self))
+        return answer if ask.guard is crowd.leader else replace(answer, cache="hit", attempts=0)
+
+
+# =============================================================================
+# 37. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -19279,19 +20448,6 @@ class Queue:
     def empty(self) -> bool:
         self._next = self._next or next(self._rest, None)
         return self._next is None or self._is_open(self._next.target.provider)
-
-
-@dataclass
-class Answer:
-    """What goes back to the client, with what the headers and the log say about it."""
-
-    body: bytes | Relay
-    content_type: str
-    provider: str
-    model: str
-    attempts: int
-    left_out: Sequence[str] = ()  # tools that were not sent on
-    final: Json | None = None  # the client's answer, parsed; of a stream when it has ended
 
 
 @dataclass
@@ -19447,6 +20603,10 @@ class Router:
         path = config.home / Path(name).expanduser() if name else None
         self.state = StateFile(path, self.keys, self.breakers, now)
         self.responses = ResponseStore(now=now)
+        self.cache = Cache(
+            config.cache_ttl, config.cache_max_size, config.cache_max_bytes, make_shelf(config)
+        )
+        self.sharing = Sharing(config, self.cache, self.embed_anew, self.watchdog, now)
         self.parts: list[Part] = [
             self.keys,
             self.breakers,
@@ -19459,6 +20619,8 @@ class Router:
             self.accounts,
             self.upstream,
             self.checks,
+            self.cache,
+            self.sharing,
         ]
         self.adopt(config)
 
@@ -19467,6 +20629,7 @@ class Router:
         self.state.start()
         self.usage.start()
         self.quotas.restore(self.usage.places())
+        self.cache.start()
         self.checks.start()
 
     def close(self) -> None:
@@ -19475,6 +20638,7 @@ class Router:
         self.checks.close()
         self.state.close()
         self.usage.close()
+        self.cache.close()
         self.transport.close()
 
     # -- settings --------------------------------------------------------------------------
@@ -19502,12 +20666,25 @@ class Router:
         """Answer a chat request, or raise the RouterError that says why not."""
         directory = self.directory
         choice = directory.choose(ask.chat.get("model") or "", ask.fallback)
-        tokens = ask.tokens = self.size(ask)
+        ask.tokens = self.size(ask)
         lead = [t for t in choice.lead if self.may_use(ask, t.service)]
         self.admit(ask, lead)
         if choice.echo or self.echoes:
             return echo_answer(ask)
         profile = choice.profile or profile
+        ask.terms = (*ask.terms, profile, ask.privacy, directory.edition)
+        return self.sharing.answer(ask, lambda: self.route(ask, directory, choice, lead, profile))
+
+    def route(
+        self,
+        ask: Ask,
+        directory: Directory,
+        choice: Choice,
+        lead: Sequence[Target],
+        profile: str,
+    ) -> Answer:
+        """Have a chat request answered by a provider."""
+        tokens = ask.tokens
         threshold = self.config.fast_route_threshold
         traits = Traits(
             rate_difficulty(ask.chat).level,
@@ -19533,6 +20710,12 @@ class Router:
         family = self.embedders(str(ask.body.get("model") or ""), ask)
         ask.tokens = token_bounds(text_bytes(ask.raw), ask.chat).likely
         self.admit(ask, family)
+        ask.terms = (*ask.terms, ask.privacy, self.directory.edition)
+        return self.sharing.answer(ask, lambda: self.embed_anew(ask))
+
+    def embed_anew(self, ask: Ask) -> Answer:
+        """Have an embeddings request answered by a provider."""
+        family = self.embedders(str(ask.body.get("model") or ""), ask)
         if not family and ask.privacy:
             raise self.no_privacy(ask.privacy)
         if not family:
@@ -19987,10 +21170,6 @@ class Router:
         )
 
 
-# What an offer's name adds to the model's: not a size such as `:8b`, which is another model.
-EMBEDDING_OFFER: Final = re.compile(r":(?:free|latest|nitro|floor)$")
-
-
 class Rescue:
     """One stream that broke off, and who may go on with it; tried once."""
 
@@ -20077,11 +21256,6 @@ def continuing(ask: Ask, said: Said, prefilled: bool) -> Ask:
     )
 
 
-def embedding_family(model: str) -> str:
-    """Models whose vectors may be compared: the same id whatever the provider calls it."""
-    return EMBEDDING_OFFER.sub("", model.lower().rpartition("/")[2])
-
-
 ECHO_HELP: Final = (
     "This is hermes-router's built-in echo: no provider is configured yet. Add a key, for example"
     " GEMINI_API_KEY=... or GROQ_API_KEY=..., to .env and start again. You said: "
@@ -20123,7 +21297,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 36. Reload
+# 38. Reload
 # =============================================================================
 
 
@@ -20245,7 +21419,7 @@ def file_mark(path: Path) -> tuple[int, int, int] | None:
 
 
 # =============================================================================
-# 37. Configuration
+# 39. Configuration
 # =============================================================================
 
 # -- features --------------------------------------------------------------------
@@ -20855,7 +22029,7 @@ def run_errand(desk: Desk, errand: Errand, body: Json, names: Mapping[str, str])
 
 
 # =============================================================================
-# 38. Status
+# 40. Status
 # =============================================================================
 
 
@@ -20868,7 +22042,7 @@ def snapshot(router: Router, caller: Caller = ITSELF) -> Json:
         "uptime_s": round(router.usage.uptime_s, 1),
         "in_flight": router.gate.inside,
         "providers": {s.name: service_status(router, s) for s in config.services},
-        "cache": {"enabled": False},
+        "cache": cache_status(router),
         "fast_routing": {
             "enabled": config.fast_route_threshold > 0,
             "threshold_tokens": config.fast_route_threshold,
@@ -20941,7 +22115,7 @@ def usage_report(router: Router, caller: Caller) -> Json:
         "models": model_usage(router, spent),
         "keys": [caller_usage(router, c, rows) for c in shown],
         "days": day_usage(config, days),
-        "cache": {"hits": 0, "misses": 0, "hit_rate": 0.0, "semantic_hits": 0},
+        "cache": cache_usage(router),
         "prices": {"as_of": MODELS_AS_OF, "own": len(config.prices)},
     }
 
@@ -21038,6 +22212,23 @@ def requests_by_name(router: Router) -> dict[str, int]:
     rows = [(p, t) for p, t in router.usage.places() if not p.provider]
     found = summed(rows, lambda place: names.get(place.caller, "(others)"))
     return {name: tally.requests for name, tally in sorted(found.items())}
+
+
+def cache_usage(router: Router) -> Json:
+    stats = router.cache.stats()
+    counts = {name: stats[name] for name in ("hits", "misses", "hit_rate")}
+    return {**counts, "semantic_hits": router.cache.counts["semantic"]}
+
+
+def cache_status(router: Router) -> Json:
+    config, sharing = router.config, router.sharing
+    semantic = {
+        "enabled": config.semantic_cache and router.cache.on,
+        "threshold": config.semantic_threshold,
+        "entries": len(sharing.questions),
+        "hits": router.cache.counts["semantic"],
+    }
+    return {**router.cache.stats(), "shared": router.cache.counts["shared"], "semantic": semantic}
 
 
 def service_status(router: Router, service: Service) -> Json:
@@ -21298,6 +22489,31 @@ METRICS: Final = (
         per_provider(lambda t: t.tokens),
     ),
     Metric("cost_usd_total", "counter", "Known cost in USD.", per_provider(lambda t: t.cost_usd)),
+    Metric("cache_size", "gauge", "Answers kept.", lambda r: [({}, len(r.cache))]),
+    Metric(
+        "cache_hits_total",
+        "counter",
+        "Requests answered from the cache.",
+        lambda r: [({}, r.cache.stats()["hits"])],
+    ),
+    Metric(
+        "cache_misses_total",
+        "counter",
+        "Requests that the cache had no answer for.",
+        lambda r: [({}, r.cache.counts["miss"])],
+    ),
+    Metric(
+        "semantic_cache_hits_total",
+        "counter",
+        "Requests answered as another question of the same meaning was.",
+        lambda r: [({}, r.cache.counts["semantic"])],
+    ),
+    Metric(
+        "shared_answers_total",
+        "counter",
+        "Requests that shared the call of an identical one under way.",
+        lambda r: [({}, r.cache.counts["shared"])],
+    ),
     Metric(
         "key_requests_total",
         "counter",
@@ -21359,7 +22575,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 39. Endpoints
+# 41. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -21378,7 +22594,7 @@ HTTP_ERRORS: Final = {404: NotFound, 405: MethodNotAllowed, 413: TooLarge, 415: 
 ON_CLOSE: Final = "hermes.on_client_close"
 # A function of the server that sends bytes of a stream at once, and with headers begins it.
 SEND: Final = "hermes.send"
-PRELUDE: Final = "hermes.prelude"  # what may have begun a stream before it was answered
+IN_STREAM: Final = "hermes.in_stream"  # makes an error the end of a stream, where one has begun
 HANG_UP: Final = "hermes.hang_up"  # a function of the server that closes the client's connection
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENT_STREAM: Final = {**STREAM_HEADERS, "Content-Type": "text/event-stream"}
@@ -21724,6 +22940,7 @@ def serve_responses(router: Router, request: flask.Request) -> Reply:
     to_chat = compaction_chat if compacts else responses_to_chat
     ask = make_ask(router, request, surface, raw, body, to_chat(body, earlier))
     ask.wants_usage = True
+    ask.terms = (*ask.terms, codex)
     ask.left_out = () if compacts else plan_tools(body, earlier).unserved
     ask.make_flow = Summary if compacts else None
     items = items_of(without_trigger(body))
@@ -21738,9 +22955,9 @@ def serve_responses(router: Router, request: flask.Request) -> Reply:
     try:
         return respond_chat(router, request, ask, keep)
     except (BadRequest, OverLimit) as error:
-        if not told_in_stream(error, ask, codex):
-            raise
-        return failed_stream(ask, error)
+        if told_in_stream(error, ask, codex):
+            request.environ[IN_STREAM] = functools.partial(failed_stream, ask)
+        raise
 
 
 def failed_stream(ask: Ask, error: RouterError) -> Reply:
@@ -21850,6 +23067,9 @@ def make_ask(
     request.environ["hermes.trace"] = ask.trace
     ask.privacy = privacy_of(request, ask.caller)
     ask.fallback = request.environ.get("HTTP_X_ROUTE_FALLBACK", "").lower() == "allow"
+    ask.terms = (ask.fallback,)
+    ask.memory = memory_wish(request.environ)
+    ask.likeness = likeness_wish(request.environ, router.config)
     return ask
 
 
@@ -21861,6 +23081,29 @@ def privacy_of(request: flask.Request, caller: Caller) -> str:
         raise BadRequest(f"X-Privacy: {asked[:40]!r} is not {expected}", param="X-Privacy")
     wishes = {asked, caller.privacy}
     return next((level for level in reversed(PRIVACY) if level in wishes), "")
+
+
+def memory_wish(environ: Mapping[str, Any]) -> Literal["", "off", "refresh"]:
+    """What the client's headers ask of the cache: nothing, to be left alone, a new answer."""
+    control = environ.get("HTTP_CACHE_CONTROL", "").lower()
+    wish = environ.get("HTTP_X_HERMES_CACHE", "").strip().lower()
+    loop = environ.get("HTTP_X_HERMES_TOOL_LOOP", "").strip().lower()
+    if "no-store" in control or wish in ("skip", "off") or loop not in FALSE_WORDS:
+        return "off"
+    return "refresh" if "no-cache" in control or wish == "refresh" else ""
+
+
+def likeness_wish(environ: Mapping[str, Any], config: Config) -> float:
+    """How alike two questions with the same answer must be; 0 = never. Headers only raise it."""
+    asked = environ.get("HTTP_X_LLMROUTER_SEMANTIC_CACHE", "").strip().lower()
+    wanted = asked not in FALSE_WORDS if asked else config.semantic_cache
+    if not wanted:
+        return 0.0
+    try:
+        raised = float(environ.get("HTTP_X_LLMROUTER_SEMANTIC_THRESHOLD", "0"))
+    except ValueError:
+        raised = 0.0
+    return max(config.semantic_threshold, raised) if raised <= 1 else math.inf
 
 
 def respond_chat(
@@ -21903,7 +23146,7 @@ def respond(
         "X-Provider": made.provider,
         "X-Hermes-Model": made.model.encode("ascii", "replace").decode(),
         "X-Hermes-Attempts": str(made.attempts),
-        "X-Hermes-Cache": "off",
+        "X-Hermes-Cache": made.cache,
         "Content-Type": made.content_type,
     }
     if made.left_out:
@@ -21932,12 +23175,11 @@ class Prelude:
     """
 
     def __init__(self, router: Router, request: flask.Request, ask: Ask) -> None:
-        self._ask, self.begun = ask, False
+        self._ask, self._environ = ask, request.environ
         self._send: Callable[..., None] | None = request.environ.get(SEND)
         self._after = router.config.keepalive_after
         self._headers = [*EVENT_STREAM.items(), ("X-Request-ID", ask.request_id)]
         if ask.stream and self._after and self._send:
-            request.environ[PRELUDE] = self
             ask.guard.quiet_since = ask.started + self._after - Watchdog.BEAT_S
             ask.guard.show_life(self._beat)
 
@@ -21950,15 +23192,12 @@ class Prelude:
         self._ask.guard.quiet_since = math.inf
 
     def _beat(self) -> None:
-        if not self.begun:
+        if IN_STREAM not in self._environ:
             own = self._ask.request_id
             log.info("%s nobody answered within %g s: the stream begins", own, self._after)
-        self.begun = True
+            self._environ[IN_STREAM] = functools.partial(failed_stream, self._ask)
         if self._send:
             self._send(self._ask.surface.beat, self._headers)
-
-    def fail(self, error: RouterError) -> Reply:
-        return failed_stream(self._ask, error)
 
 
 def rate_headers(router: Router, ask: Ask) -> Json:
@@ -22048,9 +23287,8 @@ def refusal(router: Router, request: flask.Request, error: Exception) -> Reply:
 
 def error_response(router: Router, request: flask.Request, error: RouterError) -> Reply:
     """Any RouterError in the envelope of the endpoint's dialect."""
-    prelude: Prelude | None = request.environ.get(PRELUDE)
-    if prelude and prelude.begun:
-        response = prelude.fail(error)
+    if in_stream := request.environ.get(IN_STREAM):
+        response: Reply = in_stream(error)
     else:
         envelope = envelope_for(request.environ, error, request_id(request))
         response = Reply(dump_json(envelope), {"Content-Type": "application/json"}, error.status)
@@ -22107,7 +23345,7 @@ def http_error(router: Router, request: flask.Request, error: HTTPException) -> 
 
 
 # =============================================================================
-# 40. Server
+# 42. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -22650,7 +23888,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 41. Crash test
+# 43. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -23285,6 +24523,7 @@ def crash_config(config: Config, mocks: Sequence[Mock], home: str) -> Config:
         host="127.0.0.1",
         port=0,
         proxy_keys=(CRASH_KEY,),
+        cache_ttl=0,
         key_rows={},
         accounts=(),
         services=tuple(services),
@@ -23442,7 +24681,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 42. Documents
+# 44. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -23615,7 +24854,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 43. Terminal
+# 45. Terminal
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -23787,7 +25026,7 @@ def noted_address(config: Config) -> str:
 
 
 # =============================================================================
-# 44. Views
+# 46. Views
 # =============================================================================
 
 DEGRADED: Final = 0.1  # share of errors from which a provider is called so
@@ -24020,7 +25259,7 @@ def service_row(service: Service) -> dict[str, str]:
 
 
 # =============================================================================
-# 45. Connect
+# 47. Connect
 # =============================================================================
 
 # What clients keep in their settings files, merged into what stands there. A place in a file is
@@ -24649,7 +25888,7 @@ def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None
 
 
 # =============================================================================
-# 46. Changes
+# 48. Changes
 # =============================================================================
 
 # Commands that change auth.json and .env, through section Files. A running router reads both
@@ -25247,7 +26486,7 @@ def cmd_keys_revoke(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 47. Doctor
+# 49. Doctor
 # =============================================================================
 
 Health = Literal["ok", "note", "bad"]
@@ -25545,7 +26784,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 48. Bench
+# 50. Bench
 # =============================================================================
 
 
@@ -25560,7 +26799,8 @@ class Shot(NamedTuple):
 
 def shoot(owner: Owner, model: str) -> Shot:
     """One short streamed chat."""
-    messages = [{"role": "user", "content": "Answer with the word ok."}]
+    words = f"Answer with the word ok. ({secrets.token_hex(4)})"  # or the cache would answer
+    messages = [{"role": "user", "content": words}]
     body = {"model": model, "messages": messages, "stream": True, "max_tokens": 16}
     began = time.monotonic()
     first = 0.0
@@ -25617,7 +26857,7 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
 
 
 # =============================================================================
-# 49. Setup
+# 51. Setup
 # =============================================================================
 
 # The wizard: a row per step. Every step may be skipped and all of it be run again: each looks
@@ -25860,7 +27100,7 @@ def cmd_setup(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 50. Command line
+# 52. Command line
 # =============================================================================
 
 Arguments = tuple[tuple[tuple[str, ...], dict[str, Any]], ...]

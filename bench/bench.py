@@ -19,9 +19,11 @@ with a package.json whose "overrides" pin hono and @hono/node-server (RESULTS.md
 Everything listens on 127.0.0.1. mock.c is the provider, load.c the client; both are compiled into
 a temporary folder. load.c checks every answer: status 200, the whole text, every chunk once and in
 order. CPU is user + system time of the gateway's process tree, from /proc, divided by what was
-asked; it holds on a busy machine within some 25 %, wall-clock times do not. Figures are medians of
-the rounds, and verdicts judge the medians. Exit code: 0 measured, 1 the router gave a wrong answer
-(or --gate and it missed a gate), 2 the bench could not run.
+asked; it holds on a busy machine within some 25 %, wall-clock times do not. All requests of a run
+are the same, so the router is told (X-Hermes-Cache: refresh) to ask the provider each time; it
+names and keeps the answers as it would those of different requests. Only cached1 is answered from
+memory. Figures are medians of the rounds, and verdicts judge the medians. Exit code: 0 measured,
+1 the router gave a wrong answer (or --gate and it missed a gate), 2 the bench could not run.
 """
 
 from __future__ import annotations
@@ -87,6 +89,7 @@ class Run:
     chunks: int = 0
     gap_ms: int = 0
     most: int = 20000
+    cached: bool = False  # from the router's memory; the others have none to compare
 
     @property
     def model(self) -> str:
@@ -101,6 +104,7 @@ RUNS = (
     Run("huge2", "huge", 2, 2.0, most=400),
     Run("stream8", "small", 8, 1.5, chunks=200),
     Run("first1", "small", 1, 1.5, chunks=10, gap_ms=5),
+    Run("cached1", "small", 1, 1.5, cached=True),
 )
 # Node.js needs some 5,000 requests until its compiler has settled.
 WARM_UP = (
@@ -125,6 +129,7 @@ class Figure:
 FIGURES = (
     Figure("small1", "CPU us, small request, 1 client", 350, 450),
     Figure("small16", "CPU us, small request, 16 clients", 350, 450),
+    Figure("cached1", "CPU us, small request answered from memory, 1 client", 150, 200),
     Figure("agent8", "CPU us, 60 KB agent request, 8 clients", 1000, None),
     Figure("huge2", "CPU us, 1 MB request, 2 clients", 8000, None),
     Figure("stream8", "CPU us, streamed chunk, 8 streams, no gap", 4, 8, 1),
@@ -323,7 +328,10 @@ class Gateway:
         model = self.stream_prefix + run.model if run.chunks else self.whole_model
         body = chat_body(run.body, model, streamed=bool(run.chunks))
         lines = ["POST /v1/chat/completions HTTP/1.1", f"Host: 127.0.0.1:{self.port}"]
-        lines += [f"{name}: {value}" for name, value in self.all_headers().items()]
+        headers = self.all_headers()
+        if self.name == "router" and not run.cached:
+            headers["X-Hermes-Cache"] = "refresh"
+        lines += [f"{name}: {value}" for name, value in headers.items()]
         lines += [f"Content-Length: {len(body)}", "", ""]
         return "\r\n".join(lines).encode() + body
 
@@ -623,7 +631,8 @@ def measure_all(args: argparse.Namespace, load: Load, gateways: list[Gateway], b
             if run.name in chosen:
                 say(f"round {number + 1} of {rounds}: {run.name}")
                 for gateway in gateways:
-                    measure(load, gateway, run, book)
+                    if gateway.name == "router" or not run.cached:
+                        measure(load, gateway, run, book)
     if "hold" in chosen:
         hold = hold_run(args)
         for gateway in gateways[1:]:

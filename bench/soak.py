@@ -154,7 +154,7 @@ class Process:
 def running(providers: dict[str, Provider], command: list[str], home: Path) -> Iterator[Process]:
     env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     env |= {"HR_HOME": str(home), "PORT": "0", "PROXY_API_KEYS": router.CRASH_KEY}
-    env |= {"ROUTER_PROBE": "0", "LOG_LEVEL": "INFO"}
+    env |= {"ROUTER_PROBE": "0", "LOG_LEVEL": "INFO", "CACHE_TTL_SECONDS": "0"}
     for name, mock in providers.items():
         env[f"{name.upper()}_BASE_URL"] = mock.url
         env[f"{name.upper()}_API_KEYS"] = f"{name}-soak-key-1,{name}-soak-key-2"

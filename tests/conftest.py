@@ -65,6 +65,7 @@ def config_for(home: Path, settings: dict[str, Any]) -> Any:
         "PROXY_API_KEYS": KEY,
         "ROUTER_PROBE": "0",
         "ECHO_FALLBACK": "0",
+        "CACHE_TTL_SECONDS": "0",  # most tests count calls; those of the cache turn it on
         **{name: str(value) for name, value in settings.items()},
     }
     return router.Config.from_env(env)

@@ -527,7 +527,7 @@ def test_the_example_can_be_used_as_it_is(tmp_path):
     document = json.loads((ROOT / "auth.example.json").read_text())
     row = document["proxy_keys"]["sk-router-1"]
     assert router.check_caller(row) == row
-    assert row.keys() == {"name", "admin", "allowed_providers", *router.CALLER_LIMITS}
+    assert row.keys() == {"name", "admin", "allowed_providers", "privacy", *router.CALLER_LIMITS}
     (tmp_path / "auth.json").write_text(json.dumps(document))
     config = router.Config.from_env({"HR_HOME": str(tmp_path)})
     assert (config.services, config.accounts, config.proxy_keys) == ((), (), ())

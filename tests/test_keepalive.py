@@ -171,7 +171,16 @@ def test_a_failure_after_it_is_the_dialects_error_event(upstream, serve, surface
     assert "try again in 40s" in problem["error"]["message"]
     for end in (b"[DONE]", b"message_stop", b"response.completed"):
         assert end not in got.content
-    assert live.session.get(live.url + "/health").json()["status"] == "ok"
+    (entry,) = live.session.get(live.url + "/v1/logs").json()["entries"]
+    assert (entry["http_status"], entry["status"]) == (429, "error"), "what it would have been"
+
+
+def test_an_error_that_is_told_in_a_stream_is_in_the_log(upstream, serve):
+    too_long = {"error": {"message": "too long", "code": "context_length_exceeded"}}
+    live = serve(**provider("groq", upstream(Reply(400, too_long))))
+    assert events_of(ask(live, "responses").content)[-1][0] == "response.failed"
+    (entry,) = live.session.get(live.url + "/v1/logs").json()["entries"]
+    assert (entry["http_status"], entry["status"]) == (400, "error")
 
 
 def test_a_fault_of_ours_after_it_is_told_in_the_stream(upstream, serve, monkeypatch):
@@ -243,7 +252,7 @@ def test_a_client_that_leaves_after_it_is_noticed(upstream, serve):
     ) as got:
         assert next(got.iter_content(8)).startswith(b": keep-")
     live.session.close()
-    assert up.requests[0].closed.wait(5)
+    assert up.requests[0].closed.wait(20)
     until(lambda: live.app.extensions["router"].gate.inside == 0)
 
 

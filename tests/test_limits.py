@@ -327,7 +327,7 @@ def test_over_the_limit_no_provider_is_asked(upstream, serve, tmp_path):
     first = live.chat()
     assert first.headers["x-ratelimit-limit-requests"] == "1"
     assert first.headers["x-ratelimit-remaining-requests"] == "0"
-    assert first.headers["x-ratelimit-reset-requests"] in ("1m0s", "1m1s")
+    assert first.headers["x-ratelimit-reset-requests"] in ("59s", "1m", "1m1s")
     second = live.chat()
     assert second.status_code == 429 and len(up.requests) == 1
     assert second.json()["error"]["message"] == "quota exceeded (1 requests/min)"

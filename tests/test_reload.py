@@ -435,6 +435,7 @@ def test_sighup_and_polling_of_a_real_process(tmp_path, upstream):
     (tmp_path / ".env").write_text(lines(provider("groq", up, keys="g1")))
     kept = {name: os.environ[name] for name in ("PATH",) if name in os.environ}
     env = {**kept, "HR_HOME": str(tmp_path), "PORT": "0", "PROXY_API_KEYS": KEY}
+    env["CACHE_TTL_SECONDS"] = "0"  # the same question again and again
     process = subprocess.Popen(
         [sys.executable, "-B", str(ROOT / "router.py")], env=env, stderr=subprocess.PIPE, text=True
     )

@@ -629,7 +629,7 @@ def by_key(answers):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_restart_forgets_nothing(upstream, launch, tmp_path, how):
-    third = "gsk_third_key_that_works_0042"
+    third = "gsk_third_key_that_works_xyzw"
     keys = {LONG: REVOKED, OTHER: LIMITED, third: Reply(200, completion())}
     groq = upstream(by_key(keys))
     bad = upstream(BROKEN)
@@ -723,7 +723,7 @@ def test_a_process_lives_on_a_full_disk(upstream, launch, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [".env"], "nothing half-written is left"
 
 
-SPOILT = {
+SPOILT_AUTH = {
     "cut": b'{"providers": {"groq": ["gsk_',
     "binary": bytes(range(256)),
     "utf-16": '{"providers": {}}'.encode("utf-16"),
@@ -732,7 +732,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("content", SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("content", SPOILT_AUTH.values(), ids=SPOILT_AUTH)
 def test_a_process_starts_beside_a_spoilt_auth_json(upstream, launch, tmp_path, content):
     (tmp_path / "auth.json").write_bytes(content)
     running = launch(**provider("groq", upstream(good()), "m1"))
