@@ -22148,6 +22148,7 @@ def caller_usage(router: Router, caller: Caller, rows: Spent) -> Json:
     asked, spent = total.get(False, Tally()), total.get(True, Tally())
     return {
         "key_tail": key_tail(caller.key),
+        "id": caller.id,
         "name": caller.name,
         **router.quotas.snapshot(caller),
         "req_total": asked.requests,
@@ -22581,7 +22582,7 @@ button, input, select { font: inherit; color: inherit; background: var(--card); 
 button { cursor: pointer; } button.link { border: 0; background: none; color: var(--link); padding: 0; text-decoration: underline; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 form { display: flex; flex-wrap: wrap; gap: .6rem; align-items: end; margin: .6rem 0; }
-label { display: grid; gap: .15rem; font-size: .9rem; justify-items: start; }
+label { max-width: 100%; display: grid; grid-template-columns: minmax(0, auto); gap: .15rem; font-size: .9rem; justify-items: start; }
 dialog { max-width: min(60rem, 95vw); border: 1px solid var(--line); border-radius: .6rem; background: var(--bg); color: var(--text); }
 #note { min-height: 1.5em; } code { overflow-wrap: anywhere; }
 .skip { position: absolute; left: -99rem; } .skip:focus { left: .5rem; top: .5rem; background: var(--card); padding: .5rem; }
@@ -22614,7 +22615,7 @@ function h(tag, props, ...kids) {
     else if (value === true) made.setAttribute(name, "");
     else if (value !== false && value != null) made.setAttribute(name, value);
   }
-  made.append(...kids.flat().filter(kid => kid != null));
+  made.append(...kids.flat(Infinity).filter(kid => kid != null));
   return made;
 }
 const num = n => n == null ? "–" : Number(n).toLocaleString("en");
@@ -22725,7 +22726,7 @@ function drawModels() {
 const QUOTAS = [["rpm", "requests/min"], ["req_per_day", "requests/day"], ["tokens_per_day", "tokens/day"], ["cost_per_day", "USD/day"]];
 const limits = given => Object.fromEntries(QUOTAS.map(([name]) => [name, Number(given[name] || 0)]));
 function drawCallers() {
-  const used = Object.fromEntries(list(data.usage?.keys).map(row => [row.key_tail, row])), keys = list(data.callers?.keys);
+  const used = Object.fromEntries(list(data.usage?.keys).map(row => [row.id, row])), keys = list(data.callers?.keys);
   const inputs = row => QUOTAS.map(([name, label]) => field(label, { name, type: "number", min: "0", step: name === "cost_per_day" ? "any" : "1", value: row.limits?.[name] || "", size: "8" }));
   if (!data.admin) return [h("h2", {}, "Callers"), readOnly(), usedTable(list(data.usage?.keys))];
   return [h("h2", {}, "Callers"), form("new-caller", async (given, made) => {
@@ -22734,8 +22735,8 @@ function drawCallers() {
     made.reset(); tell("A new key for " + (told.name || "a caller"), h("p", {}, "Shown only now: "), h("p", {}, h("code", { id: "new-key" }, told.key)), h("button", { id: "copy", onclick: () => navigator.clipboard.writeText(told.key) }, "Copy"));
   }, "New key", field("Name", { name: "name", maxlength: "80" }), field("Only these providers, comma list", { name: "providers" }), inputs({})),
   keys.map((row, n) => h("section", { "aria-label": row.name || row.key_tail }, h("h2", {}, (row.name || "key") + " …" + row.key_tail), h("p", { class: "dim" }, (row.admin ? "admin · " : "") + (list(row.allowed_providers).join(", ") || "all providers")),
-    form("limit-" + n, given => change("proxy-keys/" + enc(row.key_tail), "POST", limits(given), "Limits of …" + row.key_tail + " are set (0 = none)."), "Set limits", inputs(row)),
-    button("revoke-" + n, "Revoke", () => change("proxy-keys/" + enc(row.key_tail), "DELETE", null, "Revoked …" + row.key_tail + "."), "Revoke the key …" + row.key_tail + "? Its clients get 401 at once."), usedTable(used[row.key_tail] ? [used[row.key_tail]] : [])))];
+    form("limit-" + n, given => change("proxy-keys/" + enc(row.id), "POST", limits(given), "Limits of …" + row.key_tail + " are set (0 = none)."), "Set limits", inputs(row)),
+    button("revoke-" + n, "Revoke", () => change("proxy-keys/" + enc(row.id), "DELETE", null, "Revoked …" + row.key_tail + "."), "Revoke the key …" + row.key_tail + "? Its clients get 401 at once."), usedTable(used[row.id] ? [used[row.id]] : [])))];
 }
 function usedTable(lines) {
   return table("Used", ["key", "requests today", "tokens today", "cost today", "this minute", "requests in all", "tokens in all", "cost in all"], lines.map(k => [k.key_tail, right(num(k.req_today)), right(num(k.tokens_today)), right(usd(k.cost_today)),
@@ -22774,7 +22775,7 @@ function drawSettings() {
       data.admin && f.kind === "flag" ? button("feature-" + f.name, f.enabled ? "turn off" : "turn on", () => change("features/" + enc(f.name), "POST", { enabled: !f.enabled }, (f.title || f.name) + " is " + (f.enabled ? "off." : "on."))) : null])),
     data.admin ? form("rotation", given => change("rotation", "POST", { mode: given.mode }, "Keys are used " + given.mode + "."), "Set", field("Order of a provider's keys", { name: "mode", value: data.status.rotation?.mode }, ["round-robin", "sequential"])) : null,
     data.admin ? form("setting", (given, made) => change("settings", "POST", { [given.name]: given.value === "" ? null : given.value }, given.name + (given.value === "" ? " has its default again." : " is set.")).then(() => made.reset()), "Save",
-      field("Setting", { name: "name", required: true }, list(data.settings?.settings).filter(x => !x.secret).map(x => x.name)), field("Value; empty = default", { name: "value", size: "30" })) : null,
+      field("Setting", { name: "name", required: true }, list(data.settings?.settings).filter(x => x.changeable !== false && !x.secret).map(x => x.name)), field("Value; empty = default", { name: "value", size: "30" })) : null,
     data.settings ? table("In effect", ["setting", "value", "from", "meaning"], list(data.settings.settings).map(x => [x.name, Array.isArray(x.value) ? x.value.join(", ") : x.value, x.source, x.help])) : null];
 }
 

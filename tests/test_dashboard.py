@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -251,3 +252,92 @@ def test_a_router_that_stops_is_told_and_its_return_noticed(site):
     page.sees("no answer from the router")
     page.tab.unroute("**/v1/**")
     page.tab.locator("#state.good").wait_for()
+
+
+# --- changing things ----------------------------------------------------------
+
+
+@pytest.fixture
+def desk(site, tmp_path):
+    """The page of an admin whose settings stand in files that can be changed."""
+    rows = {GUEST: {"name": "guest"}}
+    (tmp_path / "auth.json").write_text(json.dumps({"proxy_keys": rows}))
+    return site(PROXY_API_KEYS=KEY).login().sees("mode")
+
+
+def stored(tmp_path):
+    return json.loads((tmp_path / "auth.json").read_text())
+
+
+def test_a_key_of_a_provider_is_added_and_used(desk, tmp_path):
+    desk.open("providers")
+    desk.tab.select_option("#add-key select", "mistral")
+    desk.tab.fill("#add-key input", "mistral-key-a1b2c3d4e5")
+    desk.tab.click("#add-key-go")
+    desk.sees("mistral has 1 key(s) now").sees("d4e5")
+    assert stored(tmp_path)["providers"]["mistral"] == ["mistral-key-a1b2c3d4e5"]
+    assert "mistral" in desk.live.session.get(f"{desk.live.url}/health").json()["providers"]
+    assert "mistral-key" not in desk.tab.content()
+
+
+def test_a_limit_holds_at_once(desk, tmp_path):
+    desk.open("callers")
+    desk.tab.fill("#limit-1 input[name=rpm]", "1")
+    desk.tab.click("#limit-1-go")
+    desk.sees("are set (0 = none)")
+    headers = {"Authorization": f"Bearer {GUEST}"}
+    url = f"{desk.live.url}/v1/chat/completions"
+    codes = [
+        desk.live.session.post(url, json={"messages": HELLO}, headers=headers).status_code
+        for _ in range(2)
+    ]
+    assert codes == [200, 429]
+    assert stored(tmp_path)["proxy_keys"][GUEST]["rpm"] == 1
+
+
+def test_a_callers_key_is_made_shown_once_and_revoked(desk, tmp_path):
+    desk.open("callers")
+    desk.tab.fill("#new-caller input[name=name]", EVIL)
+    desk.tab.click("#new-caller-go")
+    key = desk.tab.locator("#new-key").inner_text()
+    desk.tab.click("#close")
+    url, headers = f"{desk.live.url}/v1/models", {"Authorization": f"Bearer {key}"}
+    assert desk.live.session.get(url, headers=headers).status_code == 200
+    desk.sees(EVIL)
+    assert key in stored(tmp_path)["proxy_keys"]
+    desk.tab.click("#revoke-2")
+    desk.sees("Revoked")
+    assert desk.live.session.get(url, headers=headers).status_code == 401
+    assert key not in stored(tmp_path)["proxy_keys"]
+
+
+def test_a_feature_and_a_setting_are_changed_and_wrong_values_told(desk, tmp_path):
+    desk.open("settings")
+    desk.tab.click("#feature-fast_routing")
+    desk.sees("is on.")
+    env = tmp_path / ".env"
+    assert "FAST_ROUTE_THRESHOLD=200" in env.read_text()
+    desk.tab.select_option("#setting select", "MAX_STREAMS")
+    desk.tab.fill("#setting input", "many")
+    desk.tab.click("#setting-go")
+    desk.sees("MAX_STREAMS")
+    desk.tab.locator("#note.bad").wait_for()
+    desk.tab.fill("#setting input", "50")
+    desk.tab.click("#setting-go")
+    desk.tab.locator("#note.good").wait_for()
+    assert "MAX_STREAMS=50" in env.read_text()
+    assert desk.live.app.extensions["router"].config.max_streams == 50
+
+
+def test_the_models_of_a_provider_are_set_and_reset(desk, tmp_path):
+    desk.open("models")
+    desk.tab.select_option("#set-model select", "mistral")
+    desk.tab.fill("#set-model input", "mistral-small-latest")
+    desk.tab.click("#set-model-go")
+    desk.sees("Models of mistral are set.")
+    assert "MISTRAL_MODEL=mistral-small-latest" in (tmp_path / ".env").read_text()
+    desk.tab.select_option("#set-model select", "mistral")
+    desk.tab.fill("#set-model input", "")
+    desk.tab.click("#set-model-go")
+    desk.sees("mistral has its default models again.")
+    assert "MISTRAL_MODEL" not in (tmp_path / ".env").read_text()
