@@ -54,6 +54,13 @@ Contents (each section uses only the ones above it):
               44. Crash test       how these settings fare when providers misbehave
               45. Documents        .env.example and the printed pages of docs/
               46. Command line     the table of commands, and what comes from it
+              47. Views            status, logs, why and config for people
+              48. Connect          clients whose settings are written, shown and taken back
+              49. Changes          commands that change keys, models, limits
+              50. Doctor           what may be wrong, and what to do about it
+              51. Bench            a few timed answers
+              52. Setup            the wizard, from nothing to the first answer
+              53. Command line     the table of commands, and what comes from it
 
 Rooms that later releases open: Registry after Limits, Catalog after Router, Dashboard after Status.
 """
@@ -87,16 +94,21 @@ import argparse
 import base64
 import bisect
 import codecs
+import concurrent.futures
 import copy
+import difflib
 import errno
 import fnmatch
 import functools
+import getpass
 import hashlib
 import heapq
 import hmac
 import http.client
 import http.server
 import importlib
+import importlib.metadata
+import io
 import ipaddress
 import itertools
 import json
@@ -108,27 +120,31 @@ import queue
 import re
 import secrets
 import select
+import shlex
+import shutil
 import signal
 import socket
 import socketserver
 import ssl
 import stat
 import struct
+import subprocess
 import tempfile
 import threading
 import time
+import unicodedata
 import zlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol, TypeVar, cast
-from urllib.parse import SplitResult, urlsplit
+from typing import Any, ClassVar, Final, Literal, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
 import flask
 import requests
@@ -2547,6 +2563,20 @@ def read_headers(reader: SettingsReader, row: Provider) -> tuple[tuple[str, str]
         for name, value in row.headers
         if value or reader.text(own.get(name, ""))
     )
+
+
+def environment() -> Mapping[str, str]:
+    """The process environment, for what is no setting: colours, homes of other programs."""
+    return os.environ
+
+
+def service_with_key(config: Config, row: Provider, key: str) -> Service | None:
+    """A provider as it would be with this key, which is not stored; ConfigError as from_env."""
+    reader = SettingsReader({**read_dotenv(config.env_file), **config.given})
+    service = read_service(reader, row, {row.name: [key]}, config.port, ())
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return service
 
 
 # =============================================================================
@@ -19789,9 +19819,17 @@ class KeyProbe:
         self._now, self._guard = now, Guard()
 
     def ask(self, provider: str, key: str, by_chat: bool = False) -> Standing:
+        try:
+            outcome = self.look(provider, key, by_chat)
+        except (TransportError, AccountError, ClientGone):
+            return "unclear"
+        return standing(outcome) if outcome else "unclear"
+
+    def look(self, provider: str, key: str, by_chat: bool = False) -> Outcome | None:
+        """What the provider said; None if there is nothing to ask. Raises what sending raises."""
         service = self._directory().services.get(provider)
         if service is None:
-            return "unclear"
+            return None
         deadline = self._now() + self.LIMIT_S
         self._guard.begin(deadline, deadline)
         self._watchdog.watch(self._guard)
@@ -19800,9 +19838,7 @@ class KeyProbe:
             outcome = self._upstream.look_up(service, key, path, self._guard) if path else None
             if outcome is None or self._not_told(outcome):
                 outcome = self._chat(service, key)
-            return standing(outcome) if outcome else "unclear"
-        except (TransportError, AccountError, ClientGone):
-            return "unclear"
+            return outcome
         finally:
             self._watchdog.unwatch(self._guard)
 
@@ -25151,17 +25187,2269 @@ DOCUMENTS: Final = {
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
-LOG_FORMAT: Final = "%(asctime)s [%(levelname)s] %(message)s"
+COLOURS: Final = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "grey": "90"}
+YES_WORDS: Final = frozenset({"y", "yes"})
+NO_WORDS: Final = frozenset({"n", "no"})
+
+
+class Trouble(Exception):
+    """A command cannot go on: what the person is told, and the exit status."""
+
+    def __init__(self, message: str, status: int = FAILED) -> None:
+        super().__init__(message)
+        self.message, self.status = message, status
+
+
+def say(text: str = "") -> None:
+    """A message for the person; data goes to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def has_colour(stream: Any) -> bool:
+    env = environment()
+    return bool(stream.isatty()) and not env.get("NO_COLOR") and env.get("TERM") != "dumb"
+
+
+def paint(text: str, colour: str, stream: Any = None) -> str:
+    """`text` in a colour where that is wanted: on a terminal, without NO_COLOR."""
+    if not colour or not has_colour(stream or sys.stdout):
+        return text
+    return f"\033[{COLOURS[colour]}m{text}\033[0m"
+
+
+def cells(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def columns(rows: Sequence[Sequence[str]], colours: Sequence[str] = ()) -> list[str]:
+    """Rows as aligned lines; `colours` names the colour of each line but the first, or ""."""
+    widths = [max(cells(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell + " " * (width - cells(cell)) for cell, width in zip(row, widths, strict=True)
+        )
+        for row in rows
+    ]
+    shades = ["bold", *colours, *[""] * len(rows)]
+    return [paint(line.rstrip(), shade) for line, shade in zip(lines, shades, strict=False)]
+
+
+def ask(question: str, default: str = "") -> str:
+    """One line from the person, or `default` for an empty one; Trouble when the input ends."""
+    print(f"{question} ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        say()
+        raise Trouble("the input ended; nothing more was changed")
+    return line.strip() or default
+
+
+def ask_secret(question: str) -> str:
+    """One hidden line; from a pipe it is simply read."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().strip()
+    try:
+        return getpass.getpass(f"{question} ").strip()
+    except EOFError:
+        raise Trouble("the input ended; nothing more was changed") from None
+
+
+def confirm(question: str, default: bool) -> bool:
+    """Yes or no; three answers that are neither mean the default."""
+    for _ in range(3):
+        word = ask(f"{question} [{'Y/n' if default else 'y/N'}]").lower()
+        if word in YES_WORDS or word in NO_WORDS:
+            return word in YES_WORDS
+        if not word:
+            return default
+        say("please answer y or n")
+    return default
+
+
+class NotThere(Trouble):
+    """The running router answers, but not about this."""
+
+
+def told_failure(error: Exception) -> str:
+    """Why a connection failed, in a few words: the system's, where they lie underneath."""
+    cause: BaseException | None = error
+    for _ in range(8):
+        if isinstance(cause, OSError) and cause.errno and cause.strerror:
+            return cause.strerror.lower()
+        inner = getattr(cause, "reason", None)
+        cause = (
+            inner
+            if isinstance(inner, BaseException)
+            else next(
+                (part for part in getattr(cause, "args", ()) if isinstance(part, BaseException)),
+                getattr(cause, "__context__", None),
+            )
+        )
+    return scrub(str(error), 200)
+
+
+class Owner:
+    """Asks the running router as its owner does: with the key of an admin, past any proxy."""
+
+    LIMIT_S: ClassVar[float] = 5.0
+
+    def __init__(self, config: Config, url: str = "") -> None:
+        self.config = config
+        self.url = (url or noted_address(config) or address(config.host, config.port)).rstrip("/")
+        keys = [caller.key for caller in config.callers if caller.admin] or [""]
+        self.key = keys[0]
+        self._session = requests.Session()
+        self._session.trust_env = False  # a proxy has no business between a router and its owner
+        self._session.headers["Authorization"] = f"Bearer {self.key}"
+
+    def get(self, path: str) -> Json:
+        """The JSON object at `path`; Trouble says what is there instead."""
+        url = self.url + path
+        try:
+            answer = self._session.get(url, timeout=self.LIMIT_S, allow_redirects=False)
+            body = answer.json() if answer.status_code == 200 else None
+        except (requests.RequestException, OSError, ValueError) as error:
+            raise self.absent(told_failure(error)) from None
+        if answer.status_code == 404:
+            raise NotThere(f"{self.url} has none: {error_text(answer.content)}")
+        if answer.status_code != 200:
+            raise Trouble(f"{url} answered {answer.status_code}: {error_text(answer.content)}")
+        if not isinstance(body, dict):
+            raise self.absent("what answers there is something else")
+        return body
+
+    def post(self, path: str, body: Json, limit_s: float) -> requests.Response:
+        """A request like those of clients; the answer is a stream that the caller closes."""
+        return self._session.post(
+            self.url + path, json=body, timeout=limit_s, stream=True, allow_redirects=False
+        )
+
+    def absent(self, why: str) -> Trouble:
+        return Trouble(f"no router answers at {self.url}: {why}", NOT_RUNNING)
+
+    def answers(self) -> bool:
+        """Whether a router answers there (its /health needs no key)."""
+        try:
+            answer = self._session.get(self.url + "/health", timeout=2, allow_redirects=False)
+            return answer.status_code == 200 and answer.json().get("status") == "ok"
+        except (requests.RequestException, OSError, ValueError, AttributeError):
+            return False
+
+
+def address(host: str, port: int | str) -> str:
+    """Where people on this machine reach a router bound to `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def noted_address(config: Config) -> str:
+    """With PORT=0 only the file that `hr start -d` keeps tells the address ("" = unknown)."""
+    if config.port:
+        return ""
+    try:
+        lines = (config.home / "router.pid").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return lines[2].strip() if len(lines) > 2 else ""
+
+
+# =============================================================================
+# 47. Views
+# =============================================================================
+
+DEGRADED: Final = 0.1  # share of errors from which a provider is called so
+SHADES: Final = {"✅": "green", "⚠": "yellow", "⨂": "red"}
+
+
+def health_of(row: Json) -> str:
+    """How a provider of /v1/status fares, in a few words."""
+    waits = [key["ready_in"] for key in row["keys"] if key["status"] != "ready"]
+    if row["out_of_use"]:
+        return "⚠ not used"
+    if row["breaker"]["open"]:
+        return f"⨂ open (probes in {row['breaker']['opens_in_s']}s)"
+    if not row["available"]:
+        return "⚠ unavailable"
+    if row["keys"] and len(waits) == len(row["keys"]):
+        return f"⚠ cooling ({min(waits):.0f}s)"
+    return "⚠ degraded" if row["stats"]["error_rate"] >= DEGRADED else "✅ ok"
+
+
+def status_view(status: Json) -> str:
+    """The status as columns for people, best providers first."""
+    head = ("PROVIDER", "RATING", "HEALTH", "KEYS", "LATENCY", "REQUESTS", "ERRORS", "TOKENS")
+    rows = [(*head, "MODEL")]
+    providers = sorted(
+        status["providers"].items(), key=lambda item: (-(item[1].get("rating") or 0), item[0])
+    )
+    for name, row in providers:
+        ready = sum(key["status"] == "ready" for key in row["keys"])
+        latency = row["stats"]["avg_latency_ms"]
+        rows.append(
+            (
+                name,
+                str(row.get("rating") or "-"),
+                health_of(row),
+                f"{ready}/{len(row['keys'])}",
+                f"{latency:.0f} ms" if latency is not None else "-",
+                str(row["stats"]["total_requests"]),
+                str(row["stats"]["errors"]),
+                str(row["tokens"]),
+                row["model"] or "-",
+            )
+        )
+    first = (
+        f"hermes-router {status['version']}, mode {status['mode']}, up {status['uptime_s']:.0f} s,"
+        f" {status['in_flight']} in flight"
+    )
+    notes = [f"! {name}: {row['out_of_use']}" for name, row in providers if row["out_of_use"]]
+    notes += [f"! {warning}" for warning in status["warnings"]]
+    loaded = status.get("config") or {}
+    if loaded.get("error"):
+        notes.append(f"! changed settings are not in use: {loaded['error']}")
+    waiting = ", ".join(loaded.get("restart_required") or ())
+    notes += [f"! waits for a restart: {waiting}"] if waiting else []
+    shades = [SHADES[row[2][0]] for row in rows[1:]]
+    lines = [first, *columns(rows, shades), *status_footer(status)]
+    return "\n".join([*lines, *(paint(note, "yellow") for note in notes)])
+
+
+def status_footer(status: Json) -> list[str]:
+    """What concerns no single provider."""
+    rows = status["providers"].values()
+    tokens, spent = sum(row["tokens"] for row in rows), sum(row["cost_usd"] for row in rows)
+    breaker = status["circuit_breaker"]
+    limits = status.get("limits") or {}
+    features = status.get("features") or {}
+    parts = [
+        f"rotation {status['rotation']['mode']}",
+        f"cache {'on' if status['cache'].get('enabled') else 'off'}",
+        f"{tokens:,} tokens, ${spent:,.4f}",
+        f"breaker opens at {breaker['error_rate']:.0%} of {breaker['window']}",
+        f"limits of {len(limits.get('keys') or ())} keys" if limits.get("enabled") else "no limits",
+    ]
+    on = [a["name"] for a in features.get("addons") or () if a.get("enabled")]
+    return [" · ".join(parts), *(["features: " + ", ".join(on)] if on else [])]
+
+
+def cmd_status(args: argparse.Namespace) -> int:
+    config = Config.from_env()
+    owner = Owner(config, args.url)
+    if args.watch is not None:
+        return watch_status(owner, max(args.watch, 0.5))
+    print(status_text(owner, args.json))
+    return DONE_OK
+
+
+def status_text(owner: Owner, as_json: bool) -> str:
+    status = owner.get("/v1/status")
+    try:
+        return json.dumps(status, indent=2) if as_json else status_view(status)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise owner.absent("what answers there is something else") from None
+
+
+def watch_status(owner: Owner, every_s: float) -> int:
+    """The status again and again, until Ctrl-C; a router that is away may come back."""
+    clear = "\033[H\033[2J" if sys.stdout.isatty() else ""
+    try:
+        while True:
+            try:
+                text = status_text(owner, False)
+            except Trouble as trouble:
+                text = paint(trouble.message, "yellow")
+            stamp = time.strftime("%H:%M:%S")
+            print(f"{clear}{text}\n\n{stamp}, every {every_s:g} s; Ctrl-C ends it", flush=True)
+            time.sleep(every_s)
+    except KeyboardInterrupt:
+        return DONE_OK
+
+
+def cmd_logs(args: argparse.Namespace) -> int:
+    """The latest requests of GET /v1/logs, oldest first, as a log is read."""
+    asked = {"limit": args.limit, "provider": args.provider, "status": args.status}
+    query = urlencode({name: value for name, value in asked.items() if value})
+    answer = Owner(Config.from_env(), args.url).get(f"/v1/logs?{query}")
+    entries = answer.get("entries")
+    if args.json:
+        print(json.dumps(answer, indent=2))
+        return DONE_OK
+    rows = [row for row in entries if isinstance(row, dict)] if isinstance(entries, list) else []
+    if not rows:
+        say("no request is remembered")
+        return DONE_OK
+    head = ("TIME", "STATUS", "ENDPOINT", "CALLER", "ANSWERED BY", "LATENCY", "TOKENS", "REQUEST")
+    rows.reverse()
+    shades = ["red" if row.get("status") == "error" else "" for row in rows]
+    print(*columns([head, *map(log_cells, rows)], shades), sep="\n")
+    return DONE_OK
+
+
+def log_cells(row: Json) -> tuple[str, ...]:
+    """One entry of /v1/logs as columns; what it does not tell is a dash."""
+    names = [str(row[name]) for name in ("provider", "model") if row.get(name)]
+    tokens = [row.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    latency = row.get("latency_ms")
+    return (
+        told(row.get("ts")),
+        " ".join(told(row[name]) for name in ("http_status", "status") if row.get(name)) or "-",
+        told(row.get("endpoint")),
+        told(row.get("caller_name") or row.get("caller")),
+        told("/".join(names) or None),
+        f"{latency:.0f} ms" if isinstance(latency, int | float) else "-",
+        "+".join(str(n) for n in tokens if n is not None) or "-",
+        told(row.get("id")),
+    )
+
+
+def cmd_why(args: argparse.Namespace) -> int:
+    """The decisions behind one request, as the router remembers them."""
+    path = f"/v1/why/{quote(args.request, safe='')}"
+    try:
+        answer = Owner(Config.from_env(), args.url).get(path)
+    except NotThere as trouble:
+        name = shown_name(args.request)
+        raise Trouble(f"nothing is remembered of {name}: {trouble.message}") from None
+    print(json.dumps(answer, indent=2) if args.json else "\n".join(tree(answer)))
+    return DONE_OK
+
+
+def tree(value: Any, indent: str = "") -> Iterator[str]:
+    """A JSON value as indented lines: what is short on one line, what is long below its name."""
+    items = value.items() if isinstance(value, dict) else ((None, item) for item in value)
+    for name, inner in items:
+        label = f"{indent}{name}:" if name is not None else f"{indent}-"
+        if not isinstance(inner, dict | list):
+            yield f"{label} {told(inner)}"
+        elif not any(isinstance(part, dict | list) for part in inner_values(inner)):
+            yield f"{label} {flat(inner)}"
+        else:
+            yield label
+            yield from tree(inner, indent + "  ")
+
+
+def inner_values(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def flat(value: Any) -> str:
+    """A list or object of plain values on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {told(inner)}" for name, inner in value.items()) or "none"
+    return ", ".join(map(told, value)) or "none"
+
+
+def told(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
+    return (
+        f"{value:g}" if isinstance(value, float) else "".join(filter(str.isprintable, str(value)))
+    )
+
+
+def cmd_config_show(args: argparse.Namespace) -> int:
+    """Every setting as it is in effect, and where it was found."""
+    config = Config.from_env()
+    rows = setting_states(config)
+    services = [service_row(service) for service in config.services]
+    if args.json:
+        files = {"home": str(config.home), "env_file": str(config.env_file)}
+        print(json.dumps({**files, "settings": rows, "providers": services}, indent=2))
+        return DONE_OK
+    chosen = [row for row in rows if args.all or row["source"] != "default"]
+    lines = [(row["name"], shown_value(row), row["source"]) for row in chosen]
+    print(f"HR_HOME {config.home}")
+    print(*columns([("SETTING", "VALUE", "FROM"), *lines]), sep="\n")
+    if services:
+        head = tuple(name.upper() for name in services[0])
+        print("", *columns([head, *(tuple(map(str, row.values())) for row in services)]), sep="\n")
+    if not args.all:
+        say("settings at their defaults are left out; --all shows them")
+    return DONE_OK
+
+
+def shown_value(row: Json) -> str:
+    """A value of setting_states as people write it; of secrets the tails."""
+    if isinstance(row["value"], list):
+        return ", ".join(f"…{item}" if row["secret"] else item for item in row["value"]) or "none"
+    return default_text(row["value"])
+
+
+def service_row(service: Service) -> dict[str, str]:
+    """A provider as `config show` lists it."""
+    sources = Counter(source for source in service.key_sources)
+    return {
+        "provider": service.name,
+        "url": service.url,
+        "keys": ", ".join(f"{n} from {source}" for source, n in sources.items()),
+        "models": ", ".join(service.models) or service.resting,
+    }
+
+
+# =============================================================================
+# 48. Connect
+# =============================================================================
+
+# What clients keep in their settings files, merged into what stands there. A place in a file is
+# a path of names; an Item is the object of a list whose member `name` has a value.
+
+KEEP_SUFFIX: Final = ".before-hermes"  # the file as it was before the first change
+PROVIDER_ID: Final = "hermes"  # what we are called inside the settings of clients
+KEY_VARIABLE: Final = "ROUTER_KEY"
+MISSING: Final = object()
+
+
+class Item(NamedTuple):
+    name: str
+    value: str
+
+
+SettingPath = tuple["str | Item", ...]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One value of a settings file; `gentle` = only where nothing stands yet."""
+
+    place: SettingPath
+    value: Any
+    gentle: bool = False
+
+
+class CannotMerge(Exception):
+    """A settings file whose form is not understood well enough to change it."""
+
+
+class SettingsFile(Protocol):
+    """A settings file in memory: what stands at a place may be taken, put and removed."""
+
+    def take(self, place: SettingPath) -> Any: ...
+    def put(self, place: SettingPath, value: Any) -> None: ...
+    def made(self, value: Any, place: SettingPath) -> Any: ...
+    def text(self) -> str: ...
+
+
+class JsonSettings:
+    """JSON; a file with comments is refused, they would be lost."""
+
+    def __init__(self, text: str) -> None:
+        found = re.search(r"\n([ \t]+)\S", text)
+        self._indent: str | int = found[1] if found else 2
+        try:
+            self._root = json.loads(text) if text.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise CannotMerge(f"it is not plain JSON ({error})") from None
+
+    def take(self, place: SettingPath) -> Any:
+        value = self._root
+        for step in place:
+            value = inside(value, step)
+        return value
+
+    def put(self, place: SettingPath, value: Any) -> None:
+        """MISSING removes, and with it the containers that it leaves empty."""
+        if not place:
+            self._root = None if value is MISSING else value
+            return
+        parent, step = self.take(place[:-1]), place[-1]
+        if parent is MISSING or parent is None:
+            if value is MISSING:
+                return
+            parent = [] if isinstance(step, Item) else {}
+            self.put(place[:-1], parent)
+        if not isinstance(parent, list if isinstance(step, Item) else dict):
+            raise CannotMerge(f"{told_place(place[:-1])} holds something else than expected")
+        put_inside(parent, step, value)
+        if not parent and value is MISSING:
+            self.put(place[:-1], MISSING)
+
+    def made(self, value: Any, place: SettingPath) -> Any:
+        return value
+
+    def text(self) -> str:
+        if self._root is None:
+            return ""
+        return json.dumps(self._root, indent=self._indent, ensure_ascii=False) + "\n"
+
+
+def inside(value: Any, step: str | Item) -> Any:
+    if isinstance(step, str):
+        return value.get(step, MISSING) if isinstance(value, dict) else MISSING
+    rows = value if isinstance(value, list) else ()
+    named = (row for row in rows if isinstance(row, dict) and row.get(step.name) == step.value)
+    return next(named, MISSING)
+
+
+def put_inside(parent: Any, step: str | Item, value: Any) -> None:
+    if isinstance(step, str) and value is MISSING:
+        parent.pop(step, None)
+    elif isinstance(step, str):
+        parent[step] = value
+    elif (old := inside(parent, step)) is MISSING:
+        parent += [] if value is MISSING else [value]
+    else:
+        at = next(n for n, row in enumerate(parent) if row is old)
+        parent[at : at + 1] = [] if value is MISSING else [value]
+
+
+def told_place(place: SettingPath) -> str:
+    return ".".join(step if isinstance(step, str) else step.value for step in place) or "the file"
+
+
+class TomlSettings:
+    """TOML as lines: values of the top level, and whole tables. All other lines stay."""
+
+    HEADER: ClassVar[Any] = re.compile(r"\s*\[+\s*([^\[\]]+?)\s*\]+\s*(?:#.*)?$")
+
+    def __init__(self, text: str) -> None:
+        self._lines = text.splitlines()
+        self._before, self._touched = read_toml(text), list[SettingPath]()
+        if self._before is None and ('"""' in text or "'''" in text):
+            raise CannotMerge("it holds texts of several lines, which this Python cannot read")
+
+    def take(self, place: SettingPath) -> Any:
+        start, end = self._span(place)
+        return "\n".join(self._lines[start:end]) if end > start else MISSING
+
+    def put(self, place: SettingPath, value: Any) -> None:
+        self._touched.append(place)
+        start, end = self._span(place)
+        lines = [] if value is MISSING else value.split("\n")
+        if end > start:
+            self._lines[start:end] = lines
+        elif lines and len(place) == 1:
+            self._lines[0:0] = lines
+        elif lines:
+            gap = [""] if self._lines and self._lines[-1].strip() else []
+            self._lines += [*gap, *lines]
+
+    def _span(self, place: SettingPath) -> tuple[int, int]:
+        """The lines that a place takes; (0, 0) = it is not there."""
+        found = [self.HEADER.match(line) for line in self._lines]
+        headers = [at for at, header in enumerate(found) if header]
+        if len(place) == 1:
+            line = re.compile(rf"\s*{re.escape(str(place[0]))}\s*=")
+            top = self._lines[: headers[0] if headers else None]
+            at = next((at for at, text in enumerate(top) if line.match(text)), -1)
+            return at if at > 0 else 0, at + 1
+        title = ".".join(map(str, place))
+        for at, after in zip(headers, [*headers[1:], len(self._lines)], strict=False):
+            header = found[at]
+            if header and re.sub(r"[\s\"']", "", header[1]) == title:
+                return at, self._last(at, after)
+        return 0, 0
+
+    def _last(self, start: int, end: int) -> int:
+        """Where a table ends: comments and blank lines after it belong to what follows."""
+        while end > start + 1 and self._lines[end - 1].strip()[:1] in ("", "#"):
+            end -= 1
+        return end
+
+    def made(self, value: Any, place: SettingPath) -> Any:
+        if len(place) == 1:
+            return f"{place[0]} = {toml_value(value)}"
+        rows = [f"{name} = {toml_value(inner)}" for name, inner in value.items()]
+        return "\n".join([f"[{'.'.join(map(str, place))}]", *rows])
+
+    def text(self) -> str:
+        text = "\n".join(self._lines).strip("\n")
+        text = text + "\n" if text else ""
+        after = read_toml(text)
+        if self._before is not None and after is not None:
+            old, new = (JsonSettings(json.dumps(doc, default=str)) for doc in (self._before, after))
+            for place in self._touched:
+                old.put(place, MISSING)
+                new.put(place, MISSING)
+            if old.text() != new.text():
+                raise CannotMerge("it is written in a form that is not understood here")
+        return text
+
+
+def read_toml(text: str) -> Json | None:
+    """What a TOML text holds; None where nothing reads it (Python 3.10)."""
+    try:
+        reader = importlib.import_module("tomllib")
+    except ImportError:
+        return None
+    try:
+        return cast(Json, reader.loads(text))
+    except ValueError as error:
+        raise CannotMerge(f"it is not TOML ({error})") from None
+
+
+def toml_value(value: Any) -> str:
+    """Texts, numbers and flags; a JSON text is a TOML text."""
+    return json.dumps(value)
+
+
+class YamlSettings:
+    """YAML as lines: values of the top level, and objects in a list of the top level."""
+
+    def __init__(self, text: str) -> None:
+        self._lines = text.splitlines()
+        flow = any(line[:1] in ("{", "[") for line in self._lines)
+        if flow or "\t" in text or [line.rstrip() for line in self._lines[1:]].count("---"):
+            raise CannotMerge("it is YAML of a form that is not understood here")
+
+    def take(self, place: SettingPath) -> Any:
+        """The lines there, without the indent of the first."""
+        start, end = self._span(place)
+        lines, indent = self._lines[start:end], self._indent(start)
+        return "\n".join(line.removeprefix(indent) for line in lines) if lines else MISSING
+
+    def put(self, place: SettingPath, value: Any) -> None:
+        start, end = self._span(place)
+        lines = [] if value is MISSING else value.split("\n")
+        if end > start:
+            indent = self._indent(start)
+            self._lines[start:end] = [indent + line if line else line for line in lines]
+            self._forget_empty(place)
+        elif lines and len(place) == 1:
+            self._lines += lines
+        elif lines:
+            at, indent = self._list_of(str(place[0]))
+            self._lines[at:at] = [indent + line for line in lines]
+
+    def _span(self, place: SettingPath) -> tuple[int, int]:
+        start, end = self._top(str(place[0]))
+        if len(place) == 1 or end == start:
+            return start, end
+        item = cast(Item, place[1])
+        pattern = re.compile(rf"\s*(- )?\s*{item.name}:\s*[\"']?{re.escape(item.value)}[\"']?\s*$")
+        for first, after in self._items(start, end):
+            if any(pattern.match(line) for line in self._lines[first:after]):
+                return first, after
+        return 0, 0
+
+    def _top(self, name: str) -> tuple[int, int]:
+        """The lines of a member of the top level, with what is indented below it."""
+        for at, line in enumerate(self._lines):
+            if re.match(rf"[\"']?{re.escape(name)}[\"']?\s*:(\s|$)", line):
+                return at, self._end(at + 1)
+        return 0, 0
+
+    def _end(self, start: int) -> int:
+        """Behind the last line that belongs to the member above `start`."""
+        end = start
+        for at in range(start, len(self._lines)):
+            if re.match(r" +[^ #]|- |-$", self._lines[at]):
+                end = at + 1
+            elif self._lines[at].strip()[:1] not in ("", "#"):
+                break
+        return end
+
+    def _items(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The objects of the list in these lines."""
+        dashes = [at for at in range(start + 1, end) if re.match(r" *-( |$)", self._lines[at])]
+        if not dashes:
+            return
+        depth = min(len(self._lines[at]) - len(self._lines[at].lstrip()) for at in dashes)
+        firsts = [at for at in dashes if self._lines[at][depth : depth + 1] == "-"]
+        yield from zip(firsts, [*firsts[1:], end], strict=True)
+
+    def _list_of(self, name: str) -> tuple[int, str]:
+        """Where an object joins a list, which is made if it is missing, and its indent."""
+        start, end = self._top(name)
+        if end == start:
+            self._lines.append(f"{name}:")
+            return len(self._lines), "  "
+        if not re.fullmatch(r"[^:]+:\s*(\[\s*\])?\s*(#.*)?", self._lines[start]):
+            raise CannotMerge(f"{name} is written in a form that is not understood here")
+        self._lines[start] = re.sub(r":\s*\[\s*\]", ":", self._lines[start])
+        first = next((first for first, _ in self._items(start, end)), None)
+        if first is None:
+            return start + 1, "  "
+        return first, self._indent(first)
+
+    def _indent(self, at: int) -> str:
+        line = self._lines[at] if at < len(self._lines) else ""
+        return line[: len(line) - len(line.lstrip())]
+
+    def _forget_empty(self, place: SettingPath) -> None:
+        """A list whose last object went is no list any more."""
+        if len(place) > 1:
+            start, end = self._top(str(place[0]))
+            if end == start + 1 and self._lines[start].rstrip().endswith(":"):
+                del self._lines[start]
+
+    def made(self, value: Any, place: SettingPath) -> Any:
+        if len(place) == 1:
+            return f"{place[0]}: {json.dumps(value)}"
+        rows = [f"{name}: {json.dumps(inner)}" for name, inner in value.items()]
+        return "\n".join([f"- {rows[0]}", *(f"  {row}" for row in rows[1:])])
+
+    def text(self) -> str:
+        text = "\n".join(self._lines).strip("\n")
+        return text + "\n" if text else ""
+
+
+FORMATS: Final[Mapping[str, Callable[[str], SettingsFile]]] = {
+    "json": JsonSettings,
+    "toml": TomlSettings,
+    "yaml": YamlSettings,
+}
+
+
+class Reach(NamedTuple):
+    """What a client needs to know of this router."""
+
+    url: str  # without /v1
+    key: str
+    model: str
+
+
+@dataclass(frozen=True)
+class Client:
+    """One row: a client, where its settings are, and what stands in them."""
+
+    name: str
+    title: str
+    format: str = ""  # of FORMATS; "" = nothing is written, the settings are printed
+    file: Callable[[Mapping[str, str]], Path] | None = None  # from the process environment
+    edits: Callable[[Reach], tuple[Edit, ...]] = lambda _: ()
+    shown: Callable[[Reach], str] = lambda _: ""  # beside the file, or instead of it
+    note: str = ""
+
+
+def home_of(env: Mapping[str, str], variable: str, *default: str) -> Path:
+    """A folder that a variable may name, else one below the home."""
+    return Path(env[variable]).expanduser() if env.get(variable) else Path.home().joinpath(*default)
+
+
+def vscode_folder(env: Mapping[str, str]) -> Path:
+    if sys.platform == "win32":
+        return home_of(env, "APPDATA", "AppData", "Roaming") / "Code" / "User"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "Code" / "User"
+    return home_of(env, "XDG_CONFIG_HOME", ".config") / "Code" / "User"
+
+
+def claude_edits(reach: Reach) -> tuple[Edit, ...]:
+    return (
+        Edit(("env", "ANTHROPIC_BASE_URL"), reach.url),
+        Edit(("env", "ANTHROPIC_AUTH_TOKEN"), reach.key),
+        *([Edit(("env", "ANTHROPIC_MODEL"), reach.model)] if reach.model else []),
+    )
+
+
+def codex_edits(reach: Reach) -> tuple[Edit, ...]:
+    table = {
+        "name": "hermes-router",
+        "base_url": f"{reach.url}/v1",
+        "wire_api": "responses",
+        "env_key": KEY_VARIABLE,
+    }
+    return (
+        Edit(("model_provider",), PROVIDER_ID),
+        Edit(("model",), reach.model or "hermes-router"),
+        Edit(("model_providers", PROVIDER_ID), table),
+    )
+
+
+def opencode_edits(reach: Reach) -> tuple[Edit, ...]:
+    model = reach.model or "hermes-router"
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "name": "hermes-router",
+        "options": {"baseURL": f"{reach.url}/v1", "apiKey": reach.key},
+        "models": {model: {}},
+    }
+    return (
+        Edit(("$schema",), "https://opencode.ai/config.json", gentle=True),
+        Edit(("provider", PROVIDER_ID), provider),
+        Edit(("model",), f"{PROVIDER_ID}/{model}"),
+    )
+
+
+def aider_edits(reach: Reach) -> tuple[Edit, ...]:
+    return (
+        Edit(("openai-api-base",), f"{reach.url}/v1"),
+        Edit(("openai-api-key",), reach.key),
+        Edit(("model",), f"openai/{reach.model or 'hermes-router'}"),
+    )
+
+
+def continue_edits(reach: Reach) -> tuple[Edit, ...]:
+    model = {
+        "name": "hermes-router",
+        "provider": "openai",
+        "model": reach.model or "hermes-router",
+        "apiBase": f"{reach.url}/v1",
+        "apiKey": reach.key,
+        "roles": ["chat", "edit", "apply"],
+    }
+    return (
+        Edit(("name",), "Main", gentle=True),
+        Edit(("version",), "1.0.0", gentle=True),
+        Edit(("schema",), "v1", gentle=True),
+        Edit(("models", Item("name", "hermes-router")), model),
+    )
+
+
+def vscode_edits(reach: Reach) -> tuple[Edit, ...]:
+    model = {
+        "id": reach.model or "hermes-router",
+        "name": "hermes-router",
+        "url": f"{reach.url}/v1/chat/completions",
+        "toolCalling": True,
+        "vision": True,
+        "maxInputTokens": 128_000,
+        "maxOutputTokens": 16_000,
+    }
+    group = {
+        "name": "hermes-router",
+        "vendor": "customendpoint",
+        "apiKey": reach.key,
+        "apiType": "chat-completions",
+        "models": [model],
+    }
+    return (Edit((Item("name", "hermes-router"),), group),)
+
+
+def shell_exports(values: Mapping[str, str]) -> str:
+    """Lines for a shell; the other spelling is PowerShell's."""
+    if sys.platform == "win32":
+        return "\n".join(f'$env:{name} = "{value}"' for name, value in values.items())
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in values.items())
+
+
+def sdk_settings(reach: Reach) -> str:
+    return shell_exports({"OPENAI_BASE_URL": f"{reach.url}/v1", "OPENAI_API_KEY": reach.key})
+
+
+def cursor_settings(reach: Reach) -> str:
+    return (
+        "Cursor Settings > Models > API Keys:\n"
+        f"  OpenAI API Key            {reach.key}\n"
+        "  Override OpenAI Base URL  https://<your public address>/v1\n"
+        f"  Add model                 {reach.model or 'hermes-router'}"
+    )
+
+
+CLIENTS: Final = (
+    Client(
+        "claude-code",
+        "Claude Code",
+        "json",
+        lambda env: home_of(env, "CLAUDE_CONFIG_DIR", ".claude") / "settings.json",
+        claude_edits,
+        note="Start `claude` anew. Its own model names work; --model leaves every choice to one.",
+    ),
+    Client(
+        "codex",
+        "Codex CLI",
+        "toml",
+        lambda env: home_of(env, "CODEX_HOME", ".codex") / "config.toml",
+        codex_edits,
+        lambda reach: shell_exports({KEY_VARIABLE: reach.key}),
+        f"Codex reads the key from the variable {KEY_VARIABLE}: put the line above into your"
+        " shell's profile.",
+    ),
+    Client(
+        "opencode",
+        "OpenCode",
+        "json",
+        lambda env: home_of(env, "XDG_CONFIG_HOME", ".config") / "opencode" / "opencode.json",
+        opencode_edits,
+    ),
+    Client(
+        "aider", "aider", "yaml", lambda _: Path.home() / ".aider.conf.yml", aider_edits,
+        note="A .aider.conf.yml in a project's folder wins over this one.",
+    ),
+    Client(
+        "continue",
+        "Continue",
+        "yaml",
+        lambda env: home_of(env, "CONTINUE_GLOBAL_DIR", ".continue") / "config.yaml",
+        continue_edits,
+    ),
+    Client(
+        "cursor",
+        "Cursor",
+        shown=cursor_settings,
+        note="Cursor calls this address from its own servers, so 127.0.0.1 cannot work: put a"
+        " tunnel or a reverse proxy with https in front of the router, and keep the key secret.",
+    ),
+    Client(
+        "vscode",
+        "VS Code chat",
+        "json",
+        lambda env: vscode_folder(env) / "chatLanguageModels.json",
+        vscode_edits,
+        note="VS Code 1.122 or newer. Choose hermes-router in the model picker of the chat.",
+    ),
+    Client(
+        "openai-sdk",
+        "OpenAI SDKs",
+        shown=sdk_settings,
+        note='In code: OpenAI(base_url=..., api_key=...), with model "auto".',
+    ),
+)  # fmt: skip
+
+
+def client_named(name: str) -> Client:
+    return next(client for client in CLIENTS if client.name == name)
+
+
+def merged(old: str, client: Client, reach: Reach) -> str:
+    """The client's settings with ours among them."""
+    settings = FORMATS[client.format](old)
+    for edit in client.edits(reach):
+        if not edit.gentle or settings.take(edit.place) in (MISSING, None):
+            settings.put(edit.place, settings.made(edit.value, edit.place))
+    return settings.text()
+
+
+def unmerged(now: str, before: str, client: Client, reach: Reach) -> str:
+    """The settings without ours: each place as it was `before`; all else as it is now."""
+    settings, old = FORMATS[client.format](now), FORMATS[client.format](before)
+    for edit in reversed(client.edits(reach)):
+        value = old.take(edit.place)
+        ours = settings.made(edit.value, edit.place)
+        if not edit.gentle or settings.take(edit.place) == ours:
+            settings.put(edit.place, value)
+    return settings.text()
+
+
+def read_settings(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig") if path.exists() else ""
+    except UnicodeDecodeError:
+        raise CannotMerge("it is not UTF-8") from None
+
+
+# A value whose name says that it is a secret; shorter ones name variables.
+NAMED_SECRET: Final = re.compile(r"(?i)((?:key|token|secret)\W{1,5}\s*\"?)([^\s\",]{16,})")
+
+
+def difference(path: Path, old: str, new: str) -> list[str]:
+    """What changes, line by line; the key as its last characters."""
+    lines = difflib.unified_diff(
+        old.splitlines(), new.splitlines(), str(path), str(path), lineterm="", n=2
+    )
+    return [NAMED_SECRET.sub(lambda found: f"{found[1]}…{key_tail(found[2])}", x) for x in lines]
+
+
+def cmd_connect(args: argparse.Namespace) -> int:
+    """Write, show or take back the settings of a client."""
+    if args.client is None:
+        rows = [("CLIENT", "FOR", "SETTINGS"), *(client_cells(client) for client in CLIENTS)]
+        print(*columns(rows), sep="\n")
+        return DONE_OK
+    client, reach = client_named(args.client), reach_of(Config.from_env(), args)
+    if client.file is None:
+        print(client.shown(reach))
+        say(client.note)
+        return DONE_OK
+    path = client.file(environment())
+    try:
+        (undo_client if args.undo else connect_client)(client, path, reach, args.dry_run)
+    except (CannotMerge, OSError) as problem:
+        why = told_error(problem) if isinstance(problem, OSError) else str(problem)
+        say(f"{path} is left as it is: {why}")
+        if not args.undo:
+            say("put this into it by hand:")
+            print(merged("", client, reach), end="")
+        return FAILED
+    return DONE_OK
+
+
+def client_cells(client: Client) -> tuple[str, str, str]:
+    where = str(client.file(environment())) if client.file else "printed"
+    return client.name, client.title, where
+
+
+def reach_of(config: Config, args: argparse.Namespace) -> Reach:
+    """How clients reach this router: its address, and a key of a caller."""
+    config = config if args.dry_run else with_proxy_key(config)[0]
+    keys = config.proxy_keys or ("no-key-needed" if config.auth_mode == "open" else "no-key-yet",)
+    chosen = keys[0]
+    if args.key:
+        chosen = find_secret(config.proxy_keys, caller_key(config, args.key), "proxy key")
+    url = (args.url or noted_address(config) or address(config.host, config.port)).rstrip("/")
+    return Reach(url.removesuffix("/v1"), chosen, args.model or "")
+
+
+def caller_key(config: Config, which: str) -> str:
+    """A key of a caller by its name; anything else stays what it is."""
+    named = [caller.key for caller in config.callers if caller.name == which.strip()]
+    return named[0] if len(named) == 1 else which
+
+
+def connect_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None:
+    old = read_settings(path)
+    new = merged(old, client, reach)
+    changes = difference(path, old, new)
+    if dry_run:
+        print(*changes or [f"{path} would not change"], sep="\n")
+    elif old == new:
+        say(f"{path} is as it should be")
+    else:
+        keep, real = path.with_name(path.name + KEEP_SUFFIX), path.resolve()
+        real.parent.mkdir(parents=True, exist_ok=True)
+        if not keep.exists():  # of a file that is new: an empty one
+            write_private(keep, old)
+        write_private(real, new)
+        say(f"{client.title}: wrote {path}" + (f"; as it was: {keep.name}" if old else ""))
+        say(f"`connect {client.name} --undo` takes it back")
+    if shown := client.shown(reach):
+        print(shown)
+    if client.note:
+        say(client.note)
+
+
+def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None:
+    keep, now = path.with_name(path.name + KEEP_SUFFIX), read_settings(path)
+    if not keep.exists():
+        say(f"{path} has nothing of hermes-router: {keep.name} is not beside it")
+        return
+    new = unmerged(now, read_settings(keep), client, reach)
+    if dry_run:
+        print(*difference(path, now, new) or [f"{path} would not change"], sep="\n")
+        return
+    if new.strip():
+        write_private(path.resolve(), new)
+    else:
+        path.unlink(missing_ok=True)
+    keep.unlink(missing_ok=True)
+    say(f"{client.title}: {path} is without hermes-router again")
+
+
+# =============================================================================
+# 49. Changes
+# =============================================================================
+
+# Commands that change auth.json and .env, through section Files. A running router reads both
+# anew by itself, so that nothing here talks to it.
+
+TAKEN: Final = "a running router takes it within 2 seconds"
+
+
+def change_env(config: Config, changes: Mapping[str, str | None]) -> None:
+    """Write settings to .env and say so; BadValue for what would make them unusable."""
+    try_out(config, changes)
+    changed = edit_env(config.env_file, changes)
+    file = config.env_file.name
+    say(f"{file}: {TAKEN}" if changed else f"{file} says so already")
+    for name in (name for name in changes if config.given.get(name, "").strip()):
+        say(paint(f"! {name} is also set in the environment, which wins", "yellow", sys.stderr))
+
+
+def configured(config: Config) -> dict[str, Service]:
+    return {service.name: service for service in config.services}
+
+
+def known_provider(name: str) -> Provider:
+    row = provider_named(name)
+    if row is None:
+        near = difflib.get_close_matches(name.lower(), PROVIDERS_BY_NAME, 1, 0.6)
+        hint = f"; did you mean {near[0]}?" if near else "; `auth providers` lists them"
+        raise Trouble(f"unknown provider: {shown_name(name)}{hint}")
+    return row
+
+
+# --- provider keys ---
+
+
+def cmd_auth_add(args: argparse.Namespace) -> int:
+    config, row = Config.from_env(), known_provider(args.provider)
+    if row.accounts:
+        raise Trouble(f"{row.name} has accounts instead of keys: use `auth import-codex`")
+    set_extra_env(config, row)
+    given = keys_given(args)
+    if given is not None:
+        return store_keys(config, row, given, args.check)
+    for _ in range(100):
+        key = ask_secret(f"Enter API key for {row.title} (input hidden, Enter = none):")
+        if not key:
+            say("skipped")
+            return DONE_OK
+        status = store_keys(config, row, [key], not args.no_check)
+        if not confirm(f"Add another key for {row.name}?", False):
+            return status
+    return DONE_OK
+
+
+def keys_given(args: argparse.Namespace) -> list[str] | None:
+    """Keys from a variable, a file or a pipe; None = a person is asked."""
+    if args.from_env:
+        found = split_list(environment().get(args.from_env))
+        if not found:
+            raise Trouble(f"the variable {args.from_env} holds no key")
+        return found
+    if args.file and args.file != "-":
+        try:
+            return key_lines(Path(args.file).read_text(encoding="utf-8-sig"))
+        except (OSError, UnicodeDecodeError) as error:
+            why = told_error(error) if isinstance(error, OSError) else "it is not UTF-8"
+            raise Trouble(f"{args.file} cannot be read: {why}") from None
+    if args.file or not sys.stdin.isatty():
+        return key_lines(sys.stdin.read(1 << 20))
+    return None
+
+
+def key_lines(text: str) -> list[str]:
+    """The keys of a text, one a line; blank lines and comments are none."""
+    found = [line.strip() for line in text.splitlines() if line.strip()[:1] not in ("", "#")]
+    if not found:
+        raise Trouble("there is no key")
+    return found
+
+
+def set_extra_env(config: Config, row: Provider) -> None:
+    """What a provider needs beside a key (an account id in its URL) must be there first."""
+    known = {**read_dotenv(config.env_file), **environment()}
+    for _, variable in row.extra_env:
+        if known.get(variable, "").strip():
+            continue
+        if not sys.stdin.isatty():
+            raise Trouble(f"{row.name} also needs {variable}: set it in {config.env_file}")
+        value = ask(f"{row.title} also needs {variable}:")
+        if not re.fullmatch(r"[\w.-]+", value):
+            raise Trouble(f"{variable} has letters, digits and dashes; nothing was stored")
+        change_env(config, {variable: value})
+
+
+def store_keys(config: Config, row: Provider, keys: Sequence[str], check: bool) -> int:
+    """Put keys into auth.json, each after a look at it where that is wanted."""
+    status = DONE_OK
+    for key in keys:
+        if check and not passes(config, row, check_key("key", key)):
+            status = FAILED
+            continue
+        added = edit_json(
+            config.auth_path, functools.partial(add_provider_key, provider=row.name, key=key)
+        )
+        what = "added" if added.added else "already stored"
+        say(f"{what}: …{key_tail(key.strip())}; {row.name} now has {added.total} key(s)")
+    return status
+
+
+def passes(config: Config, row: Provider, key: str) -> bool:
+    """Ask the provider about a key; a person may keep one that was refused."""
+    say(f"asking {row.title} ...")
+    with KeyDesk(config) as desk:
+        found = desk.look(row, key)
+    shade = {"valid": "green", "dead": "red", "unclear": "yellow"}[found.standing]
+    say(paint(found.text, shade, sys.stderr))
+    if found.standing != "dead":
+        return True
+    if sys.stdin.isatty() and confirm("Keep it anyway?", False):
+        return True
+    say("not stored")
+    return False
+
+
+class Look(NamedTuple):
+    """What a provider says of a key."""
+
+    standing: Standing
+    text: str
+
+
+class KeyDesk:
+    """Shows keys to their providers, as the running router would, and tells what they say."""
+
+    AT_ONCE: ClassVar[int] = 8
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._transport = Transport(config.connect_timeout)
+        self._accounts = Accounts(
+            config.accounts,
+            config.auth_path,
+            self._transport.post_json,
+            time.time,
+            config.codex_token_url,
+        )
+
+    def __enter__(self) -> KeyDesk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._transport.close()
+
+    def look(self, row: Provider, key: str) -> Look:
+        """One key, stored or not."""
+        service = configured(self._config).get(row.name)
+        if service is None or key not in service.keys:
+            service = service_with_key(self._config, row, key)
+        if service is None:
+            return Look(
+                "unclear", f"{row.name} is not usable: is {row.name.upper()}_MODEL missing?"
+            )
+        now, config = time.monotonic, replace(self._config, services=(service,))
+        upstream = Upstream(config, self._transport, now, self._accounts, Lessons(now))
+        directory, watchdog = Directory(config), Watchdog(now)
+        try:
+            outcome = KeyProbe(upstream, lambda: directory, watchdog, now).look(row.name, key)
+        except TransportError as error:
+            host = urlsplit(service.url).netloc
+            return Look("unclear", f"no answer from {host}: {scrub(error.text, 200)}")
+        except (AccountError, ClientGone) as error:
+            return Look("unclear", f"no answer: {scrub(str(error), 200)}")
+        return plain_words(row, outcome)
+
+    def look_at_all(self, services: Sequence[Service]) -> list[tuple[str, str, str, Look]]:
+        """(provider, key tail, where it stands, what its provider says) of every key."""
+        rows = [
+            (service, key, source)
+            for service in services
+            for key, source in zip(service.keys, service.key_sources, strict=True)
+            if not service.resting
+        ]
+        with concurrent.futures.ThreadPoolExecutor(self.AT_ONCE) as pool:
+            looks = list(pool.map(lambda row: self.look(row[0].provider, row[1]), rows))
+        return [
+            (service.name, key_tail(key) if key else "-", source, look)
+            for (service, key, source), look in zip(rows, looks, strict=True)
+        ]
+
+
+def plain_words(row: Provider, outcome: Outcome | None) -> Look:
+    """What an answer about a key means, in words for people."""
+    if outcome is None:
+        return Look("unclear", f"{row.title} has nothing to ask about a key")
+    found, said = standing(outcome), f": {outcome.text}" if outcome.text else ""
+    if found == "valid" and outcome.status == 200:
+        return Look(found, f"{row.title} accepts this key")
+    if found == "valid":
+        return Look(found, f"{row.title} knows this key, but has no credit for it{said}")
+    if found == "dead":
+        return Look(found, f"{row.title} refuses this key (HTTP {outcome.status}){said}")
+    if outcome.status == 429:
+        return Look(found, f"{row.title} is limiting requests now, so the key is not proven{said}")
+    return Look(
+        found, f"{row.title} did not say whether the key is good (HTTP {outcome.status}){said}"
+    )
+
+
+def cmd_auth_list(args: argparse.Namespace) -> int:
+    config = Config.from_env()
+    rows = [
+        {"provider": service.name, "key": f"…{key_tail(key)}" if key else "-", "from": source}
+        for service in config.services
+        for key, source in zip(service.keys, service.key_sources, strict=True)
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return DONE_OK
+    if not rows:
+        say("no provider has a key yet; `auth add <provider>` stores one")
+        return DONE_OK
+    print(*columns([("PROVIDER", "KEY", "FROM"), *(tuple(row.values()) for row in rows)]), sep="\n")
+    say(f"{len(rows)} key(s) of {len(config.services)} provider(s)")
+    return DONE_OK
+
+
+def cmd_auth_providers(args: argparse.Namespace) -> int:
+    """Every provider that a key may be stored for."""
+    ready = configured(Config.from_env())
+    rows = [
+        (row.name, row.tier, str(len(ready[row.name].keys) if row.name in ready else 0), row.signup)
+        for row in PROVIDERS
+        if row.state != "retired"
+    ]
+    print(*columns([("PROVIDER", "TIER", "KEYS", "SIGN UP"), *rows]), sep="\n")
+    return DONE_OK
+
+
+def cmd_auth_remove(args: argparse.Namespace) -> int:
+    """Take one key of a provider away, wherever it stands."""
+    config, row = Config.from_env(), known_provider(args.provider)
+    service = configured(config).get(row.name)
+    which = first_line() if args.key == "-" else args.key
+    if service is None:
+        raise Trouble(f"{row.name} has no key")
+    if which is None and len(service.keys) > 1:
+        raise Trouble(
+            f"{row.name} has {len(service.keys)} keys: say which by its last characters", USAGE
+        )
+    key = find_secret(service.keys, which or service.keys[0], f"{row.name} key")
+    source = dict(zip(service.keys, service.key_sources, strict=True))[key]
+    if row.accounts:
+        edit_json(config.auth_path, lambda document: drop_account(document, key))
+    elif source == "auth.json":
+        edit_json(config.auth_path, lambda document: remove_provider_key(document, row.name, key))
+    else:
+        remove_from_env(config, source, key)
+    say(f"removed …{key_tail(key)} of {row.name}: {TAKEN}")
+    return DONE_OK
+
+
+def first_line() -> str:
+    """One line of the standard input: what must not stand on a command line."""
+    return sys.stdin.readline().strip()
+
+
+def drop_account(document: Json, id: str) -> None:
+    """Take an account out of an auth.json."""
+    providers = document.get("providers")
+    named = providers.get("codex") if isinstance(providers, dict) else None
+    for rows in (document.get("codex_accounts"), named):
+        if isinstance(rows, list):
+            rows[:] = [r for r in rows if not isinstance(r, dict) or account_id_of(r) != id]
+
+
+def remove_from_env(config: Config, variable: str, key: str) -> None:
+    """Take a key out of the comma list of a variable in .env."""
+    if environment().get(variable, "").strip():
+        raise Trouble(f"{variable} is set in the environment: take the key out there")
+    left = [old for old in split_list(read_dotenv(config.env_file).get(variable)) if old != key]
+    edit_env(config.env_file, {variable: ",".join(left) or None})
+
+
+def cmd_auth_check(args: argparse.Namespace) -> int:
+    """Ask every provider, or one, about its keys; exit status 1 if one is refused."""
+    config = Config.from_env()
+    services = list(config.services)
+    if args.provider:
+        row = known_provider(args.provider)
+        services = [service for service in services if service.name == row.name]
+    if not services:
+        raise Trouble("there is no key to check")
+    say(f"asking {len(services)} provider(s) ...")
+    with KeyDesk(config) as desk:
+        found = desk.look_at_all(services)
+    if args.json:
+        names = ("provider", "key_tail", "from", "standing", "text")
+        rows = [dict(zip(names, (*row[:3], *row[3]), strict=True)) for row in found]
+        print(json.dumps(rows, indent=2))
+    else:
+        shades = [{"valid": "green", "dead": "red"}.get(row[3].standing, "yellow") for row in found]
+        head = ("PROVIDER", "KEY", "FROM", "VERDICT", "IN WORDS")
+        lines = [(a, f"…{tail}", source, *look) for a, tail, source, look in found]
+        print(*columns([head, *lines], shades), sep="\n")
+    return FAILED if any(row[3].standing == "dead" for row in found) else DONE_OK
+
+
+def cmd_auth_import(args: argparse.Namespace) -> int:
+    """Take the sign-in of Codex CLI over into auth.json."""
+    config = Config.from_env()
+    default = home_of(environment(), "CODEX_HOME", ".codex") / "auth.json"
+    path = Path(args.file).expanduser() if args.file else default
+    try:
+        row = parse_object(path.read_bytes())
+    except FileNotFoundError:
+        raise Trouble(f"{path} is not there: sign in first with `codex login`") from None
+    except (OSError, ValueError) as error:
+        why = told_error(error) if isinstance(error, OSError) else str(error)
+        raise Trouble(f"{path} cannot be used: {why}") from None
+    account = read_account(row)
+    if account is None:
+        raise Trouble(f"{path} holds no ChatGPT sign-in: sign in with `codex login`")
+    new = edit_json(config.auth_path, lambda document: upsert_account(document, row))
+    say(f"account …{key_tail(account.id)} {'added' if new else 'brought up to date'}: {TAKEN}")
+    say("Its refresh token works once: Codex CLI and the router cannot share a sign-in for long")
+    return DONE_OK
+
+
+# --- models and the order of keys ---
+
+
+def cmd_model_list(args: argparse.Namespace) -> int:
+    config = Config.from_env()
+    known = {**read_dotenv(config.env_file), **environment()}
+    services = configured(config)
+    rows = []
+    for row in PROVIDERS:
+        service = services.get(row.name)
+        if service or args.all:
+            own = bool(known.get(f"{row.name.upper()}_MODEL", "").strip())
+            models = service.models if service else row.models
+            source = "override" if own else "default"
+            rows.append({"provider": row.name, "models": list(models), "source": source})
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return DONE_OK
+    if not rows:
+        say("no provider is configured; --all lists the defaults of every one")
+        return DONE_OK
+    lines = [(str(r["provider"]), ", ".join(r["models"]), str(r["source"])) for r in rows]
+    print(*columns([("PROVIDER", "MODELS", "SOURCE"), *lines]), sep="\n")
+    return DONE_OK
+
+
+def cmd_model_set(args: argparse.Namespace) -> int:
+    config, row = Config.from_env(), known_provider(args.provider)
+    names = [name for text in args.model for name in split_list(text)]
+    for name in names:
+        if not re.fullmatch(r"[\w.\-:/@+]+", name):
+            raise Trouble(f"{shown_name(name)} is not a model id")
+    if not names:
+        raise Trouble("name at least one model", USAGE)
+    facts = {(known.provider, known.id) for known in model_rows()}
+    for name in names:
+        if row.tier != "local" and (row.name, name) not in facts:
+            say(f"{name} is not in the router's table: it is used with cautious guesses")
+    change_env(config, {f"{row.name.upper()}_MODEL": ",".join(names)})
+    say(f"{row.name} is asked for {', '.join(names)}")
+    return DONE_OK
+
+
+def cmd_model_reset(args: argparse.Namespace) -> int:
+    config, row = Config.from_env(), known_provider(args.provider)
+    change_env(config, {f"{row.name.upper()}_MODEL": None})
+    say(f"{row.name} is asked for its default models: {', '.join(row.models)}")
+    return DONE_OK
+
+
+MODE_WORDS: Final[Mapping[str, str]] = {
+    "round-robin": "round-robin",
+    "roundrobin": "round-robin",
+    "round_robin": "round-robin",
+    "rr": "round-robin",
+    "sequential": "sequential",
+    "seq": "sequential",
+    "drain": "sequential",
+}
+
+
+def cmd_mode(args: argparse.Namespace) -> int:
+    """Show or set the order in which a provider's keys are used."""
+    config = Config.from_env()
+    if args.mode in ("show", "list", "status"):
+        print(config.rotation_mode)
+        return DONE_OK
+    mode = MODE_WORDS.get(args.mode.lower())
+    if mode is None:
+        raise Trouble(f"unknown mode {shown_name(args.mode)}: round-robin or sequential")
+    change_env(config, {"ROTATION_MODE": None if mode == "round-robin" else mode})
+    say(f"keys of a provider are used {'in turn' if mode == 'round-robin' else 'first to last'}")
+    return DONE_OK
+
+
+# --- features ---
+
+
+def cmd_features_list(args: argparse.Namespace) -> int:
+    report = feature_report(Config.from_env())
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return DONE_OK
+    rows = [
+        (row["name"], "on" if row["enabled"] else "off", row.get("desc") or row["manage"])
+        for row in report["addons"]
+    ]
+    shades = ["green" if row["enabled"] else "" for row in report["addons"]]
+    print(*columns([("FEATURE", "IS", "WHAT"), *rows], shades), sep="\n")
+    print(f"always on: {', '.join(report['core'])}")
+    return DONE_OK
+
+
+def cmd_features_enable(args: argparse.Namespace) -> int:
+    return turn(args.name, True)
+
+
+def cmd_features_disable(args: argparse.Namespace) -> int:
+    return turn(args.name, False)
+
+
+def turn(name: str, on: bool) -> int:
+    """Turn a feature on or off by its variable; one that has its value already keeps it."""
+    config, known = Config.from_env(), known_features()
+    feature = known.get(name)
+    if feature is None:
+        raise Trouble(f"there is no feature {shown_name(name)}: {', '.join(known)}")
+    if feature.kind != "flag":
+        raise Trouble(f"{name} is not turned on or off here: {feature.about}")
+    if is_enabled(feature, config) != on:
+        change_env(config, {feature.env: feature.on if on else feature.off})
+    say(f"{name} is {'on' if on else 'off'}")
+    return DONE_OK
+
+
+# --- keys of callers ---
+
+LIMIT_OPTIONS: Final = (
+    ("--rpm", "rpm", "requests per minute"),
+    ("--req-day", "req_per_day", "requests per day"),
+    ("--tokens-day", "tokens_per_day", "tokens per day"),
+    ("--cost-day", "cost_per_day", "US dollars per day"),
+    ("--streams", "streams", "requests at once"),
+)
+
+
+def limits_given(args: argparse.Namespace) -> Json:
+    """Limits from options; `none` takes a key's own away. BadValue for what is no number."""
+    found: Json = {}
+    for option, member, _ in LIMIT_OPTIONS:
+        text = getattr(args, member)
+        if text is not None:
+            found[member] = None if text.lower() == "none" else limit_number(option, member, text)
+    return found
+
+
+def limit_number(option: str, member: str, text: str) -> int | float:
+    kind = CALLER_LIMITS[member]
+    try:
+        number = kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise Trouble(f"{option} {shown_name(text)}: expected {what}, or `none`") from None
+    check_limit(member, number)
+    return cast(float, number)
+
+
+def limits_text(quota: Quota) -> str:
+    names = ("rpm", "req/day", "tokens/day", "cost/day", "streams")
+    limits = (getattr(quota, member) for _, member, _ in LIMIT_OPTIONS)
+    return " ".join(f"{name}={limit or '∞'}" for name, limit in zip(names, limits, strict=True))
+
+
+def which_key(config: Config, given: str) -> str:
+    """The caller's key that is meant: by name, tail, id, or `-` for a whole key from a pipe."""
+    which = first_line() if given == "-" else given
+    key = find_secret(config.proxy_keys, caller_key(config, which), "proxy key")
+    if key == given:
+        say("a whole key on the command line can be seen by others: its last characters are enough")
+    return key
+
+
+def cmd_limit_list(args: argparse.Namespace) -> int:
+    """The limits in effect: a key's own, and the usual ones for what it says nothing of."""
+    config = Config.from_env()
+    if args.json:
+        rows = [
+            {"key_tail": key_tail(caller.key), "name": caller.name, **asdict(caller.quota)}
+            for caller in config.callers
+        ]
+        print(json.dumps({"keys": rows, "usual": asdict(config.quota)}, indent=2))
+        return DONE_OK
+    for caller in config.callers:
+        print(f"…{key_tail(caller.key)} ({caller.name}): {limits_text(caller.quota)}")
+    print(f"usual (PROXY_LIMIT_...): {limits_text(config.quota)}")
+    return DONE_OK
+
+
+def cmd_limit_set(args: argparse.Namespace) -> int:
+    config, limits = Config.from_env(), limits_given(args)
+    if not limits:
+        options = ", ".join(option for option, _, _ in LIMIT_OPTIONS)
+        raise Trouble(f"say what is limited: {options}", USAGE)
+    return update_caller(config, which_key(config, args.key), limits)
+
+
+def cmd_limit_clear(args: argparse.Namespace) -> int:
+    config = Config.from_env()
+    return update_caller(config, which_key(config, args.key), dict.fromkeys(CALLER_LIMITS))
+
+
+def update_caller(config: Config, key: str, values: Json) -> int:
+    edit_json(
+        config.auth_path,
+        lambda document: update_proxy_key(document, key, values, config.proxy_keys),
+    )
+    now = next(caller.quota for caller in Config.from_env().callers if caller.key == key)
+    say(f"…{key_tail(key)}: {limits_text(now)}; {TAKEN}")
+    return DONE_OK
+
+
+def cmd_keys_list(args: argparse.Namespace) -> int:
+    config = Config.from_env()
+    rows = [
+        {
+            "name": caller.name,
+            "key_tail": key_tail(caller.key),
+            "id": caller.id,
+            "admin": caller.admin,
+            "providers": sorted(caller.scope),
+            "from": "auth.json" if caller.key in config.key_rows else "settings",
+        }
+        for caller in config.callers
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return DONE_OK
+    if not rows:
+        say("there is no key yet; the first start makes one")
+        return DONE_OK
+    lines = [
+        (
+            str(row["name"]),
+            f"…{row['key_tail']}",
+            str(row["id"]),
+            "admin" if row["admin"] else "-",
+            ", ".join(cast("list[str]", row["providers"])) or "all",
+            str(row["from"]),
+        )
+        for row in rows
+    ]
+    print(*columns([("NAME", "KEY", "ID", "MAY", "PROVIDERS", "FROM"), *lines]), sep="\n")
+    return DONE_OK
+
+
+def cmd_keys_new(args: argparse.Namespace) -> int:
+    """Make a key for a caller; the key itself is all that goes to stdout."""
+    config = Config.from_env()
+    only = [name for text in args.only or () for name in split_list(text)]
+    values = {
+        **({"name": args.name} if args.name else {}),
+        **({"allowed_providers": only} if only else {}),
+        **({"admin": True} if args.admin else {}),
+        **({"privacy": args.privacy} if args.privacy else {}),
+        **limits_given(args),
+    }
+    config, _ = with_proxy_key(config)  # or this key would be the only one, and so an admin's
+    if args.admin and not has_named_admin(config):
+        say("from now on only keys that are marked admin may change settings")
+    key = edit_json(config.auth_path, lambda document: add_proxy_key(document, values))
+    say(f"a new key; it is shown this once: {TAKEN}")
+    print(key)
+    return DONE_OK
+
+
+def cmd_keys_revoke(args: argparse.Namespace) -> int:
+    """Take a caller's key away, wherever it stands; the last one stays."""
+    config = Config.from_env()
+    key = which_key(config, args.key)
+    if len(config.proxy_keys) == 1:
+        raise Trouble("this is the last key: make another one first with `keys new`")
+    keep_an_admin(config, key)
+    take_out_of_env(config, key)
+    if key in config.key_rows:
+        edit_json(config.auth_path, lambda document: revoke_proxy_key(document, key))
+    say(f"revoked …{key_tail(key)}: {TAKEN}")
+    return DONE_OK
+
+
+# =============================================================================
+# 50. Doctor
+# =============================================================================
+
+Health = Literal["ok", "note", "bad"]
+MARKS: Final[Mapping[Health, tuple[str, str]]] = {
+    "ok": ("✓", "green"),
+    "note": ("!", "yellow"),
+    "bad": ("✗", "red"),
+}
+PACKAGES: Final = ("flask", "waitress", "requests", "urllib3", "werkzeug")
+SERVICE_NAME: Final = "hermes-router"
+
+
+class Finding(NamedTuple):
+    """What one check found; `remedy` says what to do about it."""
+
+    health: Health
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What the checks look at. Without a usable configuration there are only its problems."""
+
+    home: Path
+    env: Mapping[str, str]
+    config: Config | None
+    problems: tuple[str, ...]
+    live: bool  # providers may be asked
+
+
+class DoctorCheck(NamedTuple):
+    name: str
+    look: Callable[[Exam], Iterable[Finding]]
+    needs_config: bool = False
+
+
+def look_at_python(_: Exam) -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.prefix == sys.base_prefix:
+        yield Finding(
+            "note", f"Python {version}, outside a virtual environment", "start it through hr"
+        )
+    else:
+        yield Finding("ok", f"Python {version} in {sys.prefix}")
+
+
+def look_at_packages(_: Exam) -> Iterator[Finding]:
+    for name in PACKAGES:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            fix = f"{sys.executable} -m pip install -r requirements.txt"
+            yield Finding("bad", f"the package {name} is not installed", fix)
+            return
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES[:3])
+    yield Finding("ok", ", ".join(versions))
+
+
+def look_at_tokenizer(exam: Exam) -> Iterator[Finding]:
+    """The package, and whether its vocabulary is at hand (it is never fetched here)."""
+    try:
+        importlib.metadata.version("tiktoken")
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("note", "tiktoken is not installed: tokens are estimated from bytes")
+        return
+    folder = exam.env.get("TIKTOKEN_CACHE_DIR") or exam.env.get("DATA_GYM_CACHE_DIR")
+    place = Path(folder) if folder else Path(tempfile.gettempdir()) / "data-gym-cache"
+    if place.is_dir() and any(place.iterdir()):
+        yield Finding("ok", "the tokenizer's vocabulary is at hand")
+    else:
+        yield Finding("note", "the tokenizer's vocabulary is fetched when it is first needed")
+
+
+def look_at_settings(exam: Exam) -> Iterator[Finding]:
+    for problem in exam.problems:
+        yield Finding("bad", problem, "correct it in .env or in the environment")
+    for warning in exam.config.warnings if exam.config else ():
+        yield Finding("note", warning)
+    if exam.config:
+        yield Finding("ok", f"the configuration can be used (HR_HOME {exam.home})")
+
+
+def look_at_dotenv(exam: Exam) -> Iterator[Finding]:
+    """Lines of .env that set nothing, by their numbers: they may hold secrets."""
+    path = exam.config.env_file if exam.config else exam.home / ".env"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        yield Finding("ok", f"there is no {path.name}; the environment and defaults are used")
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        why = told_error(error) if isinstance(error, OSError) else "it is not UTF-8"
+        yield Finding("bad", f"{path} cannot be read: {why}", "mend it, or remove it")
+        return
+    odd = [
+        str(at)
+        for at, line in enumerate(lines, 1)
+        if line.strip() and not line.lstrip().startswith("#") and parse_dotenv_line(line) is None
+    ]
+    if odd:
+        yield Finding("bad", f"{path.name}: line {', '.join(odd[:9])} is no NAME=value", "mend it")
+    else:
+        yield Finding("ok", f"{path.name} can be read")
+
+
+def look_at_auth(exam: Exam) -> Iterator[Finding]:
+    config = exam.config
+    path = config.auth_path if config else exam.home / "auth.json"
+    try:
+        parse_object(path.read_bytes())
+    except FileNotFoundError:
+        yield Finding("ok", f"there is no {path.name}; keys may stand in .env")
+    except (OSError, ValueError) as error:
+        why = told_error(error) if isinstance(error, OSError) else str(error)
+        yield Finding("bad", f"{path.name}: {why}", "mend it by hand; it is not overwritten")
+    else:
+        yield Finding("ok", f"{path.name} can be read")
+
+
+def look_at_modes(exam: Exam) -> Iterator[Finding]:
+    if os.name != "posix":
+        return
+    config, names = exam.config, (".env", "auth.json", "router_state.json")
+    own = (config.env_file, config.auth_path) if config else ()
+    paths = dict.fromkeys((*own, *(exam.home / name for name in names)))
+    open_ones = [p for p in paths if p.exists() and p.stat().st_mode & 0o077]
+    for path in open_ones:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        yield Finding("bad", f"{path.name} may be read by others ({mode:o})", f"chmod 600 {path}")
+    if not open_ones:
+        yield Finding("ok", "files with secrets are readable by their owner only")
+
+
+def look_at_home(exam: Exam) -> Iterator[Finding]:
+    """Can the state, new keys and renewed tokens be written?"""
+    try:
+        with tempfile.TemporaryFile(dir=exam.home):
+            yield Finding("ok", f"{exam.home} can be written")
+    except OSError as error:
+        why = f"{exam.home} cannot be written: {told_error(error)}"
+        yield Finding("bad", why, "keys, rests and renewed tokens would be lost; set HR_HOME")
+
+
+def look_at_providers(exam: Exam) -> Iterator[Finding]:
+    config = cast(Config, exam.config)
+    for service in config.services:
+        if service.resting:
+            yield Finding("note", f"{service.name} is configured but not used: {service.resting}")
+    used = [s for s in config.services if not s.resting]
+    if not used:
+        yield Finding("bad", "no provider has a key: only the echo answers", "auth add <provider>")
+    for service in used:
+        sources = ", ".join(dict.fromkeys(service.key_sources))
+        yield Finding("ok", f"{service.name}: {len(service.keys)} key(s) from {sources}")
+
+
+def look_at_keys(exam: Exam) -> Iterator[Finding]:
+    """Every key, shown to its provider; only with --live."""
+    config = cast(Config, exam.config)
+    if not exam.live:
+        return
+    with KeyDesk(config) as desk:
+        found = desk.look_at_all(config.services)
+    for provider, tail, _, look in found:
+        health: Health = {"valid": "ok", "dead": "bad"}.get(look.standing, "note")  # type: ignore[assignment]
+        yield Finding(health, f"{provider} …{tail}: {look.text}", f"auth remove {provider} {tail}")
+
+
+def look_at_callers(exam: Exam) -> Iterator[Finding]:
+    config = cast(Config, exam.config)
+    if config.auth_mode == "open":
+        yield Finding("note", "AUTH_MODE=open: every program on this machine may use your keys")
+    elif not config.proxy_keys:
+        yield Finding("note", "there is no key for callers yet; the first start makes one")
+    else:
+        yield Finding("ok", f"{len(config.proxy_keys)} key(s) for callers")
+    if config.host not in LOOPBACK:
+        text = f"HOST={config.host}: the router can be reached from other machines"
+        yield Finding("note", text, "put a proxy with TLS in front of it")
+
+
+def look_at_port(exam: Exam) -> Iterator[Finding]:
+    """The port is ours or free."""
+    config = cast(Config, exam.config)
+    owner = Owner(config)
+    if owner.answers():
+        yield Finding("ok", f"the router answers at {owner.url}")
+    elif config.port and is_taken(config.host, config.port):
+        text = f"port {config.port} is taken by another program"
+        yield Finding("bad", text, "end that program, or set another PORT")
+    else:
+        yield Finding("note", "the router is not running", how_to_start())
+
+
+def how_to_start() -> str:
+    return "hr start -d" if os.name == "posix" else "python router.py serve"
+
+
+def is_taken(host: str, port: int) -> bool:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def look_at_path(exam: Exam) -> Iterator[Finding]:
+    found = shutil.which("hr")
+    here = Path(__file__).resolve().parent
+    if os.name == "nt":
+        yield Finding("ok", "on Windows the command is: python router.py")
+    elif found and Path(found).resolve().parent == here:
+        yield Finding("ok", f"hr is on PATH: {found}")
+    elif found:
+        yield Finding("note", f"the hr on PATH is another one: {found}", f"{here / 'hr'} install")
+    else:
+        yield Finding("note", "hr is not on PATH", f"{here / 'hr'} install")
+
+
+def look_at_boot(exam: Exam) -> Iterator[Finding]:
+    """Is there a service that starts at boot? Its files are looked at, nobody is asked."""
+    places = (
+        Path(exam.env.get("HR_SYSTEM_UNITS") or "/etc/systemd/system") / f"{SERVICE_NAME}.service",
+        home_of(exam.env, "XDG_CONFIG_HOME", ".config") / f"systemd/user/{SERVICE_NAME}.service",
+        Path.home() / f"Library/LaunchAgents/com.hermes-router.{SERVICE_NAME}.plist",
+    )
+    found = [str(place) for place in places if place.exists()]
+    if len(found) > 1:
+        remedy = "hr service uninstall, then install it once"
+        yield Finding("bad", f"there are two services: {' and '.join(found)}", remedy)
+    elif found:
+        yield Finding("ok", f"it starts at boot: {found[0]}")
+    else:
+        yield Finding("note", "it does not start at boot", "hr service install")
+
+
+def look_at_cursor(exam: Exam) -> Iterator[Finding]:
+    config = cast(Config, exam.config)
+    if (Path.home() / ".cursor").is_dir() and config.host in LOOPBACK:
+        text = "Cursor cannot reach this machine: it calls from its own servers"
+        yield Finding("note", text, "give the router a public https address (see `connect cursor`)")
+
+
+DOCTOR_CHECKS: Final = (
+    DoctorCheck("python", look_at_python),
+    DoctorCheck("packages", look_at_packages),
+    DoctorCheck("tokenizer", look_at_tokenizer),
+    DoctorCheck(".env", look_at_dotenv),
+    DoctorCheck("auth.json", look_at_auth),
+    DoctorCheck("settings", look_at_settings),
+    DoctorCheck("file modes", look_at_modes),
+    DoctorCheck("folder", look_at_home),
+    DoctorCheck("providers", look_at_providers, needs_config=True),
+    DoctorCheck("keys", look_at_keys, needs_config=True),
+    DoctorCheck("callers", look_at_callers, needs_config=True),
+    DoctorCheck("port", look_at_port, needs_config=True),
+    DoctorCheck("PATH", look_at_path),
+    DoctorCheck("boot", look_at_boot),
+    DoctorCheck("cursor", look_at_cursor, needs_config=True),
+)
+
+
+def examine(live: bool) -> Exam:
+    env = environment()
+    home = Path(env.get("HR_HOME") or Path(__file__).resolve().parent).expanduser()
+    try:
+        return Exam(home, env, Config.from_env(), (), live)
+    except ConfigError as error:
+        return Exam(home, env, None, error.problems, live)
+
+
+def cmd_doctor(args: argparse.Namespace) -> int:
+    """Look at everything that a router needs; exit status 1 if something is wrong."""
+    exam = examine(args.live)
+    found = [
+        (check.name, finding)
+        for check in DOCTOR_CHECKS
+        if exam.config or not check.needs_config
+        for finding in check.look(exam)
+    ]
+    bad = sum(finding.health == "bad" for _, finding in found)
+    if args.json:
+        rows = [{"check": name, **finding._asdict()} for name, finding in found]
+        print(json.dumps({"ok": not bad, "findings": rows}, indent=2))
+    else:
+        for name, finding in found:
+            mark, colour = MARKS[finding.health]
+            print(f"{paint(f'[{mark}]', colour)} {name}: {finding.text}")
+            if finding.remedy and finding.health != "ok":
+                print(f"      -> {finding.remedy}")
+        print(f"{bad} problem(s)" if bad else "nothing is wrong")
+    return FAILED if bad else DONE_OK
+
+
+# =============================================================================
+# 51. Bench
+# =============================================================================
+
+
+class Shot(NamedTuple):
+    """One request of a bench: seconds until the first event and until the end, who answered."""
+
+    first_s: float
+    whole_s: float
+    provider: str
+    problem: str = ""
+
+
+def shoot(owner: Owner, model: str) -> Shot:
+    """One short streamed chat."""
+    messages = [{"role": "user", "content": "Answer with the word ok."}]
+    body = {"model": model, "messages": messages, "stream": True, "max_tokens": 16}
+    began = time.monotonic()
+    first = 0.0
+    try:
+        with owner.post("/v1/chat/completions", body, 120) as answer:
+            if answer.status_code != 200:
+                text = f"{answer.status_code}: {error_text(answer.raw.read(65_536))}"
+                return Shot(0, time.monotonic() - began, "", text)
+            for line in answer.iter_lines():
+                if line.startswith(b"data:") and not first:
+                    first = time.monotonic() - began
+            provider = answer.headers.get("X-Provider", "")
+    except requests.RequestException as error:
+        return Shot(0, time.monotonic() - began, "", scrub(str(error), 200))
+    return Shot(first, time.monotonic() - began, provider, "" if first else "an empty stream")
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that so large a share of all does not exceed; 0 of none."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
+
+
+def cmd_bench(args: argparse.Namespace) -> int:
+    """Time a few short answers through the running router."""
+    owner = Owner(Config.from_env(), args.url)
+    if not owner.answers():
+        raise owner.absent(f"start it with: {how_to_start()}")
+    say(f"{args.requests} requests, {args.parallel} at a time; they count against your quotas")
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
+        shots = list(pool.map(lambda _: shoot(owner, args.model), range(args.requests)))
+    told = bench_figures(shots, time.monotonic() - began)
+    print(json.dumps(told, indent=2) if args.json else "\n".join(tree(told)))
+    return FAILED if told["failed"] else DONE_OK
+
+
+def bench_figures(shots: Sequence[Shot], seconds: float) -> Json:
+    good = [shot for shot in shots if not shot.problem]
+    firsts, wholes = [shot.first_s for shot in good], [shot.whole_s for shot in good]
+    return {
+        "requests": len(shots),
+        "failed": len(shots) - len(good),
+        "seconds": round(seconds, 2),
+        "first_event_ms": milliseconds(firsts),
+        "whole_answer_ms": milliseconds(wholes),
+        "answered_by": dict(Counter(shot.provider for shot in good)),
+        "problems": dict(Counter(shot.problem for shot in shots if shot.problem).most_common(5)),
+    }
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
+    return {f"p{share}": round(1000 * percentile(seconds, share / 100)) for share in (50, 95)}
+
+
+# =============================================================================
+# 52. Setup
+# =============================================================================
+
+# The wizard: a row per step. Every step may be skipped and all of it be run again: each looks
+# first at what is there. What a step changes it changes at once and as a whole, so that
+# Ctrl-C at any question leaves nothing half done.
+
+
+@dataclass
+class Tour:
+    """One run of the wizard."""
+
+    config: Config
+    yes: bool  # nobody is asked: every question has its default for an answer
+    start: bool
+    service: bool
+    stdin: bool  # keys come from there
+    url: str = ""  # of the router, once it answers
+
+    def agrees(self, question: str, default: bool) -> bool:
+        return default if self.yes else confirm(question, default)
+
+    def reread(self) -> None:
+        self.config = Config.from_env()
+
+
+def step_install(tour: Tour) -> None:
+    """Everything needed is here, or this would not run; say what is used."""
+    say(f"Python {'.'.join(map(str, sys.version_info[:3]))}, settings in {tour.config.home}")
+    for warning in tour.config.warnings:
+        say(paint(f"! {warning}", "yellow", sys.stderr))
+
+
+def step_keys(tour: Tour) -> None:
+    """Keys of providers, one after the other, each shown to its provider."""
+    if tour.yes:
+        keep_given_keys(tour)
+        return
+    count = sum(len(service.keys) for service in tour.config.services)
+    if count:
+        names = ", ".join(service.name for service in tour.config.services)
+        say(f"You have {count} key(s): {names}")
+        if not confirm("Add keys for another provider?", False):
+            return
+    for _ in range(100):
+        name = ask("Which provider do you have a key for? (a name, `list`, or Enter to go on)")
+        if not name:
+            return
+        if name.lower() in ("list", "?"):
+            show_offers()
+            continue
+        try:
+            add_by_hand(tour, known_provider(name))
+            tour.reread()
+        except (Trouble, BadValue, ConfigError) as trouble:
+            say(paint(str(trouble), "yellow", sys.stderr))
+
+
+def show_offers() -> None:
+    rows = [
+        (row.name, row.tier, row.signup)
+        for row in PROVIDERS
+        if row.state != "retired" and (row.key_env or row.accounts or row.tier == "local")
+    ]
+    say("\n".join(columns([("PROVIDER", "TIER", "SIGN UP"), *rows])))
+
+
+def add_by_hand(tour: Tour, row: Provider) -> None:
+    """What one provider needs: keys, an account, or the address of a local server."""
+    if row.accounts:
+        cmd_auth_import(argparse.Namespace(file=""))
+        return
+    if row.tier == "local":
+        add_local(tour, row)
+        return
+    if row.signup:
+        say(f"Keys of {row.title}: {row.signup}")
+    if row.note:
+        say(row.note)
+    cmd_auth_add(
+        argparse.Namespace(provider=row.name, from_env="", file="", check=True, no_check=False)
+    )
+
+
+def add_local(tour: Tour, row: Provider) -> None:
+    prefix = row.name.upper()
+    url = ask(f"Address of the server [{row.url}]:", row.url)
+    model = ask("Name of its model (Enter = none of this):")
+    if not model:
+        say("skipped")
+        return
+    normalise_base_url(url, row.known_path)
+    change_env(tour.config, {f"{prefix}_BASE_URL": url, f"{prefix}_MODEL": model})
+
+
+def keep_given_keys(tour: Tour) -> None:
+    """Without a person: keys of the environment and of `provider key` lines go into auth.json."""
+    found = [(row, key) for row, key in keys_of_environment() if row.key_env]
+    if tour.stdin:
+        found += [
+            key_of_line(line) for line in sys.stdin.read(1 << 20).splitlines() if line.strip()
+        ]
+    for row, key in found:
+        store_keys(tour.config, row, [key], False)
+    if not found and not tour.config.services:
+        say("no key was given: the echo will answer until there is one")
+    tour.reread()
+
+
+def keys_of_environment() -> Iterator[tuple[Provider, str]]:
+    env = environment()
+    for row in PROVIDERS:
+        reader = SettingsReader(env)
+        yield from ((row, key) for key, _ in read_keys(reader, row, {}))
+
+
+def key_of_line(line: str) -> tuple[Provider, str]:
+    """`groq gsk_...`, `groq=gsk_...` or `GROQ_API_KEY=gsk_...`."""
+    name, key = (re.split(r"[\s=:]+", line.strip(), maxsplit=1) + [""])[:2]
+    by_variable = next((row for row in PROVIDERS if name in row.key_env), None)
+    row = by_variable or known_provider(name)
+    return row, check_key("key", key)
+
+
+def step_caller(tour: Tour) -> None:
+    """A key for clients, made once."""
+    tour.config, made = with_proxy_key(tour.config)
+    if made and read_dotenv(tour.config.env_file).get("PROXY_API_KEYS") != made:
+        raise Trouble(f"{tour.config.env_file} cannot be written: {tour.config.warnings[-1]}")
+    if made:
+        say("A key for your clients was made")
+
+
+def step_start(tour: Tour) -> None:
+    """A service that is there is started; else one is offered; else a start by hand."""
+    here = Path(__file__).resolve().parent / "hr"
+    if Owner(tour.config).answers():
+        say("The router is running already")
+    elif not tour.start:
+        return
+    elif os.name != "posix" or not here.exists():
+        say(f"Start it in another window with: {sys.executable} {Path(__file__).name} serve")
+    elif run_hr(here, "service", "status", quiet=True) in (DONE_OK, NOT_RUNNING):
+        say("A service is installed: it is started")
+        must(run_hr(here, "restart"), "the service could not be started")
+    elif run_hr(here, "service", "available", quiet=True) == DONE_OK and (
+        tour.service or not tour.yes
+    ):
+        offer_service(tour, here)
+    elif tour.agrees("Start the router now?", True):
+        must(run_hr(here, "start", "-d"), "the router could not be started")
+
+
+def offer_service(tour: Tour, here: Path) -> None:
+    """A failing service is told, never followed by a second way to start."""
+    if tour.agrees(f"Start {SERVICE_NAME} now and whenever this machine boots?", tour.service):
+        must(run_hr(here, "service", "install"), "the service could not be installed")
+    elif tour.agrees("Start the router now, until you stop it?", True):
+        must(run_hr(here, "start", "-d"), "the router could not be started")
+
+
+def run_hr(here: Path, *words: str, quiet: bool = False) -> int:
+    out = subprocess.DEVNULL if quiet else None
+    return subprocess.run([str(here), *words], stdout=out, stderr=out, check=False).returncode
+
+
+def must(status: int, problem: str) -> None:
+    if status:
+        raise Trouble(f"{problem}; what went wrong stands above. Run setup again afterwards")
+
+
+def step_verify(tour: Tour) -> None:
+    """Does it answer? A question goes all the way to a provider."""
+    owner = Owner(tour.config)
+    if not owner.answers():
+        say(f"The router is not running yet; start it with: {how_to_start()}")
+        return
+    tour.url = owner.url
+    say(paint(f"The router answers at {owner.url}", "green", sys.stderr))
+    if not tour.agrees("Ask it one short question now?", True):
+        return
+    shot = shoot(owner, "auto")
+    if shot.problem:
+        say(paint(f"No provider answered: {shot.problem}", "red", sys.stderr))
+    else:
+        say(paint(f"{shot.provider} answered in {shot.whole_s:.1f} s", "green", sys.stderr))
+
+
+def step_clients(tour: Tour) -> None:
+    """The settings to paste, with the real key, and clients that are set up on the spot."""
+    reach = Reach(
+        tour.url or address(tour.config.host, tour.config.port), first_key(tour.config), ""
+    )
+    print(
+        f"OpenAI base URL     {reach.url}/v1\n"
+        f"Anthropic base URL  {reach.url}\n"
+        f"Key                 {reach.key}"
+    )
+    if tour.yes:
+        return
+    names = [client.name for client in CLIENTS]
+    for _ in range(len(names)):
+        name = ask(f"Set up a client? ({', '.join(names)}; Enter = no)")
+        if not name:
+            return
+        if name not in names:
+            say("none of these")
+            continue
+        words = {"client": name, "undo": False, "dry_run": False, "key": "", "model": ""}
+        cmd_connect(argparse.Namespace(**words, url=reach.url))
+
+
+def first_key(config: Config) -> str:
+    return config.proxy_keys[0] if config.proxy_keys else "no-key-needed"
+
+
+STEPS: Final = (
+    ("Installation", step_install),
+    ("Keys of providers", step_keys),
+    ("A key for your clients", step_caller),
+    ("Start", step_start),
+    ("Check", step_verify),
+    ("Clients", step_clients),
+)
+
+
+def cmd_setup(args: argparse.Namespace) -> int:
+    """Lead through everything from nothing to the first answer."""
+    if not args.yes and not sys.stdin.isatty():
+        raise Trouble("setup asks questions: run it in a terminal, or with --yes", USAGE)
+    tour = Tour(Config.from_env(), args.yes, not args.no_start, args.service, args.stdin)
+    try:
+        for number, (title, step) in enumerate(STEPS, 1):
+            say(paint(f"\n{number}/{len(STEPS)} {title}", "bold", sys.stderr))
+            step(tour)
+    except KeyboardInterrupt:
+        say("\nstopped; what was stored stays. Run setup again to go on")
+        return FAILED
+    say("\nDone. `status` shows how it fares, `doctor` what is amiss, `connect` sets up clients")
+    return DONE_OK
+
+
+# =============================================================================
+# 53. Command line
+# =============================================================================
+
+Arguments = tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
 
 
 @dataclass(frozen=True)
 class Command:
-    """One row of the command line: its name, what it does, its arguments, its function."""
+    """One row of the command line: its words, what it does, its function, its arguments.
+
+    Without a function it is a word before others (`auth`); `hr` marks what only the script hr
+    can do, because it deals with processes.
+    """
 
     name: str
     help: str
-    run: Callable[[argparse.Namespace], int]
-    arguments: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
+    run: Callable[[argparse.Namespace], int] | None = None
+    arguments: Arguments = ()
+    hr: bool = False
+
+
+LOG_FORMAT: Final = "%(asctime)s [%(levelname)s] %(message)s"
 
 
 def cmd_serve(_: argparse.Namespace) -> int:
@@ -25317,12 +27605,6 @@ def tell_start(config: Config, router: Router, port: int | str) -> None:
     log.log(level, "listening on %s", address(config.host, port))
 
 
-def address(host: str, port: int | str) -> str:
-    """Where people on this machine reach a router bound to `host`."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def cmd_check(_: argparse.Namespace) -> int:
     config = Config.from_env()
     for warning in config.warnings:
@@ -25342,55 +27624,6 @@ def cmd_key(_: argparse.Namespace) -> int:
         return FAILED
     print(config.proxy_keys[0])
     return DONE_OK
-
-
-def cmd_status(args: argparse.Namespace) -> int:
-    config = Config.from_env()
-    url = (args.url or address(config.host, config.port)).rstrip("/") + "/v1/status"
-    key = config.proxy_keys[0] if config.proxy_keys else ""
-    session = requests.Session()
-    session.trust_env = False  # a proxy has no business between a router and its owner
-    try:
-        headers = {"Authorization": f"Bearer {key}"}
-        answer = session.get(url, headers=headers, timeout=5, allow_redirects=False)
-        status = answer.json() if answer.status_code == 200 else {}
-        text = json.dumps(status, indent=2) if args.json else status_table(status)
-    except (requests.RequestException, OSError, ValueError) as error:
-        say(f"no router answers at {url}: {scrub(str(error), 200)}")
-        return NOT_RUNNING
-    except (KeyError, TypeError, AttributeError):
-        if answer.status_code != 200:
-            say(f"{url} answered {answer.status_code}: {error_text(answer.content)}")
-            return FAILED
-        say(f"no router answers at {url}: what answers there is something else")
-        return NOT_RUNNING
-    print(text)
-    return DONE_OK
-
-
-def status_table(status: Json) -> str:
-    """The status as columns for people."""
-    rows = [("PROVIDER", "STATE", "KEYS", "REQUESTS", "ERRORS", "TOKENS", "MODEL")]
-    for name, row in status["providers"].items():
-        ready = sum(key["status"] == "ready" for key in row["keys"])
-        state = "resting" if row["breaker"]["open"] else "ok" if ready else "cooling"
-        counts = (row["stats"]["total_requests"], row["stats"]["errors"], row["tokens"])
-        keys = f"{ready}/{len(row['keys'])}"
-        state = "not used" if row["out_of_use"] else state
-        rows.append((name, state, keys, *map(str, counts), row["model"] or "-"))
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    head = (
-        f"hermes-router {status['version']}, mode {status['mode']}, up {status['uptime_s']:.0f} s"
-    )
-    notes = [
-        f"! {name}: {row['out_of_use']}"
-        for name, row in status["providers"].items()
-        if row["out_of_use"]
-    ]
-    return "\n".join([head, *lines, *notes, *(f"! {w}" for w in status["warnings"])])
 
 
 def cmd_crashtest(args: argparse.Namespace) -> int:
@@ -25416,32 +27649,254 @@ def cmd_crashtest(args: argparse.Namespace) -> int:
     return FAILED if any(run.result == "fail" for run in runs) else DONE_OK
 
 
-def cmd_docs(args: argparse.Namespace) -> int:
-    print(DOCUMENTS[args.document](), end="")
-    return DONE_OK
-
-
-def cmd_commands(_: argparse.Namespace) -> int:
-    print(*(command.name for command in COMMANDS), sep="\n")
-    return DONE_OK
-
-
 def cmd_version(_: argparse.Namespace) -> int:
     print(f"hermes-router {__version__}")
     return DONE_OK
 
 
+def cmd_docs(args: argparse.Namespace) -> int:
+    print(
+        describe_commands() if args.document == "commands" else DOCUMENTS[args.document](), end=""
+    )
+    return DONE_OK
+
+
+def cmd_commands(args: argparse.Namespace) -> int:
+    rows = [
+        (command.name, command.help)
+        for command in COMMANDS
+        if command.run and not (args.own and command.hr)
+    ]
+    print(*(columns(rows) if args.long else [name for name, _ in rows]), sep="\n")
+    return DONE_OK
+
+
+def cmd_completion(args: argparse.Namespace) -> int:
+    print(SHELLS[args.shell]())
+    return DONE_OK
+
+
+def cmd_by_hr(_: argparse.Namespace) -> int:
+    raise Trouble("only the script hr does this: it deals with processes", USAGE)
+
+
+URL: Final = (("--url",), {"default": "", "help": "address of the router"})
+AS_JSON: Final = (("--json",), {"action": "store_true", "help": "as JSON"})
+PROVIDER: Final = (("provider",), {"help": "name of a provider, or an alias"})
+FEATURE: Final = (("name",), {"help": "its name, as `features list` shows it"})
+WHICH_KEY: Final = (("key",), {"help": "a key's last characters, name or id; - reads it"})
+LIMIT_ROWS: Final = tuple(
+    ((option,), {"dest": member, "metavar": "N", "help": f"{text}; 0 = no limit, none = the usual"})
+    for option, member, text in LIMIT_OPTIONS
+)
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A whole number of an option, within bounds."""
+
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text[:9]) <= high:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}")
+        return int(text)
+
+    return number
+
+
 COMMANDS: Final = (
     Command("serve", "run the router (the default)", cmd_serve),
+    Command(
+        "setup",
+        "lead through everything, from nothing to the first answer",
+        cmd_setup,
+        (
+            (
+                ("--yes",),
+                {
+                    "action": "store_true",
+                    "help": "ask nothing; keys from the environment and stdin",
+                },
+            ),
+            (("--stdin",), {"action": "store_true", "help": "with --yes: lines of `provider key`"}),
+            (("--no-start",), {"action": "store_true", "help": "do not start the router"}),
+            (("--service",), {"action": "store_true", "help": "with --yes: start it at boot"}),
+        ),
+    ),
     Command("check", "read the configuration and name what is wrong", cmd_check),
     Command("key", "print the first key that callers may use", cmd_key),
+    Command("start", "run the router here; -d runs it in the background", cmd_by_hr, hr=True),
+    Command("stop", "stop it", cmd_by_hr, hr=True),
+    Command("restart", "stop it, then start it in the background", cmd_by_hr, hr=True),
     Command(
         "status",
         "show how the running router is doing",
         cmd_status,
         (
-            (("--url",), {"help": "address of the router"}),
-            (("--json",), {"action": "store_true", "help": "the status as JSON"}),
+            URL,
+            AS_JSON,
+            (
+                ("--watch",),
+                {
+                    "nargs": "?",
+                    "type": float,
+                    "const": 2.0,
+                    "metavar": "SECONDS",
+                    "help": "again and again, until Ctrl-C",
+                },
+            ),
+        ),
+    ),
+    Command(
+        "logs",
+        "list the latest requests (hr logs: the log file; hr logs --requests: this)",
+        cmd_logs,
+        (
+            (("--limit",), {"type": whole(1, 10_000), "default": 20, "help": "how many; 20"}),
+            (("--provider",), {"default": "", "help": "of this provider only"}),
+            (("--status",), {"default": "", "help": "success, error, cancelled ..."}),
+            URL,
+            AS_JSON,
+        ),
+    ),
+    Command(
+        "why",
+        "explain one request: which models were considered, tried and passed over",
+        cmd_why,
+        ((("request",), {"help": "its X-Request-ID"}), URL, AS_JSON),
+    ),
+    Command("auth", "keys of providers"),
+    Command(
+        "auth add",
+        "store keys of a provider; they are asked for, or read, never arguments",
+        cmd_auth_add,
+        (
+            PROVIDER,
+            (
+                ("--from-env",),
+                {"default": "", "metavar": "NAME", "help": "take them from a variable"},
+            ),
+            (("--file",), {"default": "", "help": "take them from a file, one a line; - is stdin"}),
+            (("--check",), {"action": "store_true", "help": "show them to the provider first"}),
+            (("--no-check",), {"action": "store_true", "help": "store what is typed unseen"}),
+        ),
+    ),
+    Command("auth list", "list the keys in use and where each stands", cmd_auth_list, (AS_JSON,)),
+    Command(
+        "auth remove",
+        "take a key of a provider away",
+        cmd_auth_remove,
+        (PROVIDER, (("key",), {"nargs": "?", "help": "its last characters or id; - reads it"})),
+    ),
+    Command(
+        "auth check",
+        "ask the providers whether their keys are good",
+        cmd_auth_check,
+        ((("provider",), {"nargs": "?", "default": "", "help": "this one only"}), AS_JSON),
+    ),
+    Command(
+        "auth import-codex",
+        "take over the ChatGPT sign-in of Codex CLI",
+        cmd_auth_import,
+        ((("--file",), {"default": "", "help": "another auth.json of Codex CLI"}),),
+    ),
+    Command("auth providers", "list the providers and where to sign up", cmd_auth_providers),
+    Command("model", "models that are asked"),
+    Command(
+        "model list",
+        "list the models of each provider",
+        cmd_model_list,
+        (
+            (("--all",), {"action": "store_true", "help": "of providers without a key, too"}),
+            AS_JSON,
+        ),
+    ),
+    Command(
+        "model set",
+        "choose the models of a provider, best first",
+        cmd_model_set,
+        (PROVIDER, (("model",), {"nargs": "+", "help": "model ids"})),
+    ),
+    Command("model reset", "go back to a provider's default models", cmd_model_reset, (PROVIDER,)),
+    Command(
+        "mode",
+        "show or set the order of a provider's keys",
+        cmd_mode,
+        (
+            (
+                ("mode",),
+                {"nargs": "?", "default": "show", "help": "round-robin or sequential"},
+            ),
+        ),
+    ),
+    Command("features", "what may be turned on and off"),
+    Command(
+        "features list", "list the features and whether each is on", cmd_features_list, (AS_JSON,)
+    ),
+    Command("features enable", "turn a feature on", cmd_features_enable, (FEATURE,)),
+    Command("features disable", "turn a feature off", cmd_features_disable, (FEATURE,)),
+    Command("keys", "keys of callers"),
+    Command("keys list", "list the keys that callers may use", cmd_keys_list, (AS_JSON,)),
+    Command(
+        "keys new",
+        "make a key for a caller and print it, once",
+        cmd_keys_new,
+        (
+            (("--name",), {"default": "", "help": "for people, logs and metrics"}),
+            (
+                ("--only",),
+                {"action": "append", "metavar": "PROVIDERS", "help": "providers it may reach"},
+            ),
+            (("--admin",), {"action": "store_true", "help": "it may change settings"}),
+            (("--privacy",), {"choices": PRIVACY, "help": "who may see what it asks"}),
+            *LIMIT_ROWS,
+        ),
+    ),
+    Command("keys revoke", "take a caller's key away", cmd_keys_revoke, (WHICH_KEY,)),
+    Command("limit", "what a caller may spend"),
+    Command("limit list", "list the limits of each caller's key", cmd_limit_list, (AS_JSON,)),
+    Command("limit set", "limit a caller's key", cmd_limit_set, (WHICH_KEY, *LIMIT_ROWS)),
+    Command("limit clear", "take the limits of a key away", cmd_limit_clear, (WHICH_KEY,)),
+    Command("config", "settings"),
+    Command(
+        "config show",
+        "show the settings in effect and where each comes from",
+        cmd_config_show,
+        ((("--all",), {"action": "store_true", "help": "those at their defaults, too"}), AS_JSON),
+    ),
+    Command(
+        "connect",
+        "write, show or take back the settings of a client",
+        cmd_connect,
+        (
+            (
+                ("client",),
+                {"nargs": "?", "choices": [c.name for c in CLIENTS], "help": "none = list them"},
+            ),
+            (("--dry-run",), {"action": "store_true", "help": "show what would change"}),
+            (("--undo",), {"action": "store_true", "help": "take the settings back"}),
+            (("--model",), {"default": "", "help": "a model instead of the router's choice"}),
+            (("--key",), {"default": "", "help": "name, tail or id of the caller's key to use"}),
+            (("--url",), {"default": "", "help": "address at which the client reaches the router"}),
+        ),
+    ),
+    Command(
+        "doctor",
+        "look for what is wrong, and say what to do about it",
+        cmd_doctor,
+        (
+            (("--live",), {"action": "store_true", "help": "show every key to its provider"}),
+            AS_JSON,
+        ),
+    ),
+    Command(
+        "bench",
+        "time a few short answers through the running router",
+        cmd_bench,
+        (
+            (("--requests",), {"type": whole(1, 1000), "default": 10, "help": "how many; 10"}),
+            (("--parallel",), {"type": whole(1, 64), "default": 2, "help": "at a time; 2"}),
+            (("--model",), {"default": "auto", "help": "a model id; auto"}),
+            URL,
+            AS_JSON,
         ),
     ),
     Command(
@@ -25457,31 +27912,205 @@ COMMANDS: Final = (
             (("--json",), {"action": "store_true", "help": "the results as JSON"}),
         ),
     ),
+    Command("install", "put hr and hermes-router on PATH", cmd_by_hr, hr=True),
+    Command("uninstall", "take them off PATH", cmd_by_hr, hr=True),
+    Command("service", "the router as a service that starts at boot", hr=True),
+    Command("service install", "install and start it", cmd_by_hr, hr=True),
+    Command("service status", "is it installed, does it run?", cmd_by_hr, hr=True),
+    Command("service uninstall", "stop and remove it", cmd_by_hr, hr=True),
+    Command("update", "bring this clone up to date; --check only looks", cmd_by_hr, hr=True),
+    Command("test", "run the test suite; the arguments go to pytest", cmd_by_hr, hr=True),
+    Command(
+        "completion",
+        "print a completion script for a shell",
+        cmd_completion,
+        ((("shell",), {"choices": ["bash", "zsh", "fish"]}),),
+    ),
     Command(
         "docs",
         "print a generated document",
         cmd_docs,
-        ((("document",), {"choices": list(DOCUMENTS)}),),
+        ((("document",), {"choices": [*DOCUMENTS, "commands"]}),),
     ),
-    Command("commands", "list the commands", cmd_commands),
+    Command(
+        "commands",
+        "list the commands",
+        cmd_commands,
+        (
+            (("--long",), {"action": "store_true", "help": "with what each does"}),
+            (("--own",), {"action": "store_true", "help": "without those that only hr has"}),
+        ),
+    ),
     Command("version", "print the version", cmd_version),
 )
 
 
-def say(text: str) -> None:
-    """A message for the person; data goes to stdout."""
-    print(text, file=sys.stderr, flush=True)
+# --- what comes from the table ---
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Wrong words are told without repeating what may be a secret."""
+
+    def error(self, message: str) -> NoReturn:
+        strange = message.partition("unrecognized arguments: ")[2].split()
+        if strange:
+            shown = [word for word in strange if word.startswith("-")]
+            message = f"unrecognized arguments: {' '.join(shown) or 'too many words'}"
+            message += "; a key is never an argument" if len(shown) < len(strange) else ""
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{self.prog}: {scrub(message, 300)}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="router.py", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(prog="router.py", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", metavar="command")
+    groups: dict[str, Any] = {}
     for command in COMMANDS:
-        sub = commands.add_parser(command.name, help=command.help)
+        *group, word = command.name.split()
+        place = groups[group[0]] if group else commands
+        # Words for hr are not looked at here: with no prefix, every option is a word.
+        taken: Any = {"prefix_chars": "\0", "add_help": False} if command.hr else {}
+        sub = place.add_parser(word, help=command.help, description=command.help, **taken)
+        if command.run is None:
+            inner = sub.add_subparsers(dest="subcommand", metavar="command", required=True)
+            groups[command.name] = inner
+        elif command.hr:
+            sub.add_argument("words", nargs="*")
         for names, options in command.arguments:
             sub.add_argument(*names, **options)
         sub.set_defaults(run=command.run)
     return parser
+
+
+ARGUMENT_WORDS: Final[Mapping[str, Sequence[str]]] = {
+    "provider": tuple(row.name for row in PROVIDERS),
+    "name": tuple(row.name for row in FEATURES),
+}
+
+
+def command_words() -> dict[str, list[str]]:
+    """What may follow each beginning of a command line: "" -> serve ..., "auth" -> add ..."""
+    found: dict[str, list[str]] = {"": ["help"]}
+    for command in COMMANDS:
+        *group, word = command.name.split()
+        found[" ".join(group)].append(word)
+        words = found.setdefault(command.name, [])
+        for names, options in command.arguments:
+            words += [name for name in names if name.startswith("-")]
+            words += options.get("choices", ())
+            words += ARGUMENT_WORDS.get(names[0], ())
+    return {begun: words for begun, words in found.items() if words}
+
+
+def completion_bash() -> str:
+    """Longer beginnings come first: `auth add` before `auth`."""
+    cases = [
+        f'    {quoted(begun)}*) words="{" ".join(words)}" ;;'
+        for begun, words in sorted(command_words().items(), reverse=True)
+    ]
+    return "\n".join([COMPLETION_HEAD, *cases, COMPLETION_BASH])
+
+
+def quoted(begun: str) -> str:
+    return f'"{begun} "' if begun else ""
+
+
+COMPLETION_HEAD: Final = """\
+_hermes_router() {
+  local words="" begun="" word
+  for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+    case "$word" in -*) ;; *) begun="$begun$word " ;; esac
+  done
+  case "$begun" in"""
+COMPLETION_BASH: Final = """\
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -F _hermes_router hr hermes-router"""
+
+
+def completion_zsh() -> str:
+    return "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n" + (
+        completion_bash()
+    )
+
+
+def completion_fish() -> str:
+    cases = [
+        f"    case '{begun + ' *' if begun else '*'}'\n        printf '%s\\n' {' '.join(words)}"
+        for begun, words in sorted(command_words().items(), reverse=True)
+    ]
+    return "\n".join(
+        [
+            "function __hermes_router",
+            "    set -l begun (string match -v -- '-*' (commandline -opc)[2..-1])",
+            "    switch (string join ' ' $begun)' '",
+            *cases,
+            "    end",
+            "end",
+            "complete -c hr -f -a '(__hermes_router)'",
+            "complete -c hermes-router -f -a '(__hermes_router)'",
+        ]
+    )
+
+
+SHELLS: Final = {
+    "bash": completion_bash,
+    "zsh": completion_zsh,
+    "fish": completion_fish,
+}
+
+
+def usage_of(command: Command) -> str:
+    """`auth add provider [--file FILE]`, as the printed document shows it."""
+    parts = [command.name]
+    for names, options in command.arguments:
+        takes = options.get("action") not in ("store_true",)
+        word = names[0] if names[0].startswith("-") else f"<{names[0]}>"
+        if word.startswith("-") and takes:
+            word += " " + options.get("metavar", options.get("dest", word.strip("-")).upper())
+        word += " ..." if options.get("nargs") == "+" else ""
+        optional = word.startswith("-") or options.get("nargs") == "?"
+        parts.append(f"[{word}]" if optional else word)
+    return " ".join(parts)
+
+
+def describe_commands() -> str:
+    """The text of docs/commands.md."""
+    lines = [
+        "# Commands",
+        "",
+        "Printed by `python router.py docs commands` from the table in router.py.",
+        "",
+        "`hr <command>` and `python router.py <command>` are the same, except for those marked hr:"
+        " they deal with processes and are bash. Through hr, `logs` shows the log file and"
+        " `logs --requests` the latest requests.",
+        "",
+    ]
+    rows = [
+        (f"`{usage_of(command)}`", command.help + (" (hr)" if command.hr else ""))
+        for command in COMMANDS
+        if command.run
+    ]
+    lines += table(("command", "what it does"), rows)
+    lines += ["", "## Options", ""]
+    for command in COMMANDS:
+        told = [
+            f"- `{' '.join(names)}`: {options['help']}"
+            for names, options in command.arguments
+            if "help" in options
+        ]
+        if told:
+            lines += [f"### {command.name}", "", *told, ""]
+    lines += [
+        "## For scripts",
+        "",
+        "- Exit status: 0 done, 1 failed, 2 wrong usage, 3 the router is not running.",
+        "- Data goes to stdout, messages to stderr. `--json` where a script would want it.",
+        "- Colour only on a terminal, and not with `NO_COLOR`.",
+        "- A key is never an argument: it is asked for, or read from stdin, a file or a variable.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25491,16 +28120,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "help":
         parser.print_help()
         return DONE_OK
-    args = parser.parse_args(words)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show ✅ shows ?
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
+        args = parser.parse_args(words)
         return cast(int, args.run(args))
     except ConfigError as error:
         say("the configuration cannot be used:")
         for problem in error.problems:
             say(f"  {problem}")
         return FAILED
+    except Trouble as trouble:
+        say(trouble.message)
+        return trouble.status
+    except (FileProblem, BadValue, RouterError) as problem:
+        say(str(problem))
+        return FAILED
+    except BrokenPipeError:  # `... | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- or Python complains at its end
+        return FAILED
     except KeyboardInterrupt:
-        return DONE_OK
+        say("stopped")
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from test_every_pair import USED, WEATHER, WIRES, Said, asked, settings_of, speak, tools_of
 from upstream import KEY, Reply, Request
 
@@ -103,6 +105,15 @@ class Place:
         env = {"HOME": str(self.home), "CODEX_HOME": str(folder), "ROUTER_KEY": KEY}
         flags = ("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox")
         return run([find("codex"), "exec", *flags, TASK], self.work, env)
+
+    def connect(self, client: str) -> dict[str, str]:
+        """`router.py connect` on this home; the environment that is left for the client to get."""
+        env = {"HOME": str(self.home), "HR_HOME": str(self.home), "PROXY_API_KEYS": KEY}
+        words = [sys.executable, "-B", str(ROOT / "router.py"), "connect", client]
+        done = run([*words, "--url", self.live.url], self.work, env)
+        assert done.status == 0, done.out
+        exports = dict(re.findall(r"^export (\w+)=(.*)$", done.out, re.MULTILINE))
+        return {"HOME": str(self.home), **exports}
 
     @property
     def made(self) -> str:
@@ -232,7 +243,31 @@ def test_claude_code_waits_out_a_rate_limit(place):
     assert (ended.status, ended.out.strip()) == (0, "all done")
 
 
+@needs("claude")
+def test_claude_code_reads_what_connect_writes(place, tmp_path):
+    target = {"file_path": str(tmp_path / "work" / "hello.txt"), "content": "hi\n"}
+    at = place("chat", caller("chat", "Write", target))
+    settings = at.home / ".claude" / "settings.json"
+    settings.parent.mkdir()
+    settings.write_text('{"permissions": {"allow": ["Write"]}}')
+    quiet = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"}
+    check_task(at, run([find("claude"), "-p", TASK], at.work, at.connect("claude-code") | quiet))
+
+
 # --- Codex ------------------------------------------------------------------------------------
+
+
+@needs("codex")
+def test_codex_reads_what_connect_writes(place):
+    at = place("chat", caller("chat", "exec_command", {"cmd": "echo hi > hello.txt"}))
+    config = at.home / ".codex" / "config.toml"
+    config.parent.mkdir()
+    config.write_text(
+        f'# mine\nmodel = "gpt-5.5"\n\n[projects."{at.work}"]\ntrust_level = "trusted"\n'
+    )
+    flags = ("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox")
+    check_task(at, run([find("codex"), "exec", *flags, TASK], at.work, at.connect("codex")))
+    assert "# mine\n" in config.read_text()
 
 
 @needs("codex")

@@ -22,7 +22,7 @@ from upstream import AUTH, HELLO, Reply, Stream, delta, good, provider, until
 
 import router
 
-COMMANDS = ["serve", "check", "key", "status", "crashtest", "docs", "commands", "version"]
+COMMANDS = [command.name for command in router.COMMANDS if command.run]
 LISTENING = re.compile(r"listening on (http://\S+)")
 
 
@@ -152,10 +152,10 @@ def test_version(run):
 
 def test_commands_are_listed_and_each_is_in_the_help(run):
     done = run("commands")
-    assert (done.returncode, done.stdout.split()) == (0, COMMANDS)
+    assert (done.returncode, done.stdout.splitlines()) == (0, COMMANDS)
     for words in (("help",), ("--help",)):
         told = run(*words)
-        assert told.returncode == 0 and all(name in told.stdout for name in COMMANDS)
+        assert told.returncode == 0 and all(name.split()[0] in told.stdout for name in COMMANDS)
 
 
 @pytest.mark.parametrize("name", ["env", "configuration", "providers"])
@@ -342,7 +342,7 @@ def test_status_of_a_running_router(running, run):
     served = running(**settings)
     done = run("status", "--url", served.url + "/", PROXY_API_KEYS="k")
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"groq +ok +2/2 +0 +0 +0 +m1", done.stdout)
+    assert re.search(r"groq +\d +✅ ok +2/2 +- +0 +0 +0 +m1", done.stdout)
     done = run("status", "--json", "--url", served.url, PROXY_API_KEYS="k")
     assert [row["key_tail"] for row in json.loads(done.stdout)["providers"]["groq"]["keys"]] == [
         "abcdef",

@@ -272,6 +272,7 @@ def test_every_setting_and_key_variable_is_documented(path: str) -> None:
         (".env.example", router.describe_env),
         ("docs/configuration.md", router.describe_configuration),
         ("docs/providers.md", router.describe_providers),
+        ("docs/commands.md", router.describe_commands),
     ],
 )
 def test_printed_documents_are_fresh(path: str, printed: object) -> None:

@@ -7,7 +7,8 @@
     up.close()
 
 A script is a function `Request -> answer`, or a list of answers and such functions: each POST takes
-the next one, the last one repeats. GETs never use the script up; they are kept in `up.gets`.
+the next one, the last one repeats. GETs never use the script up; they are kept in `up.gets` and
+answered by `up.on_get`, with an empty list unless told otherwise.
 
 Answers: Reply (whole body), Stream (server-sent events), Hang (silence), Reset (connection reset).
 Every one of them can be slowed down, framed three ways, cut at any byte. Times are seconds.
@@ -35,6 +36,7 @@ REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
 KEY = "sk-test"  # the caller key of every router under test
 AUTH = {"Authorization": f"Bearer {KEY}"}
 HELLO = [{"role": "user", "content": "hello there"}]
+EMPTY_LIST = {"object": "list", "data": []}
 
 # --- what is asked ------------------------------------------------------------
 
@@ -392,6 +394,7 @@ class Upstream:
         self.script = script or good()
         self.requests: list[Request] = []
         self.gets: list[Request] = []
+        self.on_get: Callable[[Request], Answer] = lambda _: Reply(200, EMPTY_LIST)
         self.lock, self.connections = threading.Lock(), 0
         self.live: set[socket.socket] = set()
         self.gate, self.gate_key = os.pipe()
@@ -424,7 +427,7 @@ class Upstream:
     def next_answer(self, request: Request) -> Answer:
         if request.method != "POST":
             self.gets.append(request)
-            return Reply(200, {"object": "list", "data": []})
+            return self.on_get(request)
         with self.lock:
             number = len(self.requests)
             self.requests.append(request)
