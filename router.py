@@ -48,18 +48,19 @@ Contents (each section uses only the ones above it):
               38. Reload           changed settings taken over while requests go on
   SURFACE     39. Configuration    what admins see and change over HTTP
               40. Status           what /v1/status, /v1/models and /metrics say
-              41. Endpoints        Flask: routes, auth, errors
-              42. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              43. Crash test       how these settings fare when providers misbehave
-              44. Documents        .env.example and the printed pages of docs/
-              45. Terminal         what commands print and ask; the running router
-              46. Views            status, logs, why and config for people
-              47. Connect          clients whose settings are written, shown and taken back
-              48. Changes          commands that change keys, models, limits
-              49. Doctor           what may be wrong, and what to do about it
-              50. Bench            a few timed answers
-              51. Setup            the wizard, from nothing to the first answer
-              52. Command line     the table of commands, and what comes from it
+              41. Dashboard        one page to see it all
+              42. Endpoints        Flask: routes, auth, errors
+              43. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              44. Crash test       how these settings fare when providers misbehave
+              45. Documents        .env.example and the printed pages of docs/
+              46. Command line     the table of commands, and what comes from it
+              47. Views            status, logs, why and config for people
+              48. Connect          clients whose settings are written, shown and taken back
+              49. Changes          commands that change keys, models, limits
+              50. Doctor           what may be wrong, and what to do about it
+              51. Bench            a few timed answers
+              52. Setup            the wizard, from nothing to the first answer
+              53. Command line     the table of commands, and what comes from it
 
 Rooms that later releases open: Registry after Limits, Catalog after Router, Dashboard after Status.
 """
@@ -22183,6 +22184,7 @@ def caller_usage(router: Router, caller: Caller, rows: Spent) -> Json:
     asked, spent = total.get(False, Tally()), total.get(True, Tally())
     return {
         "key_tail": key_tail(caller.key),
+        "id": caller.id,
         "name": caller.name,
         **router.quotas.snapshot(caller),
         "req_total": asked.requests,
@@ -22418,7 +22420,8 @@ def explain(router: Router, trace: Trace) -> Json:
     """
     plan = cast("Arrangement | None", trace.plan)
     order = plan.order() if plan else []
-    states = {step.label: step.verdict for step in trace.steps}
+    skipped = {line.partition(": ")[0]: "skipped" for line in trace.skipped}
+    states = skipped | {step.label: step.verdict for step in trace.steps}
     absent = {c.target.label for c in order}
     return {
         **log_entry(trace),
@@ -22575,7 +22578,326 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 41. Endpoints
+# 41. Dashboard
+# =============================================================================
+
+# One static page: what it shows it asks the endpoints for, with the key that was typed into it.
+DASHBOARD: Final = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>hermes-router</title>
+<style>
+:root { --bg: #fbfbf9; --card: #fff; --text: #1d2126; --dim: #5b6470; --line: #dcdfe3; --link: #1f4fb8;
+  --good: #1a6e37; --warn: #8a5300; --bad: #b3261e; color-scheme: light; }
+:root[data-theme=dark] { --bg: #14171b; --card: #1c2026; --text: #e4e7ea; --dim: #9ba5b1; --line: #333a43;
+  --link: #8ab4ff; --good: #6fd08c; --warn: #f0b75e; --bad: #ff8a80; color-scheme: dark; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
+header { display: flex; flex-wrap: wrap; gap: .25rem 1rem; align-items: center; padding: .5rem 1rem;
+  border-bottom: 1px solid var(--line); background: var(--card); }
+h1 { font-size: 1.05rem; margin: 0; } h2 { font-size: 1.15rem; margin: 1.25rem 0 .5rem; }
+nav { display: flex; flex-wrap: wrap; gap: .25rem; flex: 1; }
+nav a { padding: .3rem .6rem; border-radius: .4rem; color: var(--text); text-decoration: none; }
+nav a[aria-current] { background: var(--link); color: var(--card); }
+main { padding: 0 1rem 3rem; max-width: 76rem; margin: auto; outline: none; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .6rem; margin: 1rem 0; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
+.card b { display: block; font-size: 1.3rem; font-weight: 600; overflow-wrap: anywhere; }
+.dim, caption { color: var(--dim); } .good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
+.wide { overflow-x: auto; margin: .6rem 0; border: 1px solid var(--line); border-radius: .5rem; background: var(--card); }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding: .5rem .7rem; }
+th, td { text-align: left; padding: .35rem .7rem; border-top: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 600; white-space: nowrap; } td { overflow-wrap: break-word; max-width: 24rem; }
+.n { text-align: right; white-space: nowrap; }
+button, input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--dim);
+  border-radius: .4rem; padding: .3rem .6rem; max-width: 100%; }
+button { cursor: pointer; } button.link { border: 0; background: none; color: var(--link); padding: 0; text-decoration: underline; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+form { display: flex; flex-wrap: wrap; gap: .6rem; align-items: end; margin: .6rem 0; }
+label { max-width: 100%; display: grid; grid-template-columns: minmax(0, auto); gap: .15rem; font-size: .9rem; justify-items: start; }
+dialog { max-width: min(60rem, 95vw); border: 1px solid var(--line); border-radius: .6rem; background: var(--bg); color: var(--text); }
+#note { min-height: 1.5em; } code { overflow-wrap: anywhere; }
+.skip { position: absolute; left: -99rem; } .skip:focus { left: .5rem; top: .5rem; background: var(--card); padding: .5rem; }
+@media (max-width: 40rem) { nav { order: 9; flex-basis: 100%; } h1 { flex: 1; } }
+</style>
+</head>
+<body>
+<a class="skip" href="#main" id="skip">Skip to content</a>
+<header>
+<h1>hermes-router</h1>
+<nav aria-label="Pages" id="pages"></nav>
+<span id="state" class="dim"></span>
+<button id="theme" type="button">Theme</button>
+<button id="leave" type="button" hidden>Log out</button>
+</header>
+<main id="main" tabindex="-1"><p id="note" role="status" aria-live="polite"></p><div id="page"></div></main>
+<dialog id="dialog" aria-labelledby="dialog-title"><form method="dialog"><button id="close">Close</button></form><div id="detail"></div></dialog>
+<noscript>This page needs JavaScript. The same is at /v1/status, /v1/usage and /v1/logs, with your key.</noscript>
+<script>
+"use strict";
+const $ = id => document.getElementById(id);
+const EVERY_MS = 5000;
+let key = sessionStorage.getItem("hermes-key") || "", data = {}, shown = "", timer = 0;
+
+// Everything on this page is made here, as text: no answer of the router is ever read as HTML.
+function h(tag, props, ...kids) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(props || {})) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== false && value != null) made.setAttribute(name, value);
+  }
+  made.append(...kids.flat(Infinity).filter(kid => kid != null));
+  return made;
+}
+const num = n => n == null ? "–" : Number(n).toLocaleString("en");
+const ms = n => n == null ? "–" : n < 1000 ? Math.round(n) + " ms" : (n / 1000).toFixed(1) + " s";
+const usd = n => n == null ? "–" : "$" + Number(n).toFixed(n && n < 1 ? 4 : 2);
+const pct = n => n == null ? "–" : Math.round(100 * n) + " %";
+const span = s => s == null ? "–" : s < 90 ? Math.round(s) + " s" : s < 5400 ? Math.round(s / 60) + " min" : s < 172800 ? (s / 3600).toFixed(1) + " h" : Math.round(s / 86400) + " days";
+const mark = (kind, text) => h("span", { class: kind }, text);
+const list = value => Array.isArray(value) ? value : [];
+const rows = value => value && typeof value === "object" ? Object.entries(value) : [];
+const cards = pairs => h("div", { class: "cards" }, pairs.map(([name, value, kind]) =>
+  h("div", { class: "card" }, h("span", { class: "dim" }, name), h("b", { class: kind }, String(value)))));
+
+function table(caption, heads, lines) {
+  const cell = value => value instanceof Cell ? h("td", { class: "n" }, value.text)
+    : h("td", {}, value instanceof Node || Array.isArray(value) ? value : value == null ? "–" : String(value));
+  return h("div", { class: "wide", tabindex: "0", role: "region", "aria-label": caption }, h("table", {}, h("caption", {}, caption),
+    h("thead", {}, h("tr", {}, heads.map((head, n) => h("th", { scope: "col", class: lines[0]?.[n] instanceof Cell ? "n" : null }, head)))),
+    h("tbody", {}, lines.length ? lines.map(line => h("tr", {}, line.map(cell)))
+      : h("tr", {}, h("td", { colspan: heads.length, class: "dim" }, "nothing yet")))));
+}
+class Cell { constructor(text) { this.text = String(text); } }
+const right = text => new Cell(text);
+
+function field(label, props, options) {
+  const input = options ? h("select", props, options.map(value => h("option", { value, selected: value === props.value }, value || "–")))
+    : h("input", { autocomplete: "off", ...props });
+  return h("label", {}, label, input);
+}
+function form(id, submit, label, ...fields) {
+  return h("form", { id, onsubmit: event => {
+    event.preventDefault();
+    const given = Object.fromEntries(new FormData(event.target));
+    attempt(async () => { await submit(given, event.target); });
+  } }, fields, h("button", { id: id + "-go" }, label));
+}
+const button = (id, label, run, sure) => h("button", { id, type: "button", class: "link", onclick: () => {
+  if (!sure || confirm(sure)) attempt(run);
+} }, label);
+
+async function api(path, method, body) {
+  const answer = await fetch(path, { method: method || "GET", cache: "no-store", credentials: "omit", redirect: "error",
+    headers: { Authorization: "Bearer " + key, ...(body ? { "Content-Type": "application/json" } : {}) },
+    body: body ? JSON.stringify(body) : undefined });
+  const told = await answer.json().catch(() => ({}));
+  if (answer.status === 401) { gate("This key is not accepted."); throw new Error("This key is not accepted."); }
+  if (!answer.ok) throw Object.assign(new Error(told.error?.message || answer.statusText), { status: answer.status });
+  return told;
+}
+function note(text, kind) { $("note").textContent = text; $("note").className = kind || ""; }
+async function attempt(run) {
+  try { await run(); await refresh(true); } catch (error) { note(error.message, "bad"); }
+}
+async function change(path, method, body, said) {
+  const told = await api("/v1/config/" + path, method, body || {});
+  note(said + (told.restart_required ? " It takes effect after a restart." : ""), "good");
+  return told;
+}
+const enc = encodeURIComponent;
+
+const PAGES = {
+  overview: { title: "Overview", draw: drawOverview }, providers: { title: "Providers", draw: drawProviders },
+  models: { title: "Models", draw: drawModels }, callers: { title: "Callers", draw: drawCallers },
+  log: { title: "Log", draw: drawLog }, cache: { title: "Cache", draw: drawCache },
+  settings: { title: "Settings", draw: drawSettings } };
+const page = () => PAGES[location.hash.slice(1)] ? location.hash.slice(1) : "overview";
+
+function health(name, row) {
+  if (row.out_of_use) return mark("dim", "not used: " + row.out_of_use);
+  if (row.breaker?.open) return mark("bad", "resting, asked again in " + span(row.breaker.opens_in_s));
+  const keys = list(row.keys), ready = keys.filter(k => k.status === "ready").length;
+  if (keys.length && !ready) return mark("warn", "all keys rest, back in " + span(Math.min(...keys.map(k => k.ready_in))));
+  if ((row.stats?.error_rate || 0) >= 0.1) return mark("warn", "degraded, " + pct(row.stats.error_rate) + " errors");
+  return mark("good", row.stats?.total_requests ? "well" : "not asked yet");
+}
+function drawOverview() {
+  const s = data.status, u = data.usage || {}, names = rows(s.providers);
+  const failing = names.filter(([, p]) => p.breaker?.open).length, dry = names.flatMap(([name, p]) => list(p.quota).filter(q => q.dry_at).map(q => [name, q]));
+  return [h("h2", {}, "Overview"), cards([["mode", s.mode], ["up", span(s.uptime_s)], ["in flight", num(s.in_flight)],
+    ["providers", names.length - failing + " of " + names.length, failing ? "warn" : ""],
+    ["tokens", num(u.totals?.tokens)], ["cost", usd(u.totals?.cost?.usd)],
+    ["cache hits", s.cache?.enabled ? pct(s.cache.hit_rate) : "off"], ["version", s.version]]),
+  list(s.warnings).map(text => h("p", { class: "warn" }, text)), s.config?.error ? h("p", { class: "bad" }, "The settings file has a problem, the old settings stay: " + s.config.error) : null,
+  dry.length ? table("Quotas that run dry", ["provider", "key", "model", "dry at", "back at"], dry.map(([name, q]) => [name, q.key_tail, q.model, q.dry_at, q.resets_at])) : null,
+  table("Providers", ["provider", "health", "requests", "errors", "mean time", "tokens", "cost"], names.map(([name, p]) => [name, health(name, p),
+    right(num(p.stats?.total_requests)), right(num(p.stats?.errors)), right(ms(p.stats?.avg_latency_ms)), right(num(p.tokens)), right(usd(p.cost_usd))]))];
+}
+function drawProviders() {
+  const known = list(data.providers?.key_settable), removable = data.admin;
+  return [h("h2", {}, "Providers"), data.admin ? form("add-key", async (given, made) => {
+    const told = await change("keys/" + enc(given.provider), "POST", { key: given.key }, "");
+    note(told.duplicate ? "That key was there already." : "Added; " + given.provider + " has " + told.total_keys + " key(s) now.", "good"); made.reset();
+  }, "Add key", field("Provider", { name: "provider", required: true }, known), field("Key", { name: "key", type: "password", required: true })) : readOnly(),
+  rows(data.status.providers).map(([name, p]) => [h("h2", {}, name), h("p", {}, health(name, p), " · ", p.tier || "", p.note ? " · " + p.note : ""),
+    table("Keys of " + name, ["key", "state", "ready in", "handed out", "resting for"], list(p.keys).map(k => [k.key_tail, mark(k.status === "ready" ? "good" : "warn", k.status),
+      right(k.ready_in ? span(k.ready_in) : "–"), right(num(k.requests)), rows(k.models).map(([m, r]) => m + ": " + r.why).join(", ") || "–"])),
+    list(p.quota).length ? table("Quota of " + name, ["key", "model", "per", "left", "of", "back at", "runs dry"], p.quota.map(q => [q.key_tail, q.model, q.window, right(num(q.remaining)), right(num(q.limit)), q.resets_at, q.dry_at ? mark("warn", q.dry_at) : "–"])) : null])];
+}
+function readOnly() { return h("p", { class: "dim" }, "This key may look but not change anything: log in with an admin key (ADMIN_KEYS, or the first key)."); }
+function drawModels() {
+  const settable = list(data.providers?.model_settable);
+  return [h("h2", {}, "Models"), data.admin ? form("set-model", given => given.model.trim() ? change("model/" + enc(given.provider), "POST", { model: given.model }, "Models of " + given.provider + " are set.")
+    : change("model/" + enc(given.provider), "DELETE", null, given.provider + " has its default models again."), "Set models",
+  field("Provider", { name: "provider", required: true }, settable), field("Models, comma list; empty = default", { name: "model", size: "40" })) : readOnly(),
+  table("Candidates", ["provider", "model", "rating", "tools", "images", "reasoning", "window", "cost"], rows(data.status.providers).flatMap(([name, p]) =>
+    list(p.model_caps).map(m => [name, m.model, right(m.rating), m.supports_tools ? "yes" : "no", m.supports_vision ? "yes" : "no", m.reasoning ? "yes" : "no", right(num(m.context_window)), right(["free", "low", "medium", "high", "very high"][m.cost_bucket] ?? m.cost_bucket)])))];
+}
+const QUOTAS = [["rpm", "requests/min"], ["req_per_day", "requests/day"], ["tokens_per_day", "tokens/day"], ["cost_per_day", "USD/day"]];
+const limits = given => Object.fromEntries(QUOTAS.map(([name]) => [name, Number(given[name] || 0)]));
+function drawCallers() {
+  const used = Object.fromEntries(list(data.usage?.keys).map(row => [row.id, row])), keys = list(data.callers?.keys);
+  const inputs = row => QUOTAS.map(([name, label]) => field(label, { name, type: "number", min: "0", step: name === "cost_per_day" ? "any" : "1", value: row.limits?.[name] || "", size: "8" }));
+  if (!data.admin) return [h("h2", {}, "Callers"), readOnly(), usedTable(list(data.usage?.keys))];
+  return [h("h2", {}, "Callers"), form("new-caller", async (given, made) => {
+    const scope = given.providers.split(",").map(x => x.trim()).filter(Boolean);
+    const told = await change("proxy-keys", "POST", { name: given.name, allowed_providers: scope, ...limits(given) }, "");
+    made.reset(); tell("A new key for " + (told.name || "a caller"), h("p", {}, "Shown only now: "), h("p", {}, h("code", { id: "new-key" }, told.key)), h("button", { id: "copy", onclick: () => navigator.clipboard.writeText(told.key) }, "Copy"));
+  }, "New key", field("Name", { name: "name", maxlength: "80" }), field("Only these providers, comma list", { name: "providers" }), inputs({})),
+  keys.map((row, n) => h("section", { "aria-label": row.name || row.key_tail }, h("h2", {}, (row.name || "key") + " …" + row.key_tail), h("p", { class: "dim" }, (row.admin ? "admin · " : "") + (list(row.allowed_providers).join(", ") || "all providers")),
+    form("limit-" + n, given => change("proxy-keys/" + enc(row.id), "POST", limits(given), "Limits of …" + row.key_tail + " are set (0 = none)."), "Set limits", inputs(row)),
+    button("revoke-" + n, "Revoke", () => change("proxy-keys/" + enc(row.id), "DELETE", null, "Revoked …" + row.key_tail + "."), "Revoke the key …" + row.key_tail + "? Its clients get 401 at once."), usedTable(used[row.id] ? [used[row.id]] : [])))];
+}
+function usedTable(lines) {
+  return table("Used", ["key", "requests today", "tokens today", "cost today", "this minute", "requests in all", "tokens in all", "cost in all"], lines.map(k => [k.key_tail, right(num(k.req_today)), right(num(k.tokens_today)), right(usd(k.cost_today)),
+    right(num(k.rpm_window)), right(num(k.req_total)), right(num(k.tokens_total)), right(usd(k.cost_total))]));
+}
+const KINDS = { success: "good", cache_hit: "good", error: "bad", cancelled: "dim" };
+function drawLog() {
+  const wanted = sessionStorage.getItem("hermes-log") || "";
+  const pick = field("Show", { id: "log-filter", value: wanted, onchange: event => { sessionStorage.setItem("hermes-log", event.target.value); draw(true); } }, ["", ...Object.keys(KINDS)]);
+  return [h("h2", {}, "Latest requests"), pick, table("No content is kept, only what became of each request", ["time (UTC)", "caller", "endpoint", "asked", "answered by", "result", "time", "first token", "tokens", "failed attempts", ""], list(data.logs?.entries).filter(e => !wanted || e.status === wanted).map(e => [
+    e.ts.slice(11, 19), e.caller_name || e.caller, e.endpoint + (e.streaming ? ", stream" : ""), e.asked || "–", e.model ? e.provider + "/" + e.model : "–", mark(KINDS[e.status] || "", e.status + (e.status === "error" ? " " + e.http_status : "")),
+    right(ms(e.latency_ms)), right(ms(e.ttft_ms)), right(num(e.prompt_tokens) + " / " + num(e.completion_tokens)), right(num(e.cascades)), button("why-" + e.id, "why", () => why(e.id))]))];
+}
+async function why(id) {
+  const w = await api("/v1/why/" + enc(id));
+  tell("Why " + id, h("p", {}, [w.choice, w.difficulty && "difficulty " + w.complexity + " (" + w.difficulty + ")", "about " + num(w.est_tokens) + " tokens", "cache: " + w.cache, w.rescued_by && "gone on with by " + w.rescued_by, w.cost_usd != null && usd(w.cost_usd)].filter(Boolean).join(" · ")),
+    w.error ? h("p", { class: "bad" }, w.error) : null,
+    table("Attempts", ["candidate", "key", "verdict", "status", "seconds", "reason"], list(w.attempts).map(a => [a.label, a.key_tail, mark(a.verdict === "ok" ? "good" : "bad", a.verdict), right(a.status || "–"), right(a.seconds), a.text || "–"])),
+    table("Candidates in order", ["candidate", "why there", "outcome"], list(w.candidates).map(c => [c.candidate, c.why, c.outcome])),
+    list(w.left_out).length ? table("Left out", ["candidate", "why"], w.left_out.map(c => [c.candidate, c.why])) : null,
+    list(w.skipped).length ? h("ul", {}, w.skipped.map(text => h("li", {}, text))) : null);
+}
+function tell(title, ...content) {
+  $("detail").replaceChildren(h("h2", { id: "dialog-title" }, title), ...content.filter(Boolean));
+  if (!$("dialog").open) $("dialog").showModal();
+}
+function drawCache() {
+  const c = data.status.cache || {}, sem = c.semantic || {};
+  return [h("h2", {}, "Cache"), cards([["exact", c.enabled ? "on" : "off"], ["kept for", span(c.ttl_s)], ["entries", num(c.size) + " of " + num(c.max_size)], ["persistent", c.persistent ? "yes" : "no"], ["hits", num(c.hits)], ["misses", num(c.misses)], ["hit rate", pct(c.hit_rate)],
+    ["semantic", sem.enabled ? "on, from " + sem.threshold : "off"], ["semantic hits", num(sem.hits)]])];
+}
+function drawSettings() {
+  const addons = list(data.status.features?.addons);
+  return [h("h2", {}, "Settings"), data.admin ? null : readOnly(),
+    table("Features", ["feature", "state", "setting", ""], addons.map(f => [f.title || f.name, mark(f.enabled ? "good" : "dim", f.enabled ? "on" : "off"), f.env || f.manage || "–",
+      data.admin && f.kind === "flag" ? button("feature-" + f.name, f.enabled ? "turn off" : "turn on", () => change("features/" + enc(f.name), "POST", { enabled: !f.enabled }, (f.title || f.name) + " is " + (f.enabled ? "off." : "on."))) : null])),
+    data.admin ? form("rotation", given => change("rotation", "POST", { mode: given.mode }, "Keys are used " + given.mode + "."), "Set", field("Order of a provider's keys", { name: "mode", value: data.status.rotation?.mode }, ["round-robin", "sequential"])) : null,
+    data.admin ? form("setting", (given, made) => change("settings", "POST", { [given.name]: given.value === "" ? null : given.value }, given.name + (given.value === "" ? " has its default again." : " is set.")).then(() => made.reset()), "Save",
+      field("Setting", { name: "name", required: true }, list(data.settings?.settings).filter(x => x.changeable !== false && !x.secret).map(x => x.name)), field("Value; empty = default", { name: "value", size: "30" })) : null,
+    data.settings ? table("In effect", ["setting", "value", "from", "meaning"], list(data.settings.settings).map(x => [x.name, Array.isArray(x.value) ? x.value.join(", ") : x.value, x.source, x.help])) : null];
+}
+
+function gate(text) {
+  clearTimeout(timer);
+  key = ""; sessionStorage.removeItem("hermes-key"); $("leave").hidden = true; $("pages").replaceChildren(); $("state").textContent = "";
+  if ($("dialog").open) $("dialog").close();
+  note(text || "", text ? "bad" : ""); shown = "";
+  $("page").replaceChildren(h("h2", {}, "Log in"), h("p", {}, "Paste one of this router's keys; `hr key` prints it. It is kept for this tab only."),
+    h("form", { id: "login", onsubmit: event => { event.preventDefault(); key = new FormData(event.target).get("key").trim(); note(""); enter(); } },
+      field("Key", { id: "key", name: "key", type: "password", required: true, "aria-describedby": "note" }), h("button", { id: "login-go" }, "Log in")));
+  $("key").focus();
+}
+async function enter() {
+  if (!/^[!-~]+$/.test(key)) return gate(key ? "This key is not accepted." : "");
+  await refresh(true);
+}
+// What only some routers or some keys may read is left out where it is refused.
+const optional = path => api(path).catch(error => { if (!key) throw error; return null; });
+async function refresh(force) {
+  clearTimeout(timer);
+  const asked = key;
+  try {
+    const status = await api("/v1/status");
+    const [usage, logs, providers, callers, settings] = await Promise.all(["/v1/usage", "/v1/logs?limit=100", "/v1/config/providers", "/v1/config/proxy-keys", "/v1/config/settings"].map(optional));
+    if (asked !== key || !key) return;
+    data = { status, usage, logs, providers, callers, settings, admin: !!callers };
+    sessionStorage.setItem("hermes-key", key); $("leave").hidden = false; $("state").textContent = "live"; $("state").className = "good";
+    draw(force);
+  } catch (error) {
+    if (!key) return;
+    $("state").textContent = "no answer from the router"; $("state").className = "bad";
+    if (!data.status) gate(error.message);
+  }
+  if (key) timer = setTimeout(refresh, EVERY_MS);
+}
+const typing = () => $("page").contains(document.activeElement) && /^(INPUT|SELECT)$/.test(document.activeElement.tagName);
+function draw(force) {
+  if (!data.status || !key) return;
+  const name = page(), { uptime_s, ...steady } = data.status, now = name + JSON.stringify([name === "overview" ? data.status : steady, data.usage?.keys, data.usage?.totals, data.logs?.entries?.[0], data.callers, data.settings, data.providers]);
+  if (!force && (typing() || now === shown)) return;
+  const focused = document.activeElement?.id; shown = now;
+  $("pages").replaceChildren(...Object.entries(PAGES).map(([id, made]) => h("a", { href: "#" + id, id: "to-" + id, "aria-current": id === name ? "page" : null }, made.title)));
+  $("page").replaceChildren(...PAGES[name].draw().flat(3).filter(Boolean));
+  if (focused) $(focused)?.focus();
+}
+addEventListener("hashchange", () => { note(""); draw(true); $("main").focus(); document.title = PAGES[page()].title + " – hermes-router"; });
+$("skip").addEventListener("click", event => { event.preventDefault(); $("main").focus(); });
+$("leave").addEventListener("click", () => { data = {}; gate(""); });
+const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)");
+const paint = () => { root.dataset.theme = sessionStorage.getItem("hermes-theme") || (dark.matches ? "dark" : "light"); };
+dark.addEventListener("change", paint); paint();
+$("theme").addEventListener("click", () => { sessionStorage.setItem("hermes-theme", root.dataset.theme === "dark" ? "light" : "dark"); paint(); });
+key ? enter() : gate("");
+</script>
+</body>
+</html>
+"""  # noqa: E501
+
+
+def dashboard_headers() -> dict[str, str]:
+    """Only the page's own style and script may run, and only this router may be asked."""
+
+    def digest(tag: str) -> str:
+        text = DASHBOARD.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    rules = (
+        "default-src 'none'",
+        f"script-src 'sha256-{digest('script')}'",
+        f"style-src 'sha256-{digest('style')}'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+    return {
+        "Content-Security-Policy": "; ".join(rules),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+
+# =============================================================================
+# 42. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -22586,7 +22908,7 @@ ENDPOINT_NAMES: Final = {
     "/v1/completions": "completions",
     "/v1/embeddings": "embeddings",
 }
-PUBLIC: Final = frozenset({"/health", "/", "/favicon.ico"})
+PUBLIC: Final = frozenset({"/health", "/", "/favicon.ico", "/dashboard", "/metrics/dashboard"})
 FREELY_ASKED: Final = frozenset({"/health", "/metrics"})  # as often as anybody likes
 HTTP_ERRORS: Final = {404: NotFound, 405: MethodNotAllowed, 413: TooLarge, 415: UnsupportedMedia}
 # The server below puts a setter here; called with a function it runs that function
@@ -22660,6 +22982,7 @@ def create_app(config: Config, **parts: Any) -> flask.Flask:
 
 def add_routes(app: flask.Flask, router: Router) -> None:
     """Every path, the method it answers to, and its function."""
+    page_headers = dashboard_headers()
     routes: tuple[tuple[str, str, Callable[..., Any]], ...] = (
         ("POST", "/v1/messages/count_tokens", lambda: serve_count(router)),
         ("GET", "/v1/responses/<own>", lambda own: serve_stored(router, own)),
@@ -22678,11 +23001,9 @@ def add_routes(app: flask.Flask, router: Router) -> None:
         ),
         ("GET", "/health", lambda: health(router)),
         ("GET", "/favicon.ico", lambda: ("", 204)),
-        (
-            "GET",
-            "/",
-            lambda: {"status": "ok", "message": "hermes-router is running; see /v1/models"},
-        ),
+        ("GET", "/dashboard", lambda: (DASHBOARD, page_headers)),
+        ("GET", "/metrics/dashboard", lambda: flask.redirect("/dashboard")),
+        ("GET", "/", welcome),
     )
     routes += tuple(("POST", path, asked(serve, router)) for path, serve in MODEL_CALLS.items())
     routes += tuple(
@@ -22841,6 +23162,14 @@ def check_origin(environ: Mapping[str, Any]) -> None:
     )
     if foreign or site not in (None, "same-origin", "none"):
         raise Forbidden("settings may not be changed by a page of another site")
+
+
+def welcome() -> flask.Response | Json:
+    """GET /: the page for a browser, a word for anybody else."""
+    kinds = ("application/json", "text/html")
+    if current_request().accept_mimetypes.best_match(kinds) == "text/html":
+        return cast(flask.Response, flask.redirect("/dashboard"))
+    return {"status": "ok", "message": "hermes-router is running; see /v1/models"}
 
 
 def health(router: Router) -> Json:
@@ -23345,7 +23674,7 @@ def http_error(router: Router, request: flask.Request, error: HTTPException) -> 
 
 
 # =============================================================================
-# 42. Server
+# 43. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -23888,7 +24217,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 43. Crash test
+# 44. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -24681,7 +25010,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 44. Documents
+# 45. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -24854,7 +25183,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 45. Terminal
+# 46. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -25026,7 +25355,7 @@ def noted_address(config: Config) -> str:
 
 
 # =============================================================================
-# 46. Views
+# 47. Views
 # =============================================================================
 
 DEGRADED: Final = 0.1  # share of errors from which a provider is called so
@@ -25259,7 +25588,7 @@ def service_row(service: Service) -> dict[str, str]:
 
 
 # =============================================================================
-# 47. Connect
+# 48. Connect
 # =============================================================================
 
 # What clients keep in their settings files, merged into what stands there. A place in a file is
@@ -25888,7 +26217,7 @@ def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None
 
 
 # =============================================================================
-# 48. Changes
+# 49. Changes
 # =============================================================================
 
 # Commands that change auth.json and .env, through section Files. A running router reads both
@@ -26486,7 +26815,7 @@ def cmd_keys_revoke(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 49. Doctor
+# 50. Doctor
 # =============================================================================
 
 Health = Literal["ok", "note", "bad"]
@@ -26784,7 +27113,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 50. Bench
+# 51. Bench
 # =============================================================================
 
 
@@ -26857,7 +27186,7 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
 
 
 # =============================================================================
-# 51. Setup
+# 52. Setup
 # =============================================================================
 
 # The wizard: a row per step. Every step may be skipped and all of it be run again: each looks
@@ -27100,7 +27429,7 @@ def cmd_setup(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 52. Command line
+# 53. Command line
 # =============================================================================
 
 Arguments = tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
