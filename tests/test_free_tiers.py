@@ -146,7 +146,8 @@ class Tier:
         for unit, window in place.items():
             window.take(now, self.need(unit, tokens))
         said = completion("hello", model=model)
-        said["usage"] = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+        usage = {"prompt_tokens": tokens - 1, "completion_tokens": 1, "total_tokens": tokens}
+        said["usage"] = usage
         return 200, self.heads(place, now), said
 
 
