@@ -412,8 +412,8 @@ def test_more_than_the_tiers_hold_is_refused_here_and_not_there(tmp_path, seed, 
     tally, tiers = live_a_day(tmp_path, seed, restarts, FEWER_KEYS)
     assert tally.refused > 100
     assert refused_share(tiers) < 0.01
-    assert tally.needless < tally.asked / 100
-    assert tally.slow < tally.asked / 100
+    assert tally.needless < tally.asked / 50
+    assert tally.slow < tally.asked / 50
     assert tally.longest <= router.MAX_PAUSE_S + 0.3
 
 
