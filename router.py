@@ -31,36 +31,37 @@ Contents (each section uses only the ones above it):
               21. Keys             which key may be used, per (key, model)
               22. Accounts         subscriptions whose tokens are renewed
               23. Breakers         which provider is resting
-              24. State            what of it survives a restart
-              25. Usage            what was asked, answered, failed and spent
-              26. Limits           what each caller may still use
-              27. Traces           what became of the latest requests, for logs, metrics and why
-              28. Cache            answers worth giving twice: exactly the same, or nearly
-              29. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   30. Difficulty       how hard is this request?
-              31. Plan             which candidates, in what order, and why
-              32. Verdicts         what an outcome means, and what rests for how long
-  ACTION      33. Transport        connections to providers, cut when nobody waits any more
-              34. Upstream         one attempt: send, wait for something useful, judge
-              35. Checks           keys that a provider called dead, asked again in the background
-              36. Sharing          one answer for identical requests: from memory, or from one call
-              37. Router           plan, try, learn, answer
-              38. Reload           changed settings taken over while requests go on
-  SURFACE     39. Configuration    what admins see and change over HTTP
-              40. Status           what /v1/status, /v1/models and /metrics say
-              41. Dashboard        one page to see it all
-              42. Endpoints        Flask: routes, auth, errors
-              43. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              44. Crash test       how these settings fare when providers misbehave
-              45. Documents        .env.example and the printed pages of docs/
-              46. Command line     the table of commands, and what comes from it
-              47. Views            status, logs, why and config for people
-              48. Connect          clients whose settings are written, shown and taken back
-              49. Changes          commands that change keys, models, limits
-              50. Doctor           what may be wrong, and what to do about it
-              51. Bench            a few timed answers
-              52. Setup            the wizard, from nothing to the first answer
-              53. Command line     the table of commands, and what comes from it
+              24. Ledger           what is left of each quota, and when it returns
+              25. State            what of it survives a restart
+              26. Usage            what was asked, answered, failed and spent
+              27. Limits           what each caller may still use
+              28. Traces           what became of the latest requests, for logs, metrics and why
+              29. Cache            answers worth giving twice: exactly the same, or nearly
+              30. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   31. Difficulty       how hard is this request?
+              32. Plan             which candidates, in what order, and why
+              33. Verdicts         what an outcome means, and what rests for how long
+  ACTION      34. Transport        connections to providers, cut when nobody waits any more
+              35. Upstream         one attempt: send, wait for something useful, judge
+              36. Checks           keys that a provider called dead, asked again in the background
+              37. Sharing          one answer for identical requests: from memory, or from one call
+              38. Router           plan, try, learn, answer
+              39. Reload           changed settings taken over while requests go on
+  SURFACE     40. Configuration    what admins see and change over HTTP
+              41. Status           what /v1/status, /v1/models and /metrics say
+              42. Dashboard        one page to see it all
+              43. Endpoints        Flask: routes, auth, errors
+              44. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              45. Crash test       how these settings fare when providers misbehave
+              46. Documents        .env.example and the printed pages of docs/
+              47. Command line     the table of commands, and what comes from it
+              48. Views            status, logs, why and config for people
+              49. Connect          clients whose settings are written, shown and taken back
+              50. Changes          commands that change keys, models, limits
+              51. Doctor           what may be wrong, and what to do about it
+              52. Bench            a few timed answers
+              53. Setup            the wizard, from nothing to the first answer
+              54. Command line     the table of commands, and what comes from it
 
 Rooms that later releases open: Registry after Limits, Catalog after Router, Dashboard after Status.
 """
@@ -143,7 +144,18 @@ from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Literal, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import (
+    Any,
+    ClassVar,
+    Final,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TypeVar,
+    cast,
+    get_args,
+)
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
 import flask
@@ -303,7 +315,11 @@ def error_body(error: RouterError) -> Json:
 
 @dataclass(frozen=True)
 class FreeLimits:
-    """What costs nothing: requests and tokens per minute and day; None = not published."""
+    """What costs nothing: requests and tokens of a window; None = not published.
+
+    `per` says who shares a window: every model of a key has its own, or all models of a key
+    use one. What a key may ask in a month is always shared by its models.
+    """
 
     rpm: int | None = None
     rpd: int | None = None
@@ -311,9 +327,47 @@ class FreeLimits:
     tpd: int | None = None
     concurrency: int | None = None
     text: str = ""
+    rph: int | None = None
+    rpmonth: int | None = None
+    per: Literal["key", "model"] = "key"
+    models: str = ""  # regular expression of the models that it is for; "" = all
+    families: tuple[tuple[str, FreeLimits], ...] = ()  # (regular expression, theirs): first wins
+    reserves: bool = False  # the output a request may have counts against tpm when it is sent
+    without_key: bool = False  # for use without a key only
+    date: str = ""  # when the numbers were last seen to be so
 
 
 Clock = Literal["utc", "pacific", "beijing"]
+
+
+def until_midnight(clock: Clock, wall: float) -> float:
+    """Seconds until the provider's next day begins."""
+    ahead = zone_seconds(clock, wall)
+    left = 86_400 - (wall + ahead) % 86_400
+    return max(1.0, left + ahead - zone_seconds(clock, wall + left))
+
+
+def until_next_month(wall: float) -> float:
+    """Seconds until the first of the next month, UTC."""
+    now = datetime.fromtimestamp(wall, timezone.utc)
+    year, month = now.year + now.month // 12, now.month % 12 + 1
+    return max(1.0, datetime(year, month, 1, tzinfo=timezone.utc).timestamp() - wall)
+
+
+def zone_seconds(clock: Clock, wall: float) -> float:
+    """How far a provider's clock is ahead of UTC. The USA's summer time as of 2007's law."""
+    if clock != "pacific":
+        return 28_800.0 if clock == "beijing" else 0.0
+    year = datetime.fromtimestamp(wall, timezone.utc).year
+    begins = datetime(year, 3, 8, 10, tzinfo=timezone.utc)  # the second Sunday, at 2:00
+    ends = datetime(year, 11, 1, 9, tzinfo=timezone.utc)  # the first Sunday, at 2:00
+    summer = next_sunday(begins) <= wall < next_sunday(ends)
+    return -25_200.0 if summer else -28_800.0
+
+
+def next_sunday(date: datetime) -> float:
+    """Unix seconds of `date` or of the Sunday after it."""
+    return date.timestamp() + (6 - date.weekday()) * 86_400
 
 
 @dataclass(frozen=True)
@@ -343,6 +397,8 @@ class Provider:
     state_date: str = ""
     note: str = ""
     clock: Clock = "utc"  # whose midnight ends a day's quota, and whose time unmarked dates tell
+    requests_per: float = 60.0  # seconds of the window of its x-ratelimit-*-requests headers
+    refills: bool = False  # windows it states fill up little by little, not at once at their end
     accounts: bool = False  # its keys are accounts whose tokens are renewed (section Accounts)
     key_check: str = "/models"  # a GET that needs a valid key; "" = none does, a tiny chat does
     signup: str = ""
@@ -368,11 +424,15 @@ PROVIDERS = (
         embed_dims=3072,
         context_window=1_048_576,
         free=FreeLimits(
-            rpm=15,
-            rpd=500,
-            tpm=250_000,
             text="per model and project, until midnight Pacific; Flash-Lite 15 RPM and 500 RPD, "
             "Flash 5 RPM and 20 RPD, Gemma 4 30 RPM and 14,400 RPD (users' reports)",
+            per="model",
+            families=(
+                ("flash-lite", FreeLimits(rpm=15, rpd=500, tpm=250_000)),
+                ("flash", FreeLimits(rpm=5, rpd=20)),
+                ("gemma", FreeLimits(rpm=30, rpd=14_400)),
+            ),
+            date="2026-11-10",
         ),
         trains_on_prompts="yes",
         clock="pacific",
@@ -405,6 +465,8 @@ PROVIDERS = (
             rpd=50,
             text=":free ids share 20 RPM and 50 RPD per account, 1,000 RPD once 10 credits were "
             "bought; more keys do not add quota",
+            models=":free$|^openrouter/free$",
+            date="2026-11-10",
         ),
         trains_on_prompts="yes",
         aliases=("or", "open_router"),
@@ -466,6 +528,9 @@ PROVIDERS = (
             tpm=30_000,
             tpd=1_000_000,
             text="one $5 credit for 30 days, card needed; prompt and max_tokens are reserved first",
+            per="model",
+            reserves=True,
+            date="2026-11-10",
         ),
         trains_on_prompts="no",
         state="changed",
@@ -473,6 +538,7 @@ PROVIDERS = (
         note="2026-08: the lasting free tier became a $5 trial; context is 65K on it.",
         signup="https://cloud.cerebras.ai",
         key_prefix=("csk-",),
+        refills=True,
     ),
     Provider(
         "groq",
@@ -488,6 +554,9 @@ PROVIDERS = (
             tpm=8_000,
             tpd=200_000,
             text="per model and organisation; a request above the TPM gets 413",
+            per="model",
+            reserves=True,
+            date="2026-11-10",
         ),
         trains_on_prompts="no",
         state="changed",
@@ -495,6 +564,8 @@ PROVIDERS = (
         note="2026-08: the Llama chat models were retired.",
         signup="https://console.groq.com/keys",
         key_prefix=("gsk_",),
+        requests_per=86_400.0,
+        refills=True,
     ),
     Provider(
         "mistral",
@@ -509,6 +580,7 @@ PROVIDERS = (
             rpm=60,
             tpm=500_000,
             text="$10 of calls a month without a card, about one request a second (disputed)",
+            date="2026-11-10",
         ),
         trains_on_prompts="yes",
         aliases=("mistralai",),
@@ -526,7 +598,13 @@ PROVIDERS = (
         embed_model="embed-v4.0",
         embed_dims=1536,
         max_output_tokens=8_192,
-        free=FreeLimits(rpm=20, text="trial key: 1,000 calls a month in all, not for business use"),
+        free=FreeLimits(
+            rpm=20,
+            rpmonth=1_000,
+            text="trial key: 1,000 calls a month in all, not for business use",
+            per="model",
+            date="2026-10-08",
+        ),
         state_date="2026-10-08",
         note="2026-10: command-a-plus adds images and long answers.",
         signup="https://dashboard.cohere.com/api-keys",
@@ -556,7 +634,12 @@ PROVIDERS = (
             "nex-n2.5-mini:free",
         ),
         "free",
-        free=FreeLimits(rpd=100, text=":free ids, 100 requests a day per key (unconfirmed)"),
+        free=FreeLimits(
+            rpd=100,
+            text=":free ids, 100 requests a day per key (unconfirmed)",
+            models=":free$",
+            date="2026-10-05",
+        ),
         aliases=("nagaai",),
         state_date="2026-08-02",
         note="2026-08: unofficial aggregator, weak evidence; prefer its own model list.",
@@ -578,7 +661,12 @@ PROVIDERS = (
         ),
         "free",
         stream_options=False,  # some of its models hang silently when asked for usage
-        free=FreeLimits(rpm=40, rpd=10_000, text="per account, lower in busy hours; for trials"),
+        free=FreeLimits(
+            rpm=40,
+            rpd=10_000,
+            text="per account, lower in busy hours; for trials",
+            date="2026-11-10",
+        ),
         trains_on_prompts="yes",
         aliases=("nvidia_nim", "nim"),
         state_date="2026-11-10",
@@ -673,6 +761,7 @@ PROVIDERS = (
         note="2026-11: gpt-4o-mini ends 2027-01-14, gpt-5 and o3 end 2026-12-11.",
         signup="https://platform.openai.com/api-keys",
         key_prefix=("sk-proj-", "sk-"),
+        refills=True,
     ),
     Provider(
         "anthropic",
@@ -690,6 +779,7 @@ PROVIDERS = (
         note="2026-11: claude-haiku-5-5 costs five times more above 100K prompt tokens.",
         signup="https://platform.claude.com/settings/keys",
         key_prefix=("sk-ant-",),
+        refills=True,
     ),
     Provider(
         "codex",
@@ -813,7 +903,9 @@ PROVIDERS = (
         "free",
         embed_model="@cf/baai/bge-m3",
         embed_dims=1024,
-        free=FreeLimits(rpm=300, text="10,000 neurons a day over all models, until 00:00 UTC"),
+        free=FreeLimits(
+            rpm=300, text="10,000 neurons a day over all models, until 00:00 UTC", date="2026-11-10"
+        ),
         trains_on_prompts="no",
         aliases=("cf", "workers_ai"),
         state_date="2026-11-10",
@@ -834,7 +926,12 @@ PROVIDERS = (
             "dots-studio/dots-3-note-preview:free",
         ),
         "free",
-        free=FreeLimits(text=":free ids, 200 requests an hour per address, no key needed"),
+        free=FreeLimits(
+            rph=200,
+            text=":free ids, 200 requests an hour per address, no key needed",
+            models="free$",
+            date="2026-10-05",
+        ),
         trains_on_prompts="yes",
         aliases=("kilocode", "kilo_code"),
         keyless=True,
@@ -850,7 +947,13 @@ PROVIDERS = (
         ("LLM7_API_KEY", "PROVIDER_KEY_LLM7"),
         ("gpt-oss:20b", "minimax-m2.7", "DeepSeek-V4-Flash-0731"),
         "free",
-        free=FreeLimits(rpm=60, tpd=100_000, text="free token: one request a second, 250 an hour"),
+        free=FreeLimits(
+            rpm=60,
+            tpd=100_000,
+            rph=250,
+            text="free token: one request a second, 250 an hour",
+            date="2026-08-21",
+        ),
         aliases=("llm7.io",),
         keyless=True,
         state_date="2026-10-05",
@@ -882,7 +985,13 @@ PROVIDERS = (
         "free",
         embed_model="bge-m3",
         embed_dims=1024,
-        free=FreeLimits(rpm=2, text="without a key 2 RPM per address and model; 400 with a key"),
+        free=FreeLimits(
+            rpm=2,
+            text="without a key 2 RPM per address and model; 400 with a key",
+            per="model",
+            without_key=True,
+            date="2026-10-08",
+        ),
         trains_on_prompts="no",
         aliases=("ovh",),
         keyless=True,
@@ -902,7 +1011,9 @@ PROVIDERS = (
             "nvidia/nemotron-3.5-lightning-30b-a3b",
         ),
         "free",
-        free=FreeLimits(rpd=200, text="200 requests a day over the $0 models, no card"),
+        free=FreeLimits(
+            rpd=200, text="200 requests a day over the $0 models, no card", date="2026-10-05"
+        ),
         trains_on_prompts="yes",
         state_date="2026-10-05",
         note="2026-10: the $0 models are hosted by NVIDIA and may train on prompts.",
@@ -1594,6 +1705,7 @@ class Service:
     tools: Mapping[str, bool] = field(default_factory=dict)  # by model, "" = every model
     reasoning: Mapping[str, bool] = field(default_factory=dict)
     headers: tuple[tuple[str, str], ...] = ()
+    caps: Mapping[str, int] = field(default_factory=dict)  # RPM, RPD, TPM, TPD as set; 0 = none
     resting: str = ""  # why it is never tried: retired, or nothing left of its models
 
     @functools.cached_property
@@ -1756,7 +1868,7 @@ class Config:
         "router_state.json",
         "ROUTER_STATE_FILE",
         "Files",
-        "rests, dead keys and breakers, kept over a restart (HR_HOME); set to nothing = not kept",
+        "rests, dead keys, breakers and quotas, kept over a restart (HR_HOME); empty = not kept",
         also=("STATE_FILE",),
         blank=True,
         restart=True,
@@ -2452,6 +2564,7 @@ def read_service(
         tools=tools,
         reasoning=read_overrides(reader, prefix, models, "REASONING"),
         headers=read_headers(reader, row),
+        caps=read_caps(reader, row),
         resting=why_resting(row, own_url, models),
     )
 
@@ -2547,6 +2660,19 @@ def read_overrides(
     names = {"": f"{prefix}_{suffix}"} | {m: f"{prefix}_{env_suffix(m)}_{suffix}" for m in models}
     return MappingProxyType(
         {model: reader.flag(name, True) for model, name in names.items() if name in reader.env}
+    )
+
+
+def read_caps(reader: SettingsReader, row: Provider) -> Mapping[str, int]:
+    """<PROVIDER>_RPM, _RPD, _TPM and _TPD, where they are set: `rpm` -> the number."""
+    parts = ("rpm", "rpd", "tpm", "tpd")
+    names = {part: f"{row.name}_{part}".upper() for part in parts}
+    return MappingProxyType(
+        {
+            part: reader.count(name, getattr(row.free, part) or 0)
+            for part, name in names.items()
+            if reader.text(name) is not None
+        }
     )
 
 
@@ -4556,6 +4682,12 @@ def output_edits(body: Json, reserve: int, ceiling: int) -> dict[str, object]:
             if wanted != asked:
                 edits[name] = wanted
     return edits
+
+
+def output_wish(body: Json) -> int:
+    """How many tokens the answer may have, as a request says itself; 0 = it does not."""
+    asked = (body.get(name) for name in OUTPUT_LIMITS)
+    return max((n for n in asked if isinstance(n, int) and not isinstance(n, bool)), default=0)
 
 
 # =============================================================================
@@ -14470,10 +14602,26 @@ class Lease(NamedTuple):
     provider: str
     key: str = ""
     model: str = ""
+    draft: Draft | None = None  # what it draws on quotas (section Ledger)
 
     @property
     def tail(self) -> str:
         return key_tail(self.key)
+
+
+class KeyClaim(Protocol):
+    """What a request needs of the quota of a key, where any is known."""
+
+    draft: Draft | None
+
+    def admit(self, key: str) -> bool:
+        """Draw on the key's quota if there is room."""
+
+    def rank(self, key: str) -> int:
+        """Headroom: 0 plenty, 1 low, 2 nearly dry."""
+
+    def wait(self, key: str) -> tuple[float, str]:
+        """(seconds until there is room, why there is none now); (0, "") when there is."""
 
 
 class Rest(NamedTuple):
@@ -14522,22 +14670,29 @@ class KeyPool:
         tried: Iterable[str] = (),
         ignoring: frozenset[str] = frozenset(),
         among: Sequence[str] | None = None,
+        claim: KeyClaim | None = None,
     ) -> Lease | None:
         """A ready key that is not among `tried`; rests for a reason in `ignoring` do not count.
 
         `among` (here and below): the provider's keys as the request found them when it began;
-        None = those of now.
+        None = those of now. With a claim, keys with more headroom come first, and those without
+        room are left out.
         """
         with self._lock:
             keys = self._among(provider, among)
             start = self._turns.get(provider, 0) if self._rotate else 0
-            for offset in range(len(keys)):
-                key = keys[(start + offset) % len(keys)]
+            turns: Iterable[int] = range(start, start + len(keys))
+            if claim and len(keys) > 1:
+                turns = sorted(turns, key=lambda turn: claim.rank(keys[turn % len(keys)]))
+            for turn in turns:
+                key = keys[turn % len(keys)]
                 if key in tried or self._resting(provider, key, model, ignoring):
                     continue
-                self._turns[provider] = (start + offset + 1) % len(keys)
+                if claim and not claim.admit(key):
+                    continue
+                self._turns[provider] = (turn + 1) % len(keys)
                 self._handed[provider, key] = self._handed.get((provider, key), 0) + 1
-                return Lease(provider, key, model)
+                return Lease(provider, key, model, claim.draft if claim else None)
         return None
 
     def another(
@@ -14601,21 +14756,30 @@ class KeyPool:
         model: str,
         tried: Iterable[str] = frozenset(),
         among: Sequence[str] | None = None,
+        claim: KeyClaim | None = None,
     ) -> float | None:
         """Seconds until some key of the provider is ready for the model; None without keys."""
         with self._lock:
+            now = self._now()
             waits = [
-                max((r.until for r in self._over(provider, key, model)), default=0.0) - self._now()
+                max((r.until for r in self._kept(provider, key, model, claim)), default=now) - now
                 for key in self._among(provider, among)
                 if key not in tried
             ]
         return max(0.0, min(waits)) if waits else None
 
-    def why(self, provider: str, model: str, among: Sequence[str] | None = None) -> str:
+    def why(
+        self,
+        provider: str,
+        model: str,
+        among: Sequence[str] | None = None,
+        claim: KeyClaim | None = None,
+    ) -> str:
         """Why no key is ready: the reason that keeps the key that is ready first."""
         with self._lock:
             now = self._now()
-            over = (self._over(provider, key, model) for key in self._among(provider, among))
+            keys = self._among(provider, among)
+            over = (self._kept(provider, key, model, claim) for key in keys)
             last = [max(live) for rests in over if (live := [r for r in rests if r.until > now])]
         return min(last).why if last else ""
 
@@ -14650,6 +14814,12 @@ class KeyPool:
         """The rests that lie over one (key, model), over or not."""
         found = (self._rests.get((provider, *place)) for place in self._places(key, model))
         return [rest for rest in found if rest]
+
+    def _kept(self, provider: str, key: str, model: str, claim: KeyClaim | None) -> list[Rest]:
+        """The same, and what a used up quota makes of it."""
+        rests = self._over(provider, key, model)
+        wait, why = claim.wait(key) if claim else (0.0, "")
+        return [*rests, Rest(self._now() + wait, why)] if wait else rests
 
     def _resting(self, provider: str, key: str, model: str, ignoring: frozenset[str]) -> bool:
         if not self._rests:
@@ -15134,7 +15304,1207 @@ class Breakers:
 
 
 # =============================================================================
-# 24. State
+# 24. Ledger
+# =============================================================================
+
+Unit = Literal["requests", "tokens", "input tokens", "output tokens", "percent"]
+
+# What we count of each unit: requests, tokens, or nothing (known from statements alone).
+OF_REQUESTS, OF_TOKENS, OF_NOTHING = 0, 1, 2
+KINDS: Final[Mapping[Unit, int]] = {
+    "requests": OF_REQUESTS, "tokens": OF_TOKENS, "input tokens": OF_TOKENS,
+    "output tokens": OF_NOTHING, "percent": OF_NOTHING,
+}  # fmt: skip
+
+MINUTE: Final = 60.0
+HOUR: Final = 3600.0
+DAY: Final = 86_400.0
+MONTH: Final = 31 * DAY
+WINDOW_WORDS: Final[Mapping[float, str]] = {
+    MINUTE: "minute", HOUR: "hour", DAY: "day", 7 * DAY: "week", MONTH: "month",
+}  # fmt: skip
+WINDOW_S: Final = {word: seconds for seconds, word in WINDOW_WORDS.items()}
+LOW: Final = 0.1  # of a limit: less is left over for the careful
+NEARLY_DRY: Final = 0.02
+DISPROOFS: Final = 3  # so many answers beyond a known limit mean that it is another one
+SURE_S: Final = DAY  # so long a limit is believed that a refusal confirmed
+
+
+def window_word(seconds: float) -> str:
+    """ "minute", "day", else "5h" or "90s"."""
+    word = WINDOW_WORDS.get(seconds)
+    hours = seconds / HOUR
+    return word or (f"{hours:.0f}h" if hours >= 1 and hours == int(hours) else f"{seconds:.0f}s")
+
+
+def quota_moment(seconds: float) -> str:
+    """Unix seconds as `2026-11-21T15:40:00Z`."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# --- what is known beforehand ---
+
+
+class Allowance(NamedTuple):
+    """A limit that holds without anybody having stated it."""
+
+    unit: Unit
+    period: float  # seconds of its window
+    limit: int
+    shared: bool  # all models of a key use the same window
+    owner: bool = False  # the settings say so, not our table
+
+
+KNOWN_LIMITS: Final[tuple[tuple[str, Unit, float], ...]] = (
+    ("rpm", "requests", MINUTE),
+    ("rph", "requests", HOUR),
+    ("rpd", "requests", DAY),
+    ("rpmonth", "requests", MONTH),
+    ("tpm", "tokens", MINUTE),
+    ("tpd", "tokens", DAY),
+)  # fmt: skip
+
+
+class Known(NamedTuple):
+    """The limits of one key for a model, and who shares those that are shared."""
+
+    quotas: tuple[Allowance, ...] = ()
+    pool: str = ANY  # every model of the key, or FREE_MODELS
+
+
+FREE_MODELS: Final = "free models"  # no id of a model: it holds a space
+
+
+def known_limits(service: Service, model: str) -> Known:
+    """As set, else those of the provider's free tier.
+
+    What is known of a provider is no fact about another server under its name.
+    """
+    row, free = service.provider, free_limits(service, model)
+    found = []
+    for part, unit, period in KNOWN_LIMITS:
+        set_here = service.caps.get(part)
+        limit = set_here if set_here is not None else getattr(free, part)
+        if limit:
+            shared = row.free.per == "key" or part == "rpmonth"
+            found.append(Allowance(unit, period, limit, shared, set_here is not None))
+    return Known(tuple(found), FREE_MODELS if free.models else ANY)
+
+
+def free_limits(service: Service, model: str) -> FreeLimits:
+    """What the table says of the free tier, where it holds for this service and model."""
+    row, free = service.provider, service.provider.free
+    own = urlsplit(service.url).hostname == urlsplit(row.url).hostname
+    keyed = free.without_key and any(service.keys)
+    if row.tier not in ("free", "trial") or not own or keyed:
+        return FreeLimits()
+    name = model.lower()
+    if free.models and not re.search(free.models, name):
+        return FreeLimits()
+    return next((family for words, family in free.families if re.search(words, name)), free)
+
+
+# --- what providers state ---
+
+
+Span = tuple[Unit, float]  # of what, and of how many seconds; 0 = as far as its reset is away
+
+
+class Sense(NamedTuple):
+    """What three headers of a provider's answers mean together; a name may be ""."""
+
+    window: Span
+    limit: str
+    left: str
+    reset: str
+
+
+class Stated(NamedTuple):
+    """What is left of one window, as its provider says."""
+
+    window: Span
+    shared: bool  # all models of a key use the same one
+    left: float
+    limit: float = 0.0  # 0 = not said
+    reset: str = ""  # a wait or a moment; "" = not said
+
+
+HeaderReader = Callable[[Mapping[str, str]], Iterable[Stated]]
+
+
+class Layout(NamedTuple):
+    """How the rate-limit headers among these names are read."""
+
+    own: tuple[Sense, ...] = ()  # every model of a key has its own
+    shared: tuple[Sense, ...] = ()
+    odd: tuple[HeaderReader, ...] = ()
+
+    @property
+    def plain(self) -> tuple[tuple[bool, tuple[Sense, ...]], ...]:
+        """(shared, what is read), without what there is none of."""
+        both = ((False, self.own), (True, self.shared))
+        return tuple(pair for pair in both if pair[1])
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One way to name rate-limit headers. Groups: part, unit, window; seen in answers on `date`."""
+
+    names: re.Pattern[str]
+    date: str
+    unit: Unit = "requests"  # where the name tells none
+    period: float | None = None  # None = the provider's usual one, 0 = as its reset tells
+    shared: bool = False  # all models of a key use the same window
+
+
+SPELLINGS: Final = (
+    Spelling(  # openai, groq, xai, together, fireworks, venice, azure; cerebras, sambanova, mistral
+        re.compile(
+            r"x-ratelimit-(?P<part>limit|remaining|reset)-"
+            r"(?P<unit>requests|req|tokens|input-tokens|output-tokens)"
+            r"(?:-(?P<window>minute|hour|day|month))?"
+        ),
+        "2026-11",
+    ),
+    Spelling(
+        re.compile(
+            r"anthropic-ratelimit-(?P<unit>requests|tokens|input-tokens|output-tokens)"
+            r"-(?P<part>limit|remaining|reset)"
+        ),
+        "2026-09",
+        period=MINUTE,
+    ),
+    Spelling(  # mistral
+        re.compile(
+            r"(?:x-)?ratelimitbysize-(?P<part>limit|remaining|reset)(?:-(?P<window>minute|month))?"
+        ),
+        "2025-03",
+        unit="tokens",
+        period=MINUTE,
+    ),
+    Spelling(  # cohere's trial keys
+        re.compile(r"x-trial-endpoint-call-(?P<part>limit|remaining)"), "2025-06", period=MINUTE
+    ),
+    Spelling(  # openrouter, github; and the IETF's draft up to its sixth version
+        re.compile(r"(?:x-)?ratelimit-(?P<part>limit|remaining|reset)"),
+        "2026-10",
+        period=0.0,
+        shared=True,
+    ),
+)
+UNIT_WORDS: Final[Mapping[str, Unit]] = {
+    "req": "requests", "requests": "requests", "tokens": "tokens",
+    "input-tokens": "input tokens", "output-tokens": "output tokens",
+}  # fmt: skip
+
+
+def layout_of(row: Provider, names: Iterable[str]) -> Layout:
+    """How to read headers with these names (small letters) of a provider."""
+    found: dict[tuple[Span, bool], dict[str, str]] = {}
+    names = tuple(names)
+    for name in names:
+        for spelling in SPELLINGS:
+            if match := spelling.names.fullmatch(name):
+                window = meant_window(row, spelling, match.groupdict())
+                found.setdefault((window, spelling.shared), {})[match["part"]] = name
+                break
+    senses = [
+        (shared, Sense(window, parts.get("limit", ""), parts["remaining"], parts.get("reset", "")))
+        for (window, shared), parts in found.items()
+        if "remaining" in parts
+    ]
+    own, shared = (tuple(s for is_shared, s in senses if is_shared is it) for it in (False, True))
+    return Layout(own, shared, tuple(read for mark, read in ODD_HEADERS if mark in names))
+
+
+def meant_window(row: Provider, spelling: Spelling, said: Mapping[str, str | None]) -> Span:
+    unit = UNIT_WORDS.get(said.get("unit") or "", spelling.unit)
+    if window := said.get("window"):
+        return unit, WINDOW_S[window]
+    usual = row.requests_per if unit == "requests" else MINUTE
+    return unit, usual if spelling.period is None else spelling.period
+
+
+def ietf_stated(headers: Mapping[str, str]) -> Iterator[Stated]:
+    """`ratelimit: "api";r=999;t=295` with `ratelimit-policy: "api";q=1000;w=300` (huggingface)."""
+    policies = headers.get("ratelimit-policy", "")[:1000].split(",")
+    known = {name: fields for name, fields in map(ietf_item, policies) if name}
+    for item in headers.get("ratelimit", "")[:1000].split(","):
+        name, said = ietf_item(item)
+        if "r" not in said:
+            continue
+        policy = known.get(name, {})
+        limit, period = float(policy.get("q", 0)), float(policy.get("w", 0))
+        yield Stated(("requests", period), True, float(said["r"]), limit, said.get("t", ""))
+
+
+def ietf_item(text: str) -> tuple[str, dict[str, str]]:
+    """(name, parameters) of one item; a policy may hold other quoted words before its name."""
+    quoted = re.findall(r'"([^"]{1,60})"', text)
+    return quoted[-1] if quoted else "", dict(re.findall(r"\b([rtqw])=(\d{1,9})\b", text))
+
+
+def codex_stated(headers: Mapping[str, str]) -> Iterator[Stated]:
+    """A plan's two windows in percent (OpenAI's Codex, 2026-09)."""
+    for name in ("primary", "secondary"):
+        used = finite_number(headers.get(f"x-codex-{name}-used-percent"))
+        minutes = finite_number(headers.get(f"x-codex-{name}-window-minutes"))
+        reset = headers.get(f"x-codex-{name}-reset-after-seconds")
+        reset = reset or headers.get(f"x-codex-{name}-reset-at", "")
+        if used is not None and minutes:
+            left = max(0.0, 100.0 - used)
+            yield Stated(("percent", minutes * 60), True, left, 100.0, reset)
+
+
+ODD_HEADERS: Final[tuple[tuple[str, HeaderReader], ...]] = (
+    ("ratelimit", ietf_stated),
+    ("x-codex-primary-used-percent", codex_stated),
+    ("x-codex-secondary-used-percent", codex_stated),
+)
+# "on tokens per minute (TPM): Limit 8000, Used 7800, Requested 900" (groq, 2026-09)
+USED_UP: Final = re.compile(
+    r"\b(requests|tokens) per (minute|hour|day)\b.{0,20}?: limit (\d{1,12}), used (\d{1,12})",
+    re.IGNORECASE,
+)
+# "GenerateRequestsPerDayPerProjectPerModel-FreeTier" (gemini, 2026-11)
+GOOGLE_QUOTA: Final = re.compile(r"(Requests|Tokens).{0,40}Per(Minute|Day)|Per(Minute|Day)")
+
+
+def body_stated(body: bytes, row: Provider) -> Iterator[Stated]:
+    """What the body of a 429 says is used up: prose, Google's violations, packed headers."""
+    value = error_value(body)
+    if value is None:
+        return
+    for unit, window, limit, used in USED_UP.findall(dig_message(value)[:2000]):
+        left = max(0.0, float(limit) - float(used))
+        known = (UNIT_WORDS[unit.lower()], WINDOW_S[window.lower()])
+        yield Stated(known, row.free.per == "key", left, float(limit))
+    quota, headers = "", {}
+    for name, found in itertools.islice(members(value, 8), MAX_WAIT_NODES):
+        if name == "quotaId":
+            quota = str(found)
+        elif name == "quotaValue":
+            yield from google_stated(quota, str(found))
+        elif name.lower().startswith("x-ratelimit-"):
+            headers[name.lower()] = str(found)
+    for shared, senses in layout_of(row, headers).plain:
+        for sense in senses:
+            if said := numbers_in(sense, headers):
+                reset = headers.get(sense.reset, "")
+                yield Stated(sense.window, shared, *said, reset)
+
+
+def google_stated(quota: str, value: str) -> Iterator[Stated]:
+    """One violation; a value of 0 is no limit but a model outside the tier."""
+    found, limit = GOOGLE_QUOTA.search(quota), finite_number(value)
+    if not found or not limit:
+        return
+    unit: Unit = "tokens" if "Token" in quota else "requests"
+    yield Stated((unit, WINDOW_S[(found[2] or found[3]).lower()]), False, 0.0, limit)
+
+
+def numbers_in(sense: Sense, headers: Mapping[str, str]) -> tuple[float, float] | None:
+    """(left, limit or 0) of plain headers; None where there is no number, or no limit (-1)."""
+    try:
+        left = float(headers[sense.left])
+        limit = float(headers[sense.limit]) if sense.limit else 0.0
+    except (KeyError, ValueError):
+        return None
+    sane = 0 <= left < 1e15 and (0 < limit < 1e15 or not sense.limit)
+    return (left, limit) if sane else None
+
+
+# --- windows ---
+
+
+class Gauge:
+    """One window of one quota: what may be used in it, what was used, what its provider says.
+
+    `limit` is what the provider gives as far as is known (0 = not known), `cap` what the settings
+    allow (0 = anything). What was stated counts, less what was used since, until its window ends;
+    then our own count does: of the last `period` seconds, for days and longer since the
+    provider's midnight, and where windows refill less what has come back since it was used.
+    Times are unix seconds. What its balance used is looked up when somebody asks. Not safe for
+    threads: its ledger has the lock.
+    """
+
+    __slots__ = (
+        "at", "balance", "base", "cap", "clock", "disproofs", "ends", "grain", "kind", "limit",
+        "listed", "low", "mark", "period", "refills", "reset", "resets", "said", "seen", "slides",
+        "slots", "sure_until", "unit", "used",
+    )  # fmt: skip
+
+    def __init__(self, balance: Balance, unit: Unit, period: float, row: Provider) -> None:
+        self.unit, self.kind, self.period = unit, KINDS[unit], period
+        self.balance, self.seen = balance, balance.totals[self.kind]  # counted so far
+        self.limit = self.cap = self.low = 0.0
+        self.used = 0.0  # by our own count, as of `ends` where it refills, else until `ends`
+        self.ends = 0.0
+        self.clock, self.refills = row.clock, row.refills and period <= DAY
+        self.slides = period < DAY and not self.refills
+        self.grain = period / 60  # uses so close to each other are one slot
+        self.slots: deque[list[float]] = deque()  # [since, used] where `slides`
+        self.said: float | None = None  # left when it was stated
+        self.at = self.mark = self.resets = 0.0  # of the statement: when, what was used before it
+        self.reset = ""  # not read yet
+        self.listed = 0.0  # the limit that was known before anything was learnt; 0 = none
+        self.disproofs = 0  # answers beyond the limit, in a row
+        self.sure_until = 0.0  # a refusal confirmed the limit
+        self.base: tuple[float, float, dict[str, float]] | None = None  # see Ledger._compare
+
+    def state(self, now: float, mark: float, left: float, limit: float, reset: str) -> None:
+        """Take the provider's word; `mark` is what the balance had used when it was asked."""
+        if self.said is not None and mark < self.mark and now < self.ends_at():
+            return  # an answer that was overtaken by a later one
+        most = limit or max(self.limit, left)
+        if most != self.limit:
+            self.bound(most)
+        self.said, self.at, self.mark, self.reset = left, now, mark, reset
+        self.resets = 0.0
+        if self.synced:
+            self.used, self.seen = max(self.limit - left, 0.0), mark
+            if self.refills:
+                self.ends = now
+            elif now >= self.ends:
+                self.ends = now + self._pause(now)
+
+    @property
+    def synced(self) -> bool:
+        """Whether our own count goes on from what is stated."""
+        return self.said is not None and not self.slides and not self.cap
+
+    def ends_at(self) -> float:
+        """When the stated window ends; read from the header only when somebody wants to know."""
+        if not self.resets:
+            wait = read_wait(self.reset, zone_seconds(self.clock, self.at))
+            if wait.at is not None:
+                ends = wait.at
+            elif wait.after is not None:
+                ends = self.at + wait.after
+            else:
+                ends = self.at + self._pause(self.at)
+            self.resets = min(ends, self.at + MONTH)
+            if not self.slides and not self.refills and not self.cap:
+                self.ends = self.resets
+        return self.resets
+
+    def left(self, now: float, need: float = math.inf) -> float:
+        """What may be used now; it may be more where there is enough for `need` and plenty."""
+        if self.said is None:
+            most = self.cap or self.limit
+            return most - self.counted(now) if most else math.inf
+        plain = self.said - (self.balance.totals[self.kind] - self.mark)
+        if plain >= need and plain > self.low and not self.cap:
+            return plain
+        if now >= self.ends_at():
+            self.said = None
+            return self._own(now)
+        if self.refills:
+            plain += (self.limit - self.said) * (now - self.at) / (self.resets - self.at)
+        plain = min(plain, self.limit)
+        return min(plain, self.cap - self.counted(now)) if self.cap else plain
+
+    def wait(self, now: float, need: float) -> float:
+        """Seconds until `need` may be used, 0 = now; inf = it never fits."""
+        left, most = self.left(now), self.cap or self.limit
+        if left >= need and left > 0:
+            return 0.0
+        if most and need > most:
+            return math.inf
+        if self.said is None or (self.cap and self.cap - self.counted(now) < need):
+            return self._own_wait(now, need)
+        rest = self.resets - now
+        if self.refills and self.limit > self.said:
+            rate = (self.limit - self.said) / (self.resets - self.at)
+            rest = min(rest, (max(need, 1.0) - left) / rate)
+        return max(rest, 0.001)
+
+    def bound(self, limit: float, cap: float | None = None) -> None:
+        """Set what may be used in a window."""
+        self.limit, self.cap = limit, self.cap if cap is None else cap
+        self.low = (self.cap or limit) * LOW
+
+    def confirm(self, now: float) -> None:
+        """A request was refused that was at most a little beyond the limit."""
+        self.sure_until, self.disproofs = now + SURE_S, 0
+        if self.said is None and self.limit > self.listed:  # it was raised too far
+            self.bound(max(self.listed, min(self.limit, math.floor(self.used))))
+
+    def disprove(self) -> None:
+        """A request was answered that was beyond the limit; our count may be a little off."""
+        self.disproofs += 1
+        if self.disproofs >= DISPROOFS:
+            self.disproofs = 0
+            self.bound(self.limit * 2)
+
+    def sure(self, now: float) -> bool:
+        """Whether that nothing is left is more than our own count against a table."""
+        return bool(self.cap) or now < self.sure_until or self.said is not None
+
+    def counted(self, now: float) -> float:
+        """What we used in the window that is open now."""
+        total = self.balance.totals[self.kind]
+        more, self.seen = total - self.seen, total
+        if self.slides:
+            return self._slid(now, more)
+        if self.refills:
+            if more > 0:
+                self._drain(min(self.balance.seen, now))
+            self.used = max(0.0, self.used + more)
+            self._drain(now)
+            self.ends = now
+            return self.used
+        if not now < self.ends <= now + MONTH:
+            self.used, self.ends = 0.0, now + self._pause(now)
+        self.used = max(0.0, self.used + more)
+        return self.used
+
+    def _drain(self, now: float) -> None:
+        if now > self.ends:
+            back = (now - self.ends) * (self.cap or self.limit) / self.period
+            self.used, self.ends = max(0.0, self.used - back), now
+
+    def _slid(self, now: float, more: float) -> float:
+        slots, at = self.slots, min(self.balance.seen, now)
+        if more > 0:
+            self.used += more
+            if slots and at - slots[-1][0] < self.grain:
+                slots[-1][1] += more
+            else:
+                slots.append([at, more])
+        elif more < 0:
+            self._take_back(-more)
+        since = now - self.period - self.grain
+        while slots and not since < slots[0][0] <= now:  # old, or of a clock that was set back
+            self.used -= slots.popleft()[1]
+        self.used = max(self.used, 0.0) if slots else 0.0  # and no crumbs of rounding
+        return self.used
+
+    def _take_back(self, less: float) -> None:
+        """Less was used than was thought: the latest uses first."""
+        for slot in reversed(self.slots):
+            part = min(less, slot[1])
+            slot[1] -= part
+            self.used -= part
+            less -= part
+            if less <= 0:
+                return
+
+    def bucket(self, now: float) -> int:
+        """0 plenty, 1 low, 2 nearly dry."""
+        most, left = self.cap or self.limit, self.left(now)
+        if left > self.low or not most:
+            return 0 if left > 0 else 2
+        return 1 if left > most * NEARLY_DRY else 2
+
+    def _own(self, now: float) -> float:
+        most = self.cap or self.limit
+        return most - self.counted(now) if most else math.inf
+
+    def _own_wait(self, now: float, need: float) -> float:
+        missing = need - self._own(now)
+        if self.refills:
+            return missing * self.period / (self.cap or self.limit)
+        if not self.slides:
+            return self.ends - now
+        for since, used in self.slots:
+            missing -= used
+            if missing <= 0:
+                return max(since + self.period + self.grain - now, 0.001)
+        return self.period
+
+    def _pause(self, now: float) -> float:
+        """Seconds until the window that is open at `now` ends if nobody says otherwise."""
+        if self.refills and self.limit:
+            return self.period * max(self.limit - (self.said or 0.0), 0.0) / self.limit
+        if self.period == DAY:
+            return until_midnight(self.clock, now)
+        return until_next_month(now) if self.period == MONTH else self.period
+
+
+class Balance:
+    """What one place used in all, and its windows: a key with one model, or with ANY."""
+
+    __slots__ = (
+        "calm_until", "gauges", "probed", "recent", "seen", "spare", "spare_until",
+        "totals",
+    )  # fmt: skip
+    SLOT_S: ClassVar[float] = 300.0
+
+    def __init__(self, now: float) -> None:
+        self.totals, self.seen = [0.0, 0.0, 0.0], now  # by kind
+        self.gauges: dict[Span, Gauge] = {}
+        self.recent: deque[list[float]] = deque(maxlen=13)  # [since, requests, tokens]: an hour
+        self.calm_until = 0.0  # plenty was stated a moment ago
+        self.spare = (0.0, 0.0)  # totals up to which nobody need look, until
+        self.spare_until = 0.0
+        self.probed = 0.0  # a window that only our count calls dry is tried until then
+
+    def gauge(self, window: Span, row: Provider) -> Gauge:
+        """The gauge of a window, a new one if need be."""
+        gauge = self.gauges.get(window)
+        if gauge is None:
+            gauge = self.gauges[window] = Gauge(self, *window, row)
+        return gauge
+
+    def use(self, now: float, tokens: float) -> None:
+        self.totals[OF_REQUESTS] += 1
+        self.totals[OF_TOKENS] += tokens
+        self.seen = now
+        if self.recent and 0 <= now - self.recent[-1][0] < self.SLOT_S:
+            self.recent[-1][1] += 1
+            self.recent[-1][2] += tokens
+        else:
+            self.recent.append([now, 1, tokens])
+
+    def correct(self, totals: Sequence[float], more: float) -> None:
+        """A request that left these totals behind used so many tokens more than was thought."""
+        self.totals[OF_TOKENS] += more
+        self.recent[-1][2] += more
+        for gauge in self.gauges.values():
+            if gauge.kind == OF_TOKENS and gauge.mark >= totals[OF_TOKENS]:
+                gauge.mark += more  # what was stated since knows it already
+                if gauge.synced:
+                    gauge.seen += more
+
+    def rate(self, now: float, kind: int) -> float:
+        """Units a second over the last hour."""
+        slots = [slot for slot in self.recent if now - HOUR < slot[0] <= now]
+        if not slots or kind == OF_NOTHING:
+            return 0.0
+        span = max(now - slots[0][0], self.SLOT_S)
+        return sum(slot[1 + kind] for slot in slots) / span
+
+    def dry_at(self, now: float, gauge: Gauge) -> float | None:
+        """When the window runs dry at the rate of the last hour; None = not before it ends."""
+        left = gauge.left(now)
+        if left <= 0:
+            return now
+        rate = self.rate(now, gauge.kind)
+        if not rate or gauge.period < HOUR or math.isinf(left):
+            return None
+        at = now + left / rate
+        return at if at < self.returns_at(now, gauge) else None
+
+    @staticmethod
+    def returns_at(now: float, gauge: Gauge) -> float:
+        """When the window starts anew, or is full again."""
+        if gauge.said is not None:
+            return gauge.ends_at()
+        if not gauge.slides:
+            used = gauge.counted(now)
+            most = gauge.cap or gauge.limit
+            return now + used * gauge.period / most if gauge.refills else gauge.ends
+        newest = gauge.slots[-1][0] if gauge.slots else now - gauge.period
+        return newest + gauge.period
+
+
+Spot = tuple[str, str, str]  # provider, key, model (or ANY, or FREE_MODELS)
+Drawn = tuple[Spot, Balance, Sequence[float]]  # with the balance's totals, this request's included
+
+
+class Draft(NamedTuple):
+    """What one request has drawn: its token estimate, where, and what it found used before."""
+
+    tokens: float
+    places: Sequence[Drawn]
+    guesses: tuple[Gauge, ...] = ()  # called dry by our count alone, and tried all the same
+
+
+class Dry(NamedTuple):
+    """Why a key may not be asked now."""
+
+    wait: float  # seconds; inf = the request is larger than the whole window
+    why: str  # in the words of verdicts
+    text: str = ""
+    sure: bool = True
+
+
+ROOM: Final = Dry(0.0, "")
+
+
+def why_dry(gauge: Gauge, wait: float, now: float) -> Dry:
+    most, per = gauge.cap or gauge.limit, window_word(gauge.period)
+    if math.isinf(wait):
+        text = f"larger than the {most:.0f} {gauge.unit} of a {per}"
+        return Dry(wait, "too_large", text, False)
+    why = "rate_limited" if gauge.period < DAY else "day_quota"
+    why = "plan_quota" if gauge.period > DAY or gauge.unit == "percent" else why
+    text = f"the {most:.0f} {gauge.unit} of a {per} are used up"
+    return Dry(wait, why, text, gauge.sure(now))
+
+
+Found = tuple[tuple[Spot, Balance], ...]  # what a request of one (provider, key, model) draws on
+
+
+class Ledger:
+    """What is left per (provider, key, model), and when it returns.
+
+    Fed by every rate-limit header and by what refusals say, and by our own count against known
+    limits where nobody says anything. One lock, held for dictionary work only.
+    """
+
+    MAX_BALANCES: ClassVar[int] = 5000
+    MAX_KNOWN: ClassVar[int] = 2000
+    PROBE_S: ClassVar[float] = 60.0
+    SHORT_S: ClassVar[float] = 5.0  # rather waited for than tried
+    CALM_S: ClassVar[float] = 1.0  # after plenty was stated our own count does for so long
+    CALM_SHARE: ClassVar[float] = 0.5  # of a limit
+    MIN_PROOFS: ClassVar[int] = 5
+    MAX_SIBLINGS: ClassVar[int] = 16
+
+    def __init__(
+        self, services: Iterable[Service] = (), wall: Callable[[], float] = time.time
+    ) -> None:
+        self._services: dict[str, Service] = {}
+        self._wall, self._lock = wall, threading.Lock()
+        self._balances: dict[tuple[str, str, str], Balance] = {}
+        self._known: dict[tuple[str, str], Known] = {}
+        self._layouts: dict[str, dict[tuple[str, ...], Layout]] = {}
+        self._heard: set[str] = set()  # providers that have a balance
+        self._found: dict[tuple[str, str, str], Found] = {}  # by (provider, key, model)
+        self._several: set[str] = set()  # providers with more than one key
+        self._tight: set[tuple[str, str, str]] = set()  # places with little left
+        # (provider, key, key): how often they seemed to share a quota, and how often not
+        self._pairs: dict[tuple[str, str, str], list[int]] = {}
+        self._serve(services)
+
+    def adopt(self, config: Config, stay: frozenset[str]) -> None:
+        """Go on with other services, keys or limits; what keys that stay have used stays used."""
+        held = {s.name: s.keys for s in config.services if s.name in stay}
+        with self._lock:
+            for place in list(self._balances):
+                if place[1] not in held.get(place[0], ()):
+                    del self._balances[place]
+                    self._tight.discard(place)
+            self._serve(config.services)
+
+    def _serve(self, services: Iterable[Service]) -> None:
+        self._services = {service.name: service for service in services}
+        several = (s for s in self._services.values() if 2 <= len(s.keys) <= self.MAX_SIBLINGS)
+        self._several = {service.name for service in several}
+        self._known.clear()
+        self._found.clear()
+        for place, balance in self._balances.items():
+            balance.spare_until = 0.0
+            for gauge in balance.gauges.values():
+                gauge.bound(gauge.limit, 0.0)
+            self._equip_all(place, balance)
+
+    # -- before a request ------------------------------------------------------------------
+
+    def claim(
+        self, provider: str, model: str, tokens: int, body: Json | None = None
+    ) -> Claim | None:
+        """What a request of that size needs of a target's keys; None = nothing is known of it."""
+        if provider not in self._heard and not self.known(provider, model).quotas:
+            return None
+        service = self._services.get(provider)
+        if service and service.provider.free.reserves:
+            output = output_wish(body or {})
+            tokens += min(output, service.max_output_tokens or output)
+        return Claim(self, provider, model, tokens)
+
+    def known(self, provider: str, model: str) -> Known:
+        """The limits that hold without anybody having stated them."""
+        known = self._known.get((provider, model))
+        if known is None:
+            service = self._services.get(provider)
+            known = known_limits(service, model) if service else Known()
+            if len(self._known) >= self.MAX_KNOWN:
+                self._known.clear()
+            self._known[provider, model] = known
+        return known
+
+    def draw(self, claim: Claim, key: str, force: bool) -> Draft | None:
+        """Count a request in if its key has room for it. `force`: a mere guess may be overlooked.
+
+        Of those that overlook a guess there is one at a time.
+        """
+        now = self._wall()
+        with self._lock:
+            found = self._route(claim, key, now)
+            guesses: list[Gauge] = []
+            for place, balance in found:
+                if self._spared(claim, balance, now):
+                    continue
+                short, tight = self._short(claim, balance, now)
+                if tight:
+                    self._tight.add(place)
+                elif self._tight:
+                    self._tight.discard(place)
+                if short and not (force and self._overlooked(claim, balance, short, now)):
+                    return None
+                guesses += short
+            if guesses:
+                for _, balance in found:
+                    balance.probed = now + self.PROBE_S
+            return self._drawn(found, now, claim.tokens, tuple(guesses))
+
+    def _spared(self, claim: Claim, balance: Balance, now: float) -> bool:
+        """Whether there was plenty a moment ago, and little was used since."""
+        (asked, spent, _), (most_asked, most_spent) = balance.totals, balance.spare
+        recent = now < balance.spare_until <= now + self.CALM_S
+        return recent and asked < most_asked and spent + claim.tokens < most_spent
+
+    def _short(self, claim: Claim, balance: Balance, now: float) -> tuple[list[Gauge], bool]:
+        """(windows without room for the request, whether little is left of any)."""
+        short, tight, spare = [], False, [math.inf, math.inf, 0.0]
+        for gauge in balance.gauges.values():
+            need = claim.need(gauge)
+            left = gauge.left(now, need)
+            if left < need or left <= 0:
+                short.append(gauge)
+            if left <= gauge.low:
+                tight = True
+            half = (gauge.cap or gauge.limit) * self.CALM_SHARE
+            spare[gauge.kind] = min(spare[gauge.kind], left - half)
+        asked, spent, _ = balance.totals
+        balance.spare = (asked + spare[OF_REQUESTS], spent + spare[OF_TOKENS])
+        balance.spare_until = now + self.CALM_S
+        return short, tight or bool(short)
+
+    def _drawn(self, found: Found, now: float, tokens: float, guesses: tuple[Gauge, ...]) -> Draft:
+        places = []
+        for place, balance in found:
+            balance.use(now, tokens)
+            places.append((place, balance, tuple(balance.totals)))
+            if balance.spare_until != now + self.CALM_S:
+                continue  # counted with the next one that looks
+            for gauge in balance.gauges.values():
+                if gauge.slides or gauge.refills:
+                    gauge.counted(now)  # at this moment
+        return Draft(tokens, places, guesses)
+
+    def redraw(self, lease: Lease) -> Lease:
+        """The same request is sent once more with the same key."""
+        if lease.draft is None:
+            return lease
+        now = self._wall()
+        with self._lock:
+            found = tuple((place, balance) for place, balance, _ in lease.draft.places)
+            return lease._replace(draft=self._drawn(found, now, lease.draft.tokens, ()))
+
+    @property
+    def tight(self) -> bool:
+        """Whether little is left anywhere."""
+        return bool(self._tight)
+
+    def dry(self, claim: Claim, key: str) -> Dry:
+        """How long the key has no room for the request, and why; ROOM when it has."""
+        now = self._wall()
+        with self._lock:
+            waits = [
+                (wait, gauge)
+                for _, balance in self._route(claim, key, now)
+                for gauge in balance.gauges.values()
+                if (wait := self._wait(balance, gauge, now, claim.need(gauge)))
+            ]
+            if not waits:
+                return ROOM
+            return max((why_dry(gauge, wait, now) for wait, gauge in waits), key=self._telling)
+
+    @staticmethod
+    def _telling(dry: Dry) -> tuple[bool, float]:
+        return dry.sure, dry.wait
+
+    def bucket(self, provider: str, key: str, model: str) -> int:
+        """Headroom of one key: 0 plenty, 1 low, 2 nearly dry."""
+        if not self._tight:
+            return 0
+        now, worst = self._wall(), 0
+        with self._lock:
+            for name in (model, self.known(provider, model).pool):
+                place = (provider, key, name)
+                if place not in self._tight or not (balance := self._balances.get(place)):
+                    continue
+                gauges = balance.gauges.values()
+                found = max((m.bucket(now) for m in gauges), default=0)
+                if not found:
+                    self._tight.discard(place)
+                worst = max(worst, found)
+        return worst
+
+    def headroom(self, provider: str, keys: Iterable[str], model: str) -> int:
+        """Headroom of the best key."""
+        if not self._tight:
+            return 0
+        return min((self.bucket(provider, key, model) for key in keys), default=0)
+
+    # -- after it --------------------------------------------------------------------------
+
+    def hear(
+        self, row: Provider, lease: Lease, headers: Mapping[str, str], refused: bool = False
+    ) -> None:
+        """Read what an answer's headers (names in small letters) say is left."""
+        layouts = self._layouts.get(row.name)
+        if layouts is None:
+            layouts = self._layouts[row.name] = {}
+        names = tuple(headers)
+        layout = layouts.get(names)
+        if layout is None:
+            if len(layouts) >= 64:
+                layouts.clear()
+            layout = layouts[names] = layout_of(row, names)
+        if layout.own:
+            self._hear(row, lease, False, layout.own, headers, refused)
+        if layout.shared:
+            self._hear(row, lease, True, layout.shared, headers, refused)
+        for read in layout.odd:
+            self._note(row, lease, read(headers))
+
+    def _hear(
+        self,
+        row: Provider,
+        lease: Lease,
+        shared: bool,
+        senses: Iterable[Sense],
+        headers: Mapping[str, str],
+        all_of_it: bool = True,
+    ) -> None:
+        """`all_of_it`: even where plenty was stated a moment ago."""
+        now = self._wall()
+        with self._lock:
+            place, balance, totals = self._spot(lease, shared, now)
+            if not all_of_it and now < balance.calm_until <= now + self.CALM_S:
+                return
+            calm, balance.spare_until = True, 0.0
+            for sense in senses:
+                said = numbers_in(sense, headers)
+                if said is None:
+                    continue
+                left, limit = said
+                window, reset = sense.window, headers.get(sense.reset, "")
+                if not window[1]:
+                    window = (window[0], self._far(reset, now))
+                gauge = balance.gauge(window, row)
+                if place[0] in self._several and gauge.kind == OF_REQUESTS:
+                    self._compare(place, balance, gauge, left, now)
+                gauge.state(now, totals[gauge.kind], left, limit, reset)
+                calm = calm and left > gauge.limit * self.CALM_SHARE
+                if left <= gauge.low:
+                    self._tight.add(place)
+            balance.calm_until = now + self.CALM_S if calm else 0.0
+
+    def refused(self, row: Provider, lease: Lease, why: str, body: bytes, wait: float) -> None:
+        """A refusal because of a limit that ends in `wait` seconds: what it says, and confirms."""
+        # Where windows refill, the wait is for this request, not for the whole window.
+        said = [
+            s if s.reset or s.window[1] >= DAY or row.refills else s._replace(reset=f"{wait:.0f}")
+            for s in body_stated(body, row)
+        ]
+        self._note(row, lease, said)
+        days = {"rate_limited": 0.0, "day_quota": DAY, "plan_quota": MONTH}.get(why)
+        if days is None or lease.draft is None:
+            return
+        now = self._wall()
+        with self._lock:
+            for _, balance, _ in lease.draft.places:
+                balance.probed = 0.0
+                for gauge in balance.gauges.values():
+                    same = gauge.period < DAY if not days else gauge.period >= days
+                    if same and gauge.limit and gauge.bucket(now):
+                        gauge.confirm(now)
+
+    def settle(self, draft: Draft | None, spent: float | None) -> None:
+        """The request is over: the tokens it really used; None = nobody said."""
+        if draft is None or spent is None or spent == draft.tokens:
+            return
+        more = spent - draft.tokens
+        with self._lock:
+            for _, balance, totals in draft.places:
+                balance.correct(totals, more)
+
+    def passed(self, lease: Lease) -> None:
+        """A success. Where our count called a window dry the table may be wrong."""
+        if lease.draft is None or not lease.draft.guesses:
+            return
+        with self._lock:
+            for _, balance, _ in lease.draft.places:
+                balance.probed = 0.0
+            for gauge in lease.draft.guesses:
+                gauge.disprove()
+
+    def _note(self, row: Provider, lease: Lease, said: Iterable[Stated]) -> None:
+        """Statements of every other form, as if they were headers."""
+        for window, shared, left, limit, reset in said:
+            headers = {"left": str(left), "limit": str(limit), "reset": reset}
+            sense = Sense(window, "limit" if limit else "", "left", "reset")
+            self._hear(row, lease, shared, (sense,), headers)
+
+    def _spot(self, lease: Lease, shared: bool, now: float) -> Drawn:
+        """Where a statement belongs, and what was used there when the request was sent."""
+        provider, key, model, draft = lease
+        for drawn in draft.places if draft else ():
+            if (drawn[0][2] == model) is not shared:
+                return drawn
+        known = self.known(provider, model)
+        place = (provider, key, known.pool if shared else model)
+        balance = self._balances.get(place)
+        if balance is None:
+            quotas = [q for q in known.quotas if q.shared == shared]
+            balance = self._open(place, now)
+            self._equip(balance, provider, quotas)
+        return place, balance, tuple(balance.totals)
+
+    @staticmethod
+    def _far(reset: str, now: float) -> float:
+        """The window of a limit that only says when it ends."""
+        wait = read_wait(reset)
+        away = wait.at - now if wait.at is not None else wait.after or 0.0
+        return next((s for s in (MINUTE, HOUR, DAY) if away <= s + 5), MONTH)
+
+    def _overlooked(
+        self, claim: Claim, balance: Balance, short: Iterable[Gauge], now: float
+    ) -> bool:
+        """Whether windows that look dry may be tried: only our count says so, and for long."""
+        if now < balance.probed:
+            return False
+        waits = [(self._wait(balance, gauge, now, claim.need(gauge)), gauge) for gauge in short]
+        return all(
+            math.isinf(wait) or (wait > self.SHORT_S and not gauge.sure(now))
+            for wait, gauge in waits
+        )
+
+    @staticmethod
+    def _wait(balance: Balance, gauge: Gauge, now: float, need: float) -> float:
+        return gauge.wait(now, need)
+
+    # -- places ----------------------------------------------------------------------------
+
+    def _route(self, claim: Claim, key: str, now: float) -> Found:
+        """The balances that a request of this key draws on."""
+        route = (claim.provider, key, claim.model)
+        found = self._found.get(route)
+        if found is None:
+            if len(self._found) >= self.MAX_BALANCES:
+                self._found.clear()
+            known = self.known(claim.provider, claim.model)
+            places = [((*route[:2], known.pool), True), (route, False)]
+            made = [(place, self._ready(place, known, shared, now)) for place, shared in places]
+            found = self._found[route] = tuple((p, b) for p, b in made if b)
+        return found
+
+    def _ready(self, place: Spot, known: Known, shared: bool, now: float) -> Balance | None:
+        quotas = [q for q in known.quotas if q.shared == shared]
+        balance = self._balances.get(place)
+        if balance is None and quotas:
+            balance = self._open(place, now)
+            self._equip(balance, place[0], quotas)
+        return balance
+
+    def _equip(self, balance: Balance, provider: str, known: Iterable[Allowance]) -> None:
+        for quota in known:
+            row = self._services[provider].provider
+            gauge = balance.gauge((quota.unit, quota.period), row)
+            if quota.owner:
+                gauge.bound(gauge.limit, float(quota.limit))
+            else:
+                gauge.listed = float(quota.limit)
+                gauge.bound(gauge.limit or gauge.listed, 0.0)
+
+    def _open(self, place: tuple[str, str, str], now: float) -> Balance:
+        if len(self._balances) >= self.MAX_BALANCES:
+            old = sorted(self._balances, key=lambda p: self._balances[p].seen)
+            for gone in old[: self.MAX_BALANCES // 10]:
+                del self._balances[gone]
+                self._tight.discard(gone)
+        self._heard.add(place[0])
+        self._found.clear()
+        balance = self._balances[place] = Balance(now)
+        return balance
+
+    # -- keys that share one quota ---------------------------------------------------------
+
+    def _compare(
+        self, place: tuple[str, str, str], balance: Balance, gauge: Gauge, left: float, now: float
+    ) -> None:
+        """Whether what is left fell by the key's own use, or by that of other keys as well."""
+        provider, own_key, model = place
+        keys = self._services[provider].keys if provider in self._services else ()
+        if not 2 <= len(keys) <= self.MAX_SIBLINGS:
+            return
+        asked = {
+            key: sibling.totals[OF_REQUESTS]
+            for key in keys
+            if key != own_key and (sibling := self._balances.get((provider, key, model)))
+        }
+        base = gauge.base
+        if base is None or left > base[0] or now >= gauge.ends_at():
+            gauge.base = (left, balance.totals[OF_REQUESTS], asked)
+            return
+        others = {key: n - base[2].get(key, 0.0) for key, n in asked.items()}
+        theirs = sum(others.values())
+        if theirs < 3:
+            return
+        gauge.base = (left, balance.totals[OF_REQUESTS], asked)
+        share = (base[0] - left - (balance.totals[OF_REQUESTS] - base[1])) / theirs
+        if 0.3 < share < 0.7 or share > 2:
+            return  # neither one thing nor the other
+        for key in (key for key, n in others.items() if n):
+            pair = (provider, min(own_key, key), max(own_key, key))
+            self._pairs.setdefault(pair, [0, 0])[0 if share >= 0.7 else 1] += 1
+
+    def shared(self, provider: str) -> list[tuple[str, str]]:
+        """Pairs of keys that visibly draw on one quota."""
+        with self._lock:
+            return [
+                pair[1:]
+                for pair, (proofs, against) in self._pairs.items()
+                if pair[0] == provider and proofs >= max(self.MIN_PROOFS, 4 * against)
+            ]
+
+    # -- to look at ------------------------------------------------------------------------
+
+    def rows(self, provider: str) -> list[tuple[str, str, Gauge, Json]]:
+        """Every window of a provider with a known limit: (key, model, gauge, what is told)."""
+        now = self._wall()
+        with self._lock:
+            return [
+                (key, model, gauge, self._told(balance, gauge, now))
+                for (owner, key, model), balance in self._balances.items()
+                if owner == provider
+                for gauge in balance.gauges.values()
+                if gauge.cap or gauge.limit
+            ]
+
+    @staticmethod
+    def _told(balance: Balance, gauge: Gauge, now: float) -> Json:
+        left = gauge.left(now)
+        dry = balance.dry_at(now, gauge)
+        return {
+            "window": f"{gauge.unit}/{window_word(gauge.period)}",
+            "limit": round(gauge.cap or gauge.limit),
+            "remaining": max(0, math.floor(left)),
+            "resets_at": quota_moment(balance.returns_at(now, gauge)),
+            "dry_at": None if dry is None else quota_moment(dry),
+            "source": "stated" if gauge.said is not None else "set" if gauge.cap else "counted",
+        }
+
+    def snapshot(self, provider: str) -> list[Json]:
+        """The same for the status; a key by its last characters."""
+        return [
+            {"key_tail": key_tail(key), "model": None if model == ANY else model, **told}
+            for key, model, _, told in self.rows(provider)
+        ]
+
+    def forecast(self, provider: str, keys: Sequence[str], models: Sequence[str]) -> Json | None:
+        """When the last key of a provider runs dry for all its models, and when it is back."""
+        ends: dict[tuple[str, str], tuple[str, str]] = {}
+        for key, model, _, told in self.rows(provider):
+            if told["dry_at"]:
+                end = (told["dry_at"], told["resets_at"])
+                ends[key, model] = min(ends.get((key, model), end), end)
+        found = []
+        for key, model in itertools.product(keys, models):
+            pool = self.known(provider, model).pool
+            both = [ends[place] for place in ((key, model), (key, pool)) if place in ends]
+            if not both:
+                return None
+            found.append(min(both))
+        if not found:
+            return None
+        return {"dry_at": max(end[0] for end in found), "back_at": min(end[1] for end in found)}
+
+    # -- over a restart --------------------------------------------------------------------
+
+    def kept(self, most: int) -> list[tuple[tuple[str, str, str], list[Json]]]:
+        """What a restart should not forget: the places used last, at most so many."""
+        now = self._wall()
+        with self._lock:
+            latest = sorted(self._balances.items(), key=lambda item: -item[1].seen)[:most]
+            return [
+                (place, [self._kept(balance, gauge, now) for gauge in balance.gauges.values()])
+                for place, balance in latest
+            ]
+
+    @staticmethod
+    def _kept(balance: Balance, gauge: Gauge, now: float) -> Json:
+        left = gauge.left(now)
+        row: Json = {"unit": gauge.unit, "period": gauge.period, "limit": gauge.limit}
+        row |= {"used": round(gauge.counted(now), 1), "sure_until": round(gauge.sure_until)}
+        if not gauge.slides:
+            row["ends"] = round(gauge.ends, 1)
+        if gauge.said is not None:
+            row |= {"left": round(left, 1), "resets": round(gauge.ends_at(), 1)}
+        return row
+
+    def restore(self, place: tuple[str, str, str], rows: Iterable[Json]) -> None:
+        """A place as it was; rows that make no sense are passed over."""
+        now = self._wall()
+        with self._lock:
+            if place[0] not in self._services or len(self._balances) >= self.MAX_BALANCES:
+                return
+            for row in itertools.islice(rows, 16):
+                names = ("period", "limit", "used")
+                numbers = [finite_number(row.get(name)) for name in names]
+                period, limit, used = (number or 0.0 for number in numbers)
+                unit = next((known for known in get_args(Unit) if known == row.get("unit")), None)
+                if unit and 1 <= period <= MONTH and min(limit, used) >= 0:
+                    balance = self._balances.get(place) or self._open(place, now)
+                    self._equip_all(place, balance)
+                    row_of = self._services[place[0]].provider
+                    gauge = balance.gauge((unit, period), row_of)
+                    self._refill(gauge, row, limit, used, now)
+
+    def _equip_all(self, place: Spot, balance: Balance) -> None:
+        """Give a balance the limits that are known of its place today."""
+        provider, _, model = place
+        models = self._services[provider].models if model in (ANY, FREE_MODELS) else (model,)
+        for name in models:
+            known = self.known(provider, name)
+            shared = model == known.pool
+            if shared or model == name:
+                self._equip(balance, provider, [q for q in known.quotas if q.shared == shared])
+
+    def _refill(self, gauge: Gauge, row: Json, limit: float, used: float, now: float) -> None:
+        gauge.bound(limit or gauge.limit)
+        gauge.sure_until = min(finite_number(row.get("sure_until")) or 0.0, now + SURE_S)
+        ends, resets = (finite_number(row.get(name)) or 0.0 for name in ("ends", "resets"))
+        left = finite_number(row.get("left"))
+        if gauge.slides and used:
+            gauge.slots.append([now, used])
+            gauge.used = used
+        elif now < ends <= now + MONTH or gauge.refills:
+            gauge.used, gauge.ends = used, min(ends, now) if gauge.refills else ends
+        if left is not None and now < resets <= now + MONTH:
+            gauge.said, gauge.at, gauge.mark, gauge.resets = left, now, 0.0, resets
+
+
+class Claim:
+    """One request that wants a key of one target: what it needs, and what it has drawn."""
+
+    __slots__ = ("_ledger", "draft", "force", "model", "needs", "provider", "text", "tokens")
+
+    def __init__(self, ledger: Ledger, provider: str, model: str, tokens: int) -> None:
+        self._ledger, self.provider, self.model, self.tokens = ledger, provider, model, tokens
+        self.needs = (1.0, float(tokens), 0.0)  # by kind
+        self.force = False  # guesses may be overlooked
+        self.draft: Draft | None = None
+        self.text = ""  # what kept it from a key last
+
+    def need(self, gauge: Gauge) -> float:
+        """What it needs of a window; of one that the settings opened at most all of it."""
+        need = self.needs[gauge.kind]
+        return min(need, gauge.cap) if gauge.cap else need
+
+    def admit(self, key: str) -> bool:
+        """Draw on the key's quota if there is room."""
+        self.draft = self._ledger.draw(self, key, self.force)
+        return self.draft is not None
+
+    def rank(self, key: str) -> int:
+        return self._ledger.bucket(self.provider, key, self.model)
+
+    def wait(self, key: str) -> tuple[float, str]:
+        """(seconds until the key has room, why not now); (0, "") when it has."""
+        dry = self._ledger.dry(self, key)
+        self.text = dry.text or self.text
+        return dry.wait, dry.why
+
+
+# =============================================================================
+# 25. State
 # =============================================================================
 
 STATE_MARK: Final = "hermes_router_state"  # a member that holds the version of the file's form
@@ -15152,8 +16522,11 @@ def longest_rest(why: str) -> float:
     return LONGEST_QUARANTINE_S if why in DEAD else LONGEST_REST_S
 
 
+Places = list[tuple[tuple[str, str, str], list[Json]]]  # (provider, key, model), its windows
+
+
 class StateFile:
-    """Keeps rests, dead keys and circuits in a file, so that a restart does not forget them.
+    """Keeps rests, dead keys, circuits and quotas in a file: a restart does not forget them.
 
     One thread writes, at most every EVERY_S seconds and only what changed. No key stands in the
     file, not even a part of one: only an HMAC of it, with a salt of this file. Whatever happens
@@ -15162,8 +16535,10 @@ class StateFile:
     """
 
     EVERY_S: ClassVar[float] = 2.0
+    QUOTAS_EVERY_S: ClassVar[float] = 15.0  # they change with every request
     RETRY_S: ClassVar[float] = 60.0  # after a write that failed
     MAX_RESTS: ClassVar[int] = 2000
+    MAX_QUOTAS: ClassVar[int] = 1000
     MAX_BYTES: ClassVar[int] = 4 << 20
     MAX_NAME: ClassVar[int] = 256  # characters of a model's name
 
@@ -15174,9 +16549,12 @@ class StateFile:
         breakers: Breakers,
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        ledger: Ledger | None = None,
     ) -> None:
         self._path, self._keys, self._breakers = path, keys, breakers
-        self._now, self._wall = now, wall
+        self._now, self._wall, self._ledger = now, wall, ledger or Ledger((), wall)
+        self._quotas: Places = []
+        self._quotas_at = -math.inf
         self._salt = secrets.token_bytes(16)
         self._kept: object = self._seen()
         self._failing = False
@@ -15196,6 +16574,7 @@ class StateFile:
             self._stop.set()
             self._thread.join(10)
             if not self._thread.is_alive():  # else the disk hangs, and it is not waited for
+                self._quotas_at = -math.inf
                 self.save()
             self._thread = None
 
@@ -15222,13 +16601,19 @@ class StateFile:
             log.info("%s can be written again", self._path.name)
         self._kept, self._failing = seen, False
 
-    def _seen(self) -> tuple[dict[tuple[str, str, str], Rest], dict[str, tuple[str, float]]]:
-        return self._keys.rests(), self._breakers.circuits()
+    def _seen(
+        self,
+    ) -> tuple[dict[tuple[str, str, str], Rest], dict[str, tuple[str, float]], Places]:
+        now = self._now()
+        if now - self._quotas_at >= self.QUOTAS_EVERY_S:
+            self._quotas, self._quotas_at = self._ledger.kept(self.MAX_QUOTAS), now
+        return self._keys.rests(), self._breakers.circuits(), self._quotas
 
     def _document(
         self,
         rests: Mapping[tuple[str, str, str], Rest],
         circuits: Mapping[str, tuple[str, float]],
+        quotas: Places,
     ) -> Json:
         wall = self._wall()
         ahead = wall - self._now()  # of the pool's clock
@@ -15255,6 +16640,16 @@ class StateFile:
                 }
                 for provider, (outcomes, until) in circuits.items()
             },
+            "quotas": [
+                {
+                    "provider": provider,
+                    "key": self._fingerprint(provider, key),
+                    "model": model,
+                    "windows": windows,
+                }
+                for (provider, key, model), windows in quotas
+                if len(model) <= self.MAX_NAME
+            ],
         }
 
     def _fingerprint(self, provider: str, key: str) -> str:
@@ -15335,7 +16730,19 @@ class StateFile:
             for provider, circuit in (circuits.items() if isinstance(circuits, dict) else ())
             if provider in self._keys.held() and isinstance(circuit, dict)
         ]
+        self._restore_quotas(document.get("quotas"), keys)
         return sum(rests), sum(opened)
+
+    def _restore_quotas(self, rows: Any, keys: Mapping[tuple[str, str], str]) -> None:
+        for row in (rows if isinstance(rows, list) else [])[: self.MAX_QUOTAS]:
+            names = ("provider", "key", "model") if isinstance(row, dict) else ()
+            provider, mark, model = (str(row.get(name)) for name in names) if names else ("",) * 3
+            key, windows = keys.get((provider, mark)), row.get("windows") if names else None
+            if key is None or not isinstance(windows, list) or not 0 < len(model) <= self.MAX_NAME:
+                continue
+            self._ledger.restore(
+                (provider, key, model), [w for w in windows if isinstance(w, dict)]
+            )
 
     def _restore_rest(
         self, row: Json, keys: Mapping[tuple[str, str], str], saved_at: float, passed: float
@@ -15366,7 +16773,7 @@ class StateFile:
 
 
 # =============================================================================
-# 25. Usage
+# 26. Usage
 # =============================================================================
 
 
@@ -15709,7 +17116,7 @@ class Prices:
 
 
 # =============================================================================
-# 26. Limits
+# 27. Limits
 # =============================================================================
 
 MINUTE_S: Final = 60.0
@@ -16113,7 +17520,7 @@ def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | N
 
 
 # =============================================================================
-# 27. Traces
+# 28. Traces
 # =============================================================================
 
 LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -16214,7 +17621,7 @@ def trace_line(trace: Trace) -> str:
 
 
 # =============================================================================
-# 28. Cache
+# 29. Cache
 # =============================================================================
 
 CACHE_FORM: Final = 1  # of what is kept; another one is not read
@@ -16834,7 +18241,7 @@ def cosine(one: array[float], other: array[float]) -> float:
 
 
 # =============================================================================
-# 29. Lessons
+# 30. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -17673,7 +19080,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 30. Difficulty
+# 31. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -17802,7 +19209,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 31. Plan
+# 32. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -17908,6 +19315,7 @@ class Limits(NamedTuple):
     health: Callable[[str], int]  # provider -> 0 well, 1 shaky, 2 ill
     is_open: Callable[[str], bool]
     window: Callable[[Target], int] = listed_window  # tokens it takes in all; 0 = unknown
+    headroom: Callable[[Target], int] | None = None  # of quotas: 0 plenty, 1 low, 2 nearly dry
 
 
 Group = tuple[tuple[Target, ...], ...]  # equals within each inner tuple
@@ -18044,9 +19452,13 @@ def plan(
 
 
 def ordered(groups: Sequence[Group], limits: Limits, turn: int) -> Iterator[Candidate]:
-    """Group by group: the well before the ill, equals in turn."""
+    """Group by group: the well before the ill; equals in turn, those with plenty of quota first."""
     for group in groups:
-        turned = [t for equals in group for t in rotated(equals, turn)]
+        turns = (rotated(equals, turn) for equals in group)
+        if limits.headroom:
+            turned = [t for equals in turns for t in sorted(equals, key=limits.headroom)]
+        else:
+            turned = [t for equals in turns for t in equals]
         if any(limits.health(t.provider) for t in turned):
             turned.sort(key=lambda t: limits.health(t.provider))
         for target in turned:
@@ -18168,7 +19580,7 @@ class Directory:
 
 
 # =============================================================================
-# 32. Verdicts
+# 33. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -18529,38 +19941,8 @@ def rest_seconds(verdict: Verdict, outcome: Outcome, clock: Clock, wall: float) 
     return verdict.rest_s
 
 
-def until_midnight(clock: Clock, wall: float) -> float:
-    """Seconds until the provider's next day begins."""
-    ahead = zone_seconds(clock, wall)
-    left = 86_400 - (wall + ahead) % 86_400
-    return max(1.0, left + ahead - zone_seconds(clock, wall + left))
-
-
-def until_next_month(wall: float) -> float:
-    """Seconds until the first of the next month, UTC."""
-    now = datetime.fromtimestamp(wall, timezone.utc)
-    year, month = now.year + now.month // 12, now.month % 12 + 1
-    return max(1.0, datetime(year, month, 1, tzinfo=timezone.utc).timestamp() - wall)
-
-
-def zone_seconds(clock: Clock, wall: float) -> float:
-    """How far a provider's clock is ahead of UTC. The USA's summer time as of 2007's law."""
-    if clock != "pacific":
-        return 28_800.0 if clock == "beijing" else 0.0
-    year = datetime.fromtimestamp(wall, timezone.utc).year
-    begins = datetime(year, 3, 8, 10, tzinfo=timezone.utc)  # the second Sunday, at 2:00
-    ends = datetime(year, 11, 1, 9, tzinfo=timezone.utc)  # the first Sunday, at 2:00
-    summer = next_sunday(begins) <= wall < next_sunday(ends)
-    return -25_200.0 if summer else -28_800.0
-
-
-def next_sunday(date: datetime) -> float:
-    """Unix seconds of `date` or of the Sunday after it."""
-    return date.timestamp() + (6 - date.weekday()) * 86_400
-
-
 # =============================================================================
-# 33. Transport
+# 34. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -19178,7 +20560,7 @@ class Transport:
 
 
 # =============================================================================
-# 34. Upstream
+# 35. Upstream
 # =============================================================================
 
 ANSWERED: Final = frozenset({200, 201, 202, 203})  # web frameworks answer a POST with 201
@@ -19207,6 +20589,7 @@ class Attempt:
     filtered: bool = False  # a content filter ended it (CONTENT_FILTER_FAILOVER only)
     refusal: bytes = b""  # the body of an error status
     sizes: Sizes = Sizes()  # what an overflow states, or what is known of the window
+    headers: Mapping[str, str] | None = None  # of the answer, in small letters
 
 
 class Patience:
@@ -19452,7 +20835,9 @@ class Upstream:
                 self._lacking.add((target.provider, dialects[0].name))
             dialects = dialects[1:]
         if response.status not in ANSWERED:
-            return self._refused(response, secret.encode(), target.service.provider)
+            attempt = self._refused(response, secret.encode(), target.service.provider)
+            attempt.headers = response.headers
+            return attempt
         reworded = ask.custom and not target.fit.quirk.custom_tools
         origin = origin_of(target, lease)
         passage = Passage(dialects[0], ask, origin, secret.encode(), reworded)
@@ -19461,6 +20846,7 @@ class Upstream:
         else:
             attempt = whole_answer(response, passage)
         attempt.left_out = () if passage.native else ask.left_out
+        attempt.headers = response.headers
         if self._config.content_filter_failover:
             attempt.filtered = was_filtered(attempt, passage)
         return attempt
@@ -19773,7 +21159,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 35. Checks
+# 36. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -19986,7 +21372,7 @@ class KeyChecks:
 
 
 # =============================================================================
-# 36. Sharing
+# 37. Sharing
 # =============================================================================
 
 MAX_TURNS: Final = 3  # in which a request waits for another one; then it asks for itself
@@ -20417,7 +21803,7 @@ class Sharing:
 
 
 # =============================================================================
-# 37. Router
+# 38. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -20463,6 +21849,8 @@ class Walk:
     whys: list[tuple[str, str]] = field(default_factory=list)  # (provider, why) of the skipped
     repeated: bool = False  # a route was tried twice
     window: Callable[[Target], int] = listed_window
+    tokens: int = 0  # how large the request is, about
+    body: Json = field(default_factory=dict)  # the request as chat
     met: list[Target] = field(default_factory=list)  # candidates so far, tried or not
 
     def rule(self, target: Target, verdict: Verdict) -> None:
@@ -20581,11 +21969,12 @@ class Router:
         sleep: Callable[[float], None] = time.sleep,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self.now, self.sleep = now, sleep
+        self.now, self.sleep, self.wall = now, sleep, wall
         self.config = config
         self.loaded = Loaded(time.time())
         self.keys = KeyPool({}, now=now)
         self.breakers = Breakers(now=now)
+        self.ledger = Ledger((), wall)
         name = config.usage_file
         self.usage = Usage(now, wall, config.home / Path(name).expanduser() if name else None)
         self.quotas = Quotas(now, wall)
@@ -20602,7 +21991,7 @@ class Router:
         self.checks = KeyChecks(self.keys, self.probe.ask, now)
         name = config.state_file
         path = config.home / Path(name).expanduser() if name else None
-        self.state = StateFile(path, self.keys, self.breakers, now)
+        self.state = StateFile(path, self.keys, self.breakers, now, wall, self.ledger)
         self.responses = ResponseStore(now=now)
         self.cache = Cache(
             config.cache_ttl, config.cache_max_size, config.cache_max_bytes, make_shelf(config)
@@ -20611,6 +22000,7 @@ class Router:
         self.parts: list[Part] = [
             self.keys,
             self.breakers,
+            self.ledger,
             self.usage,
             self.addresses,
             self.traces,
@@ -20699,7 +22089,8 @@ class Router:
         groups, turn = directory.arranged(traits)
         if choice.lead and not choice.spill:
             groups = ()
-        limits = Limits(tokens, self.breakers.bucket, self.breakers.is_open, self.window)
+        headroom = self.headroom if self.ledger.tight else None
+        limits = Limits(tokens, self.breakers.bucket, self.breakers.is_open, self.window, headroom)
         ask.named = frozenset(target.label for target in lead)
         trace = ask.trace
         trace.choice, trace.level, trace.tokens = choice.why, traits.level, tokens
@@ -20772,7 +22163,8 @@ class Router:
     def answer(self, ask: Ask, candidates: Iterable[Candidate], tokens: int) -> Answer:
         """Walk the candidates until one answers; ClientGone when nobody waits any more."""
         deadline = ask.started + self.config.request_deadline
-        walk, attempt = Walk(window=self.window), None
+        walk = Walk(window=self.window, tokens=tokens, body=ask.chat)
+        attempt = None
         ask.trace.skipped = walk.skipped
         self.watchdog.watch(ask.guard)
         queue = Queue(candidates, self.breakers.is_open)
@@ -20781,6 +22173,7 @@ class Router:
             for target, lease in routes:
                 attempt = self.attempt(target, lease, ask, deadline, queue.empty)
                 if self.once_more(attempt, target, lease, ask, walk, deadline, queue):
+                    lease = self.ledger.redraw(lease)
                     attempt = self.attempt(target, lease, ask, deadline, queue.empty)
                 first = walk.first_failure(target.label, attempt)
                 walk.tried.append((target.label, attempt))
@@ -20793,6 +22186,7 @@ class Router:
                     return answer
                 walk.rule(target, attempt.verdict)
                 self.learn(target, lease, attempt, ask, first)
+                self.ledger.settle(lease.draft, 0.0)
                 if attempt.verdict.then == "stop":
                     break
         except BaseException:
@@ -20853,12 +22247,19 @@ class Router:
             raise
         if attempt.verdict is CONTENT_FILTER and self.config.content_filter_failover:
             attempt.verdict = FILTERED_HERE
+        if attempt.headers:
+            row, refused = target.service.provider, attempt.verdict is not None
+            self.ledger.hear(row, lease, attempt.headers, refused)
         # What a filter left of an answer is better than nothing, but not as the rest of another.
         if attempt.filtered and attempt.verdict is None and (ask.make_flow or not last):
             if attempt.stream:
                 attempt.stream.close()
             attempt.verdict, attempt.outcome = FILTERED_HERE, FILTER_ENDED
         return attempt
+
+    def headroom(self, target: Target) -> int:
+        """How much quota its best key has left: 0 plenty, 1 low, 2 nearly dry."""
+        return self.ledger.headroom(target.provider, target.service.keys, target.model)
 
     def window(self, target: Target) -> int:
         """Tokens the target takes in all: as it stated itself, else as listed; 0 = unknown."""
@@ -20897,7 +22298,8 @@ class Router:
         waits = [
             wait
             for t in targets
-            if not walk.ruled_out(t) and (wait := self.wait_for(t, walk.keys[t.label])) is not None
+            if not walk.ruled_out(t)
+            and (wait := self.wait_for(t, walk, walk.keys[t.label])) is not None
         ]
         # A breaker's probe may be under way: its end is nothing that could be known.
         pause = max(min(waits, default=math.inf), QUICK_PAUSE_S)
@@ -20906,9 +22308,11 @@ class Router:
         self.sleep(min(pause, 0.25))
         return not owner.gone
 
-    def wait_for(self, target: Target, tried: Iterable[str] = frozenset()) -> float | None:
-        """Seconds until one of the keys that the target began with is ready."""
-        return self.keys.soonest(target.provider, target.model, tried, target.service.keys)
+    def wait_for(self, target: Target, walk: Walk, tried: Iterable[str]) -> float | None:
+        """Seconds until one of the keys that the target began with may be asked."""
+        provider, model, keys = target.provider, target.model, target.service.keys
+        claim = self.ledger.claim(provider, model, walk.tokens, walk.body)
+        return self.keys.soonest(provider, model, tried, keys, claim)
 
     def leases(
         self,
@@ -20920,6 +22324,9 @@ class Router:
     ) -> Iterator[tuple[Target, Lease]]:
         tried = walk.keys.setdefault(target.label, set())
         provider = target.provider
+        claim = self.ledger.claim(provider, target.model, walk.tokens, walk.body)
+        if claim:
+            claim.force = bool(ignoring)
         while len(walk.tried) < MAX_ATTEMPTS and self.now() < deadline:
             if walk.ruled_out(target):
                 return
@@ -20930,7 +22337,12 @@ class Router:
                     walk.skipped.append(f"{target.label}: resting, its breaker is open")
                 return
             lease = self.keys.lease(
-                provider, target.model, tried=tried, ignoring=ignoring, among=target.service.keys
+                provider,
+                target.model,
+                tried=tried,
+                ignoring=ignoring,
+                among=target.service.keys,
+                claim=claim,
             )
             if lease is None:
                 self.breakers.leave(provider, owner)
@@ -20938,11 +22350,20 @@ class Router:
             tried.add(lease.key)
             yield target, lease
         if not tried and not ignoring:
-            wait = self.wait_for(target) or 0.0
-            why = self.keys.why(provider, target.model, target.service.keys)
-            walk.waits.append(wait)
-            walk.whys.append((target.provider, why))
-            walk.skipped.append(f"{target.label}: resting {math.ceil(wait)} s ({why})")
+            self.skip(target, claim, walk)
+
+    def skip(self, target: Target, claim: Claim | None, walk: Walk) -> None:
+        """Note why no key of the target may be asked, and when one is ready."""
+        provider, model, keys = target.provider, target.model, target.service.keys
+        wait = self.keys.soonest(provider, model, among=keys, claim=claim) or 0.0
+        why = self.keys.why(provider, model, keys, claim)
+        walk.whys.append((provider, why))
+        told = f"{why}: {claim.text}" if claim and claim.text else why
+        if math.isinf(wait):
+            walk.skipped.append(f"{target.label}: {told}")
+            return
+        walk.waits.append(wait)
+        walk.skipped.append(f"{target.label}: resting {math.ceil(wait)} s ({told})")
 
     def learn(
         self, target: Target, lease: Lease, attempt: Attempt, ask: Ask, first: bool = True
@@ -20955,8 +22376,11 @@ class Router:
         model = ANY if verdict.rests in ("key", "provider") else target.model
         if verdict.rests:
             clock = target.service.provider.clock
-            attempt.rest_s = rest_seconds(verdict, outcome, clock, time.time())
+            attempt.rest_s = rest_seconds(verdict, outcome, clock, self.wall())
             self.keys.rest(target.provider, key, model, attempt.rest_s, verdict.name)
+        if verdict.name in LIMITS:
+            row = target.service.provider
+            self.ledger.refused(row, lease, verdict.name, attempt.refusal, attempt.rest_s)
         if verdict.name in DEAD:
             self.checks.wake()
         if verdict.counts and first:
@@ -20979,6 +22403,7 @@ class Router:
     ) -> Answer:
         """A success: health, usage, and for a stream what happens when it ends."""
         self.keys.forgive(lease)
+        self.ledger.passed(lease)
         self.breakers.note(target.provider, True, ask.guard)
         self.usage.attempt(self.place(target, lease, ask), True, attempt.seconds)
         trace = ask.trace
@@ -21019,6 +22444,7 @@ class Router:
         if not tokens.estimated:
             self.lessons.disprove(target.provider, target.model, tokens.prompt)
             self.notice_cut(target, tokens.prompt, ask)
+        self.ledger.settle(lease.draft, float(tokens.prompt + tokens.completion))
         price = self.prices.of(target.service, target.facts)
         cost = price.of(tokens.prompt, tokens.completion, tokens.cached) if price else None
         self.usage.spent(self.place(target, lease, ask), tokens, cost)
@@ -21298,7 +22724,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 38. Reload
+# 39. Reload
 # =============================================================================
 
 
@@ -21420,7 +22846,7 @@ def file_mark(path: Path) -> tuple[int, int, int] | None:
 
 
 # =============================================================================
-# 39. Configuration
+# 40. Configuration
 # =============================================================================
 
 # -- features --------------------------------------------------------------------
@@ -22030,7 +23456,7 @@ def run_errand(desk: Desk, errand: Errand, body: Json, names: Mapping[str, str])
 
 
 # =============================================================================
-# 40. Status
+# 41. Status
 # =============================================================================
 
 
@@ -22059,7 +23485,7 @@ def snapshot(router: Router, caller: Caller = ITSELF) -> Json:
         },
         "tokenizer": "exact" if router.encoder.ready else "estimate",
         "features": feature_report(config),
-        "warnings": list(config.warnings),
+        "warnings": [*config.warnings, *shared_quotas(router)],
         "config": {
             "loaded_at": round(router.loaded.at, 3),
             "error": router.loaded.error or None,
@@ -22233,6 +23659,24 @@ def cache_status(router: Router) -> Json:
     return {**router.cache.stats(), "shared": router.cache.counts["shared"], "semantic": semantic}
 
 
+def shared_quotas(router: Router) -> list[str]:
+    """Keys that belong to one account, as far as their quotas give that away."""
+    return [
+        f"{service.name}: the keys {' and '.join(map(key_tail, pair))} share one quota"
+        for service in router.config.services
+        for pair in router.ledger.shared(service.name)
+    ]
+
+
+def quota_samples(router: Router) -> Iterator[tuple[Mapping[str, object], float]]:
+    """What is left of each window; a key by its place in the configuration, from 1."""
+    for service in router.config.services:
+        places = {key: n for n, key in enumerate(service.keys, 1)}
+        for key, model, _, told in router.ledger.rows(service.name):
+            labels = {"provider": service.name, "key": places.get(key, 0), "model": model}
+            yield {**labels, "window": told["window"]}, told["remaining"]
+
+
 def service_status(router: Router, service: Service) -> Json:
     name, tally = service.name, router.usage.tally(service.name)
     targets = [t for t in router.directory.targets if t.provider == name]
@@ -22248,6 +23692,8 @@ def service_status(router: Router, service: Service) -> Json:
         },
         "breaker": router.breakers.snapshot(name),
         "lessons": router.lessons.snapshot(name),
+        "quota": router.ledger.snapshot(name),
+        "quota_forecast": router.ledger.forecast(name, service.keys, service.models),
         "tokens": tally.tokens,
         "cost_usd": round(tally.cost_usd, 6),
         "unpriced_answers": tally.unpriced,
@@ -22483,6 +23929,7 @@ METRICS: Final = (
         "Mean time to an answer, or to a stream's first useful event.",
         per_provider(lambda t: 1000 * t.latency_s / t.answered if t.answered else 0),
     ),
+    Metric("quota_remaining", "gauge", "What is left of a known quota.", quota_samples),
     Metric("requests_total", "counter", "Attempts.", per_provider(lambda t: t.requests)),
     Metric("errors_total", "counter", "Failed attempts.", per_provider(lambda t: t.errors)),
     Metric(
@@ -22578,7 +24025,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 41. Dashboard
+# 42. Dashboard
 # =============================================================================
 
 # One static page: what it shows it asks the endpoints for, with the key that was typed into it.
@@ -22897,7 +24344,7 @@ def dashboard_headers() -> dict[str, str]:
 
 
 # =============================================================================
-# 42. Endpoints
+# 43. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -23674,7 +25121,7 @@ def http_error(router: Router, request: flask.Request, error: HTTPException) -> 
 
 
 # =============================================================================
-# 43. Server
+# 44. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -24217,7 +25664,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 44. Crash test
+# 45. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -25010,7 +26457,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 45. Documents
+# 46. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -25021,6 +26468,8 @@ PER_PROVIDER: Final = (
     ("EMBED_MODEL", "model for /v1/embeddings; empty = none"),
     ("SKIP_TOKENS_OVER", "larger requests are not sent there; 0 = no ceiling"),
     ("MAX_OUTPUT_TOKENS", "max_tokens is lowered to this; 0 = no ceiling"),
+    ("RPM", "requests a minute that one key may make; also _RPD a day; 0 = no limit is known"),
+    ("TPM", "tokens a minute that one key may use; also _TPD a day; 0 = no limit is known"),
     ("SUPPORTS_TOOLS", "0 or 1, overrides what is known; also <PROVIDER>_<MODEL>_SUPPORTS_TOOLS"),
     ("REASONING", "0 or 1, overrides what is known; also <PROVIDER>_<MODEL>_REASONING"),
 )
@@ -25183,7 +26632,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 46. Command line
+# 47. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -25355,7 +26804,7 @@ def noted_address(config: Config) -> str:
 
 
 # =============================================================================
-# 47. Views
+# 48. Views
 # =============================================================================
 
 DEGRADED: Final = 0.1  # share of errors from which a provider is called so
@@ -25377,11 +26826,11 @@ def health_of(row: Json) -> str:
 
 
 def status_view(status: Json) -> str:
-    """The status as columns for people, best providers first."""
+    """The status as columns for people, the strongest providers first."""
     head = ("PROVIDER", "RATING", "HEALTH", "KEYS", "LATENCY", "REQUESTS", "ERRORS", "TOKENS")
     rows = [(*head, "MODEL")]
     providers = sorted(
-        status["providers"].items(), key=lambda item: (-(item[1].get("rating") or 0), item[0])
+        status["providers"].items(), key=lambda item: (item[1].get("rating") or 9, item[0])
     )
     for name, row in providers:
         ready = sum(key["status"] == "ready" for key in row["keys"])
@@ -25411,8 +26860,29 @@ def status_view(status: Json) -> str:
     waiting = ", ".join(loaded.get("restart_required") or ())
     notes += [f"! waits for a restart: {waiting}"] if waiting else []
     shades = [SHADES[row[2][0]] for row in rows[1:]]
-    lines = [first, *columns(rows, shades), *status_footer(status)]
+    lines = [first, *columns(rows, shades), *status_footer(status), *quota_lines(status)]
     return "\n".join([*lines, *(paint(note, "yellow") for note in notes)])
+
+
+def quota_lines(status: Json) -> list[str]:
+    """Quotas that run dry before they return: one line for each, in the order of the providers."""
+    return [
+        f"~ {name} …{row['key_tail']} {row['model'] or ''}".rstrip()
+        + f": {row['remaining']} of {row['limit']} {row['window'].replace('/', ' a ')} left, "
+        + ("runs" if row["remaining"] else "ran")
+        + f" dry{' at ' + clock_time(row['dry_at']) if row['remaining'] else ''}"
+        + f", back at {clock_time(row['resets_at'])}"
+        for name, provider in status["providers"].items()
+        for row in provider.get("quota") or ()
+        if row["dry_at"]
+    ]
+
+
+def clock_time(moment: str) -> str:
+    """`2026-11-21T15:40:00Z` as people say it: the day only where it is not today."""
+    day, time_of_day = moment[:10], moment[11:16] + " UTC"
+    today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    return time_of_day if day == today else f"{day} {time_of_day}"
 
 
 def status_footer(status: Json) -> list[str]:
@@ -25588,7 +27058,7 @@ def service_row(service: Service) -> dict[str, str]:
 
 
 # =============================================================================
-# 48. Connect
+# 49. Connect
 # =============================================================================
 
 # What clients keep in their settings files, merged into what stands there. A place in a file is
@@ -26217,7 +27687,7 @@ def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None
 
 
 # =============================================================================
-# 49. Changes
+# 50. Changes
 # =============================================================================
 
 # Commands that change auth.json and .env, through section Files. A running router reads both
@@ -26815,7 +28285,7 @@ def cmd_keys_revoke(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 50. Doctor
+# 51. Doctor
 # =============================================================================
 
 Health = Literal["ok", "note", "bad"]
@@ -27113,7 +28583,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 51. Bench
+# 52. Bench
 # =============================================================================
 
 
@@ -27186,7 +28656,7 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
 
 
 # =============================================================================
-# 52. Setup
+# 53. Setup
 # =============================================================================
 
 # The wizard: a row per step. Every step may be skipped and all of it be run again: each looks
@@ -27429,7 +28899,7 @@ def cmd_setup(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 53. Command line
+# 54. Command line
 # =============================================================================
 
 Arguments = tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
