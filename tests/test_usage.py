@@ -361,6 +361,7 @@ def ask(url: str) -> int:
 @pytest.mark.parametrize("killed", [True, False], ids=["kill -9", "stopped"])
 def test_a_days_limit_survives_a_restart(process, upstream, killed):  # noqa: F811
     settings = {**provider("groq", upstream(good())), "PROXY_LIMIT_REQ_DAY": "3"}
+    settings["CACHE_TTL_SECONDS"] = "0"  # each answer is paid for
     child, url = process(**settings)
     assert [ask(url), ask(url)] == [200, 200]
     if killed:
