@@ -336,9 +336,7 @@ def filtered_first(text: str, stream: bool, finish: str):
 @BOTH
 @pytest.mark.parametrize("text", ["", "Sure, "])
 @pytest.mark.parametrize("finish", ["content_filter", "PROHIBITED_CONTENT"])
-def test_an_answer_that_a_filter_ended_is_tried_elsewhere_where_allowed(
-    pair, stream, text, finish
-):
+def test_an_answer_that_a_filter_ended_is_tried_elsewhere_where_allowed(pair, stream, text, finish):
     both = pair(filtered_first(text, stream, finish), CONTENT_FILTER_FAILOVER=1)
     got = both.ask(stream=stream)
     assert said(got) == "hello" and len(both.asked) == 2

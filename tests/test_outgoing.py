@@ -115,7 +115,6 @@ def test_no_edit_is_no_change() -> None:
     assert router.edit_body(raw, json.loads(raw), {}) == raw
 
 
-
 @pytest.mark.parametrize(
     ("chat", "reserve", "ceiling", "edits"),
     [

@@ -219,9 +219,7 @@ RAW = """{ "messages": [{"role": "user",
  "user": "é"%s}"""
 
 
-@pytest.mark.parametrize(
-    "stream", ["", ', "stream": true', ', "stream":false']
-)
+@pytest.mark.parametrize("stream", ["", ', "stream": true', ', "stream":false'])
 def test_only_the_model_is_rewritten_not_a_digit_else(alone, stream):
     """Not even a big integer is rounded, and other members of the same name stay as they are."""
     raw = RAW % stream
