@@ -36,32 +36,33 @@ Contents (each section uses only the ones above it):
               26. Usage            what was asked, answered, failed and spent
               27. Limits           what each caller may still use
               28. Traces           what became of the latest requests, for logs, metrics and why
-              29. Cache            answers worth giving twice: exactly the same, or nearly
-              30. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   31. Difficulty       how hard is this request?
-              32. Plan             which candidates, in what order, and why
-              33. Verdicts         what an outcome means, and what rests for how long
-  ACTION      34. Transport        connections to providers, cut when nobody waits any more
-              35. Upstream         one attempt: send, wait for something useful, judge
-              36. Checks           keys that a provider called dead, asked again in the background
-              37. Sharing          one answer for identical requests: from memory, or from one call
-              38. Router           plan, try, learn, answer
-              39. Reload           changed settings taken over while requests go on
-  SURFACE     40. Configuration    what admins see and change over HTTP
-              41. Status           what /v1/status, /v1/models and /metrics say
-              42. Dashboard        one page to see it all
-              43. Endpoints        Flask: routes, auth, errors
-              44. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              45. Crash test       how these settings fare when providers misbehave
-              46. Documents        .env.example and the printed pages of docs/
-              47. Command line     the table of commands, and what comes from it
-              48. Views            status, logs, why and config for people
-              49. Connect          clients whose settings are written, shown and taken back
-              50. Changes          commands that change keys, models, limits
-              51. Doctor           what may be wrong, and what to do about it
-              52. Bench            a few timed answers
-              53. Setup            the wizard, from nothing to the first answer
-              54. Command line     the table of commands, and what comes from it
+              29. Sessions         who answered a conversation before
+              30. Cache            answers worth giving twice: exactly the same, or nearly
+              31. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   32. Difficulty       how hard is this request?
+              33. Plan             which candidates, in what order, and why
+              34. Verdicts         what an outcome means, and what rests for how long
+  ACTION      35. Transport        connections to providers, cut when nobody waits any more
+              36. Upstream         one attempt: send, wait for something useful, judge
+              37. Checks           keys that a provider called dead, asked again in the background
+              38. Sharing          one answer for identical requests: from memory, or from one call
+              39. Router           plan, try, learn, answer
+              40. Reload           changed settings taken over while requests go on
+  SURFACE     41. Configuration    what admins see and change over HTTP
+              42. Status           what /v1/status, /v1/models and /metrics say
+              43. Dashboard        one page to see it all
+              44. Endpoints        Flask: routes, auth, errors
+              45. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              46. Crash test       how these settings fare when providers misbehave
+              47. Documents        .env.example and the printed pages of docs/
+              48. Command line     the table of commands, and what comes from it
+              49. Views            status, logs, why and config for people
+              50. Connect          clients whose settings are written, shown and taken back
+              51. Changes          commands that change keys, models, limits
+              52. Doctor           what may be wrong, and what to do about it
+              53. Bench            a few timed answers
+              54. Setup            the wizard, from nothing to the first answer
+              55. Command line     the table of commands, and what comes from it
 
 Rooms that later releases open: Registry after Limits, Catalog after Router, Dashboard after Status.
 """
@@ -1978,6 +1979,13 @@ class Config:
         "REASONING_TOKEN_RESERVE",
         "Routing",
         "tokens added to a request's max_tokens for reasoning models; 0 = none",
+    )
+    session_affinity: bool = setting(
+        True,
+        "SESSION_AFFINITY",
+        "Routing",
+        "a conversation stays with the provider, model and key that answered it, so that prompt"
+        " caches pay; 0 = each request anew",
     )
     rescue: bool = setting(
         True,
@@ -13718,6 +13726,12 @@ class Ask:
     stream: bool = False
     wants_usage: bool = False
     caller: Caller = ITSELF
+    session_name: str = ""  # the conversation, as a header names it
+    session: int = 0  # the same as a number; 0 = unknown
+    stays: bool = False  # the client wants to stay even with a model that is too weak
+    favourite: tuple[str, str] = ("", "")  # (label of the target, key) of who answered it last
+    hint: str = ""  # the kind of work: one of HINTS
+    loop: bool = False  # a tool loop: only models known to call tools
     trace: Trace = field(default_factory=lambda: Trace("", "", ITSELF, 0.0))
     privacy: str = ""  # one of PRIVACY, or none asked for
     grant: Grant | None = None  # what its caller was allowed, to be settled at its end
@@ -14671,12 +14685,14 @@ class KeyPool:
         ignoring: frozenset[str] = frozenset(),
         among: Sequence[str] | None = None,
         claim: KeyClaim | None = None,
+        first: str = "",
     ) -> Lease | None:
         """A ready key that is not among `tried`; rests for a reason in `ignoring` do not count.
 
         `among` (here and below): the provider's keys as the request found them when it began;
         None = those of now. With a claim, keys with more headroom come first, and those without
-        room are left out.
+        room are left out. `first` comes before all others while it has headroom; taking it moves
+        nobody's turn.
         """
         with self._lock:
             keys = self._among(provider, among)
@@ -14684,13 +14700,16 @@ class KeyPool:
             turns: Iterable[int] = range(start, start + len(keys))
             if claim and len(keys) > 1:
                 turns = sorted(turns, key=lambda turn: claim.rank(keys[turn % len(keys)]))
+            if first and first in keys and not (claim and claim.rank(first) > 1):
+                turns = [keys.index(first), *turns]
             for turn in turns:
                 key = keys[turn % len(keys)]
                 if key in tried or self._resting(provider, key, model, ignoring):
                     continue
                 if claim and not claim.admit(key):
                     continue
-                self._turns[provider] = (turn + 1) % len(keys)
+                if key != first:
+                    self._turns[provider] = (turn + 1) % len(keys)
                 self._handed[provider, key] = self._handed.get((provider, key), 0) + 1
                 return Lease(provider, key, model, claim.draft if claim else None)
         return None
@@ -17621,7 +17640,97 @@ def trace_line(trace: Trace) -> str:
 
 
 # =============================================================================
-# 29. Cache
+# 29. Sessions
+# =============================================================================
+
+# Headers that name a conversation, the first that is there counts: ours, Claude Code's (2.1, seen
+# 2026-10), Codex CLI's (0.159), and what other gateways read.
+SESSION_HEADERS: Final = (
+    "HTTP_X_HERMES_SESSION_AFFINITY",
+    "HTTP_X_CLAUDE_CODE_SESSION_ID",
+    "HTTP_SESSION_ID",
+    "HTTP_X_SESSION_ID",
+    "HTTP_X_SESSION_AFFINITY",
+)
+CLAUDE_SESSION: Final = re.compile(r"session(?:_id)?\W{0,4}_?([\w-]{8,64})")  # in metadata.user_id
+MAX_OPENING: Final = 8  # messages that may come before the first of the user's
+
+
+class Served(NamedTuple):
+    """Who answered a conversation last."""
+
+    provider: str
+    model: str
+    key: str
+    until: float  # on the router's clock
+
+
+class Sessions:
+    """Who answered each conversation last: a provider's prompt cache pays only there.
+
+    A conversation is what the client says it is, else the same opening (system and first message
+    of the user) of the same caller. One lock, dictionary work only; bounded, nothing on disk.
+    """
+
+    MOST: ClassVar[int] = 8192
+    KEPT_S: ClassVar[float] = 3600.0  # providers forget a prompt within an hour
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._lock, self._on = now, threading.Lock(), True
+        self._kept: dict[int, Served] = {}  # the longest unused first
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._on = config.session_affinity
+
+    def last(self, ask: Ask) -> Served | None:
+        """Who answered before, where the request goes on with a conversation; names it in `ask`."""
+        if not self._on:
+            return None
+        named = ask.session_name or named_session(ask.body)
+        ask.session = hash((ask.caller.id, named or opening_of(ask.chat)))
+        if not named and not has_answers(ask.chat):
+            return None
+        served = self._kept.get(ask.session)
+        return served if served and served.until > self._now() else None
+
+    def answered(self, ask: Ask, provider: str, model: str, key: str) -> None:
+        if not ask.session:
+            return
+        served = Served(provider, model, key, self._now() + self.KEPT_S)
+        with self._lock:
+            self._kept.pop(ask.session, None)
+            self._kept[ask.session] = served
+            if len(self._kept) > self.MOST:
+                del self._kept[next(iter(self._kept))]
+
+
+def named_session(body: Mapping[str, Any]) -> str:
+    """What the body says of its conversation; "" for nothing."""
+    if isinstance(key := body.get("prompt_cache_key"), str) and key:
+        return key
+    metadata = body.get("metadata")
+    user = metadata.get("user_id") if isinstance(metadata, dict) else None
+    found = CLAUDE_SESSION.search(user) if isinstance(user, str) else None
+    return found[1] if found else ""
+
+
+def opening_of(chat: Json) -> tuple[object, ...]:
+    """What stays the same at the beginning of a conversation, to be hashed."""
+    texts: list[object] = []
+    for message in chat_messages(chat)[:MAX_OPENING]:
+        content = message.get("content")
+        texts.append(content if isinstance(content, str) else message_text(message))
+        if message.get("role") == "user":
+            break
+    return tuple(texts)
+
+
+def has_answers(chat: Json) -> bool:
+    return any(message.get("role") == "assistant" for message in chat_messages(chat))
+
+
+# =============================================================================
+# 30. Cache
 # =============================================================================
 
 CACHE_FORM: Final = 1  # of what is kept; another one is not read
@@ -18241,7 +18350,7 @@ def cosine(one: array[float], other: array[float]) -> float:
 
 
 # =============================================================================
-# 30. Lessons
+# 31. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -19080,7 +19189,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 31. Difficulty
+# 32. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -19209,7 +19318,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 32. Plan
+# 33. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -19242,6 +19351,7 @@ class Target:
     vision: bool
     reasoning: bool
     cost: int  # coarse price: 0 free, 1 cheap ... 4 dear
+    confirmed: bool = False  # tools are known to work, not only hoped for
 
     @functools.cached_property
     def provider(self) -> str:
@@ -19292,6 +19402,8 @@ class Traits(NamedTuple):
     quick: bool = False  # small enough for fast routing
     scope: frozenset[str] = frozenset()  # providers the caller may use; empty = all
     privacy: str = ""  # one of PRIVACY
+    hint: str = ""  # one of HINTS
+    loop: bool = False  # only models that are known to call tools
 
 
 class Choice(NamedTuple):
@@ -19325,9 +19437,9 @@ def make_target(service: Service, model: str, known: ModelFacts) -> Target:
     facts = known.facts(service.name, model)
     tools = service.tools.get(model, service.tools.get("", facts.tools is not False))
     reasoning = service.reasoning.get(model, service.reasoning.get("", bool(facts.reasoning)))
-    return Target(
-        service, model, facts, tools, bool(facts.vision), reasoning, cost_bucket(service, facts)
-    )
+    told = service.tools.get(model, service.tools.get("", facts.tools is True))
+    cost = cost_bucket(service, facts)
+    return Target(service, model, facts, tools, bool(facts.vision), reasoning, cost, told)
 
 
 def cost_bucket(service: Service, facts: Model) -> int:
@@ -19351,18 +19463,20 @@ def arrange(targets: Sequence[Target], traits: Traits, prefer: str = "fit") -> t
     """Targets in order of fit: groups of equal rank, split into equals by price and speed.
 
     Filters for tools and vision have a safety net: where nothing qualifies, they are off.
-    The caller's scope and privacy have none.
+    The caller's scope and privacy have none, nor has a tool loop.
     """
     pool = [t for t in targets if not traits.scope or t.provider in traits.scope]
     pool = [t for t in pool if keeps(t.service, traits.privacy)]
     if traits.profile == "local":
         pool = [t for t in pool if t.service.provider.tier == "local"]
+    if traits.loop:
+        pool = [t for t in pool if t.confirmed]
     if traits.tools:
         pool = [t for t in pool if t.tools] or pool
     if traits.vision:
         pool = [t for t in pool if t.vision] or pool
     ranked = sorted(pool, key=lambda t: rank(t, traits, prefer))
-    groups = itertools.groupby(ranked, key=lambda t: rank(t, traits, prefer)[:3])
+    groups = itertools.groupby(ranked, key=lambda t: rank(t, traits, prefer)[:4])
     return tuple(
         tuple(
             tuple(equals)
@@ -19373,14 +19487,26 @@ def arrange(targets: Sequence[Target], traits: Traits, prefer: str = "fit") -> t
 
 
 def rank(target: Target, traits: Traits, prefer: str) -> tuple[int, ...]:
-    """The sort key: first three parts = the group, the others = order inside it."""
+    """The sort key: first four parts = the group, the others = order inside it."""
     weak = target.facts.rating > traits.level
     local_first = traits.profile == "fast" and traits.level >= 3
     not_local = local_first and target.service.provider.tier != "local"
     distance = abs(target.facts.rating - traits.level)
     slow = traits.quick and target.provider not in FAST_PROVIDERS
     inner, outer = (target.cost, distance) if prefer == "price" else (distance, target.cost)
-    return (int(not_local), int(weak), inner, outer, int(slow))
+    other_work = bool(traits.hint) and not HINTS[traits.hint](target)
+    return (int(not_local), int(weak), int(other_work), inner, outer, int(slow))
+
+
+# X-Hermes-Workload-Hint -> which targets it moves to the front of those that are capable.
+CODERS: Final = re.compile(r"cod(?:e|er|ex)\b|codestral|devstral|claude|kimi-k2|glm-|gpt-5")
+HINTS: Final[Mapping[str, Callable[[Target], bool]]] = {
+    "planning": lambda target: target.reasoning,
+    "coding": lambda target: bool(CODERS.search(target.model.lower())),
+    "review": lambda target: target.reasoning,
+    "debug": lambda target: target.reasoning,
+    "vision": lambda target: target.vision,
+}
 
 
 class Arrangement(NamedTuple):
@@ -19390,6 +19516,7 @@ class Arrangement(NamedTuple):
     groups: Sequence[Group]
     turn: int
     traits: Traits
+    why: str = ""  # the reason of those in the lead
 
     def order(self) -> list[Candidate]:
         """Every candidate with its reason, whatever the health of anybody."""
@@ -19399,10 +19526,11 @@ class Arrangement(NamedTuple):
             for equals in group
             for target in rotated(equals, self.turn)
         )
-        every = [*(Candidate(target, "named by the client") for target in self.lead), *rest]
-        return list({candidate.target.label: candidate for candidate in reversed(every)}.values())[
-            ::-1
-        ]
+        every = [*(Candidate(target, self.why) for target in self.lead), *rest]
+        found: dict[str, Candidate] = {}
+        for candidate in every:
+            found.setdefault(candidate.target.label, candidate)
+        return list(found.values())
 
 
 def why_not(target: Target, traits: Traits, tokens: int) -> str:
@@ -19412,6 +19540,7 @@ def why_not(target: Target, traits: Traits, tokens: int) -> str:
         (traits.scope and target.provider not in traits.scope, "not within this key's providers"),
         (not keeps(target.service, traits.privacy), f"not {traits.privacy} (X-Privacy)"),
         (traits.profile == "local" and not local, "not local"),
+        (traits.loop and not target.confirmed, "is not known to call tools"),
         (traits.tools and not target.tools, "does not support tools"),
         (traits.vision and not target.vision, "does not read images"),
         (too_large(target, tokens), f"takes at most {target.service.skip_tokens_over} tokens"),
@@ -19580,7 +19709,7 @@ class Directory:
 
 
 # =============================================================================
-# 33. Verdicts
+# 34. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -19942,7 +20071,7 @@ def rest_seconds(verdict: Verdict, outcome: Outcome, clock: Clock, wall: float) 
 
 
 # =============================================================================
-# 34. Transport
+# 35. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -20560,7 +20689,7 @@ class Transport:
 
 
 # =============================================================================
-# 35. Upstream
+# 36. Upstream
 # =============================================================================
 
 ANSWERED: Final = frozenset({200, 201, 202, 203})  # web frameworks answer a POST with 201
@@ -21159,7 +21288,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 36. Checks
+# 37. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -21372,7 +21501,7 @@ class KeyChecks:
 
 
 # =============================================================================
-# 37. Sharing
+# 38. Sharing
 # =============================================================================
 
 MAX_TURNS: Final = 3  # in which a request waits for another one; then it asks for itself
@@ -21803,7 +21932,7 @@ class Sharing:
 
 
 # =============================================================================
-# 38. Router
+# 39. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -21851,6 +21980,7 @@ class Walk:
     window: Callable[[Target], int] = listed_window
     tokens: int = 0  # how large the request is, about
     body: Json = field(default_factory=dict)  # the request as chat
+    favourite: tuple[str, str] = ("", "")  # (label, key) that comes first
     met: list[Target] = field(default_factory=list)  # candidates so far, tried or not
 
     def rule(self, target: Target, verdict: Verdict) -> None:
@@ -21980,6 +22110,7 @@ class Router:
         self.quotas = Quotas(now, wall)
         self.addresses = Addresses(now=now)
         self.traces = Traces(config.request_log_size)
+        self.sessions = Sessions(now)
         self.lessons = Lessons(now)
         self.gate = Gate(config.max_streams)
         self.watchdog = Watchdog(now)
@@ -22004,6 +22135,7 @@ class Router:
             self.usage,
             self.addresses,
             self.traces,
+            self.sessions,
             self.lessons,
             self.gate,
             self.transport,
@@ -22063,7 +22195,7 @@ class Router:
         if choice.echo or self.echoes:
             return echo_answer(ask)
         profile = choice.profile or profile
-        ask.terms = (*ask.terms, profile, ask.privacy, directory.edition)
+        ask.terms = (*ask.terms, profile, ask.privacy, ask.hint, directory.edition)
         return self.sharing.answer(ask, lambda: self.route(ask, directory, choice, lead, profile))
 
     def route(
@@ -22085,17 +22217,43 @@ class Router:
             0 < tokens < threshold,
             ask.caller.scope,
             ask.privacy,
+            ask.hint,
+            ask.loop,
         )
         groups, turn = directory.arranged(traits)
         if choice.lead and not choice.spill:
             groups = ()
+        ask.named = frozenset(target.label for target in lead)
+        why = choice.why
+        if favourite := self.favourite(ask, directory, traits, lead):
+            why = why if lead else "it answered this conversation before"
+            lead = [favourite, *(target for target in lead if target is not favourite)]
         headroom = self.headroom if self.ledger.tight else None
         limits = Limits(tokens, self.breakers.bucket, self.breakers.is_open, self.window, headroom)
-        ask.named = frozenset(target.label for target in lead)
         trace = ask.trace
         trace.choice, trace.level, trace.tokens = choice.why, traits.level, tokens
-        trace.plan = Arrangement(lead, groups, turn, traits)
-        return self.answer(ask, plan(lead, groups, limits, turn, choice.why), tokens)
+        trace.plan = Arrangement(lead, groups, turn, traits, why)
+        return self.answer(ask, plan(lead, groups, limits, turn, why), tokens)
+
+    def favourite(
+        self, ask: Ask, directory: Directory, traits: Traits, lead: Sequence[Target]
+    ) -> Target | None:
+        """Who answered this conversation before, if this request may and should go there too.
+
+        A model that is too weak for it is left, unless the client asked to stay by our header.
+        """
+        served = self.sessions.last(ask)
+        service = directory.services.get(served.provider) if served else None
+        if served is None or service is None or not self.may_use(ask, service):
+            return None
+        target = directory.target(service, served.model)
+        weak = target.facts.rating > traits.level and not ask.stays
+        if why_not(target, traits, ask.tokens) or (lead and target not in lead):
+            return None
+        if weak and not lead:
+            return None
+        ask.favourite = (target.label, served.key)
+        return target
 
     def embed(self, ask: Ask) -> Answer:
         """Answer an embeddings request inside one family of models, never mixing vectors."""
@@ -22163,7 +22321,7 @@ class Router:
     def answer(self, ask: Ask, candidates: Iterable[Candidate], tokens: int) -> Answer:
         """Walk the candidates until one answers; ClientGone when nobody waits any more."""
         deadline = ask.started + self.config.request_deadline
-        walk = Walk(window=self.window, tokens=tokens, body=ask.chat)
+        walk = Walk(window=self.window, tokens=tokens, body=ask.chat, favourite=ask.favourite)
         attempt = None
         ask.trace.skipped = walk.skipped
         self.watchdog.watch(ask.guard)
@@ -22336,6 +22494,7 @@ class Router:
                     walk.waits.append(self.breakers.wait(provider))
                     walk.skipped.append(f"{target.label}: resting, its breaker is open")
                 return
+            label, key = walk.favourite
             lease = self.keys.lease(
                 provider,
                 target.model,
@@ -22343,6 +22502,7 @@ class Router:
                 ignoring=ignoring,
                 among=target.service.keys,
                 claim=claim,
+                first=key if label == target.label else "",
             )
             if lease is None:
                 self.breakers.leave(provider, owner)
@@ -22403,6 +22563,7 @@ class Router:
     ) -> Answer:
         """A success: health, usage, and for a stream what happens when it ends."""
         self.keys.forgive(lease)
+        self.sessions.answered(ask, target.provider, target.model, lease.key)
         self.ledger.passed(lease)
         self.breakers.note(target.provider, True, ask.guard)
         self.usage.attempt(self.place(target, lease, ask), True, attempt.seconds)
@@ -22724,7 +22885,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 39. Reload
+# 40. Reload
 # =============================================================================
 
 
@@ -22846,7 +23007,7 @@ def file_mark(path: Path) -> tuple[int, int, int] | None:
 
 
 # =============================================================================
-# 40. Configuration
+# 41. Configuration
 # =============================================================================
 
 # -- features --------------------------------------------------------------------
@@ -23456,7 +23617,7 @@ def run_errand(desk: Desk, errand: Errand, body: Json, names: Mapping[str, str])
 
 
 # =============================================================================
-# 41. Status
+# 42. Status
 # =============================================================================
 
 
@@ -24025,7 +24186,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 42. Dashboard
+# 43. Dashboard
 # =============================================================================
 
 # One static page: what it shows it asks the endpoints for, with the key that was typed into it.
@@ -24344,7 +24505,7 @@ def dashboard_headers() -> dict[str, str]:
 
 
 # =============================================================================
-# 43. Endpoints
+# 44. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -24845,6 +25006,7 @@ def make_ask(
     ask.fallback = request.environ.get("HTTP_X_ROUTE_FALLBACK", "").lower() == "allow"
     ask.terms = (ask.fallback,)
     ask.memory = memory_wish(request.environ)
+    name_work(ask, request.environ)
     ask.likeness = likeness_wish(request.environ, router.config)
     return ask
 
@@ -24857,6 +25019,21 @@ def privacy_of(request: flask.Request, caller: Caller) -> str:
         raise BadRequest(f"X-Privacy: {asked[:40]!r} is not {expected}", param="X-Privacy")
     wishes = {asked, caller.privacy}
     return next((level for level in reversed(PRIVACY) if level in wishes), "")
+
+
+def name_work(ask: Ask, environ: Mapping[str, Any]) -> None:
+    """What headers say of the conversation and of the kind of work."""
+    for name in SESSION_HEADERS:
+        if given := environ.get(name):
+            ask.session_name, ask.stays = given[:256], name == SESSION_HEADERS[0]
+            break
+    hint = environ.get("HTTP_X_HERMES_WORKLOAD_HINT", "").strip().lower()
+    if hint in HINTS and (hint != "vision" or wants_vision(ask.chat)):
+        ask.hint = hint
+    loop = environ.get("HTTP_X_HERMES_TOOL_LOOP", "").strip().lower()
+    ask.loop = loop not in FALSE_WORDS
+    if ask.loop and not wants_tools(ask.chat):
+        raise BadRequest("X-Hermes-Tool-Loop needs a request with tools", param="tools")
 
 
 def memory_wish(environ: Mapping[str, Any]) -> Literal["", "off", "refresh"]:
@@ -25121,7 +25298,7 @@ def http_error(router: Router, request: flask.Request, error: HTTPException) -> 
 
 
 # =============================================================================
-# 44. Server
+# 45. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -25664,7 +25841,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 45. Crash test
+# 46. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -26457,7 +26634,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 46. Documents
+# 47. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -26632,7 +26809,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 47. Command line
+# 48. Command line
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -26804,7 +26981,7 @@ def noted_address(config: Config) -> str:
 
 
 # =============================================================================
-# 48. Views
+# 49. Views
 # =============================================================================
 
 DEGRADED: Final = 0.1  # share of errors from which a provider is called so
@@ -27058,7 +27235,7 @@ def service_row(service: Service) -> dict[str, str]:
 
 
 # =============================================================================
-# 49. Connect
+# 50. Connect
 # =============================================================================
 
 # What clients keep in their settings files, merged into what stands there. A place in a file is
@@ -27687,7 +27864,7 @@ def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None
 
 
 # =============================================================================
-# 50. Changes
+# 51. Changes
 # =============================================================================
 
 # Commands that change auth.json and .env, through section Files. A running router reads both
@@ -28285,7 +28462,7 @@ def cmd_keys_revoke(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 51. Doctor
+# 52. Doctor
 # =============================================================================
 
 Health = Literal["ok", "note", "bad"]
@@ -28583,7 +28760,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 52. Bench
+# 53. Bench
 # =============================================================================
 
 
@@ -28656,7 +28833,7 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
 
 
 # =============================================================================
-# 53. Setup
+# 54. Setup
 # =============================================================================
 
 # The wizard: a row per step. Every step may be skipped and all of it be run again: each looks
@@ -28899,7 +29076,7 @@ def cmd_setup(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 54. Command line
+# 55. Command line
 # =============================================================================
 
 Arguments = tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
