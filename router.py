@@ -14496,7 +14496,10 @@ class Database:
         if self._path is None:
             return []
         try:
-            connection = self._readers.pop() if self._readers else self._connect()
+            try:
+                connection = self._readers.pop()
+            except IndexError:  # all of them read
+                connection = self._connect()
             found = connection.execute(query, values).fetchall()
         except Exception as error:
             self._tell(error)
