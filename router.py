@@ -1090,8 +1090,10 @@ def split_http_url(url: str) -> SplitResult:
 METADATA_HOSTS: Final = frozenset({"metadata", "metadata.google.internal", "instance-data"})
 METADATA_NETS: Final = (
     "169.254.0.0/16", "fe80::/10", "fd00:ec2::/64", "100.100.100.200/32", "168.63.129.16/32",
-    "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8",
+    "192.0.0.192/32", "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8",
 )  # fmt: skip
+# An IPv4 address is the last part of these: NAT64 (RFC 6052, 8215), and a form of long ago.
+NETS_AROUND_IPV4: Final = ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")
 
 
 def safe_url(url: str) -> str:
@@ -1121,7 +1123,10 @@ def host_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | N
         except OSError:
             return None
     if isinstance(found, ipaddress.IPv6Address):
-        return found.ipv4_mapped or found.sixtofour or found
+        nets = map(ipaddress.ip_network, NETS_AROUND_IPV4)
+        inside = not found.is_loopback and any(found in net for net in nets)
+        last = ipaddress.IPv4Address(int(found) & 0xFFFF_FFFF)
+        return found.ipv4_mapped or found.sixtofour or (last if inside else found)
     return found
 
 
@@ -2362,7 +2367,9 @@ class SettingsReader:
             data = json.loads(path.read_text(encoding="utf-8-sig"))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:  # whose own text holds the whole path
+            return self.ignore(path, f"it cannot be read: {error.strerror}")
+        except (ValueError, RecursionError) as error:
             return self.ignore(path, f"it cannot be read: {error}")
         if isinstance(data, dict):
             return data
@@ -13672,7 +13679,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Trace:
-    """What becomes of one request, for the log, the metrics and `why`; never any content."""
+    """What becomes of one request, for the log, the metrics and `why`: no prompt, no answer."""
 
     MAX_STEPS: ClassVar[int] = 64
 
@@ -13687,6 +13694,7 @@ class Trace:
     level: int | None = None  # difficulty
     tokens: int = 0  # estimated size of the prompt
     plan: Any = None  # what the candidates were arranged from; shared, not copied
+    era: int = 0  # how often settings had changed when it was kept
     steps: list[Step] = field(default_factory=list)
     skipped: Sequence[str] = ()
     cache: str = "off"
@@ -17362,6 +17370,15 @@ class Quotas:
             day.requests += 1
         return grant
 
+    def use(self, grant: Grant, tokens: Tokens, cost: float | None) -> None:
+        """Part of a request, paid; also after its end, where others read on what it began."""
+        with self._lock:
+            if grant.open:
+                grant.use(tokens, cost)
+            else:
+                grant.today.tokens += tokens.prompt + tokens.completion
+                grant.today.nano += round((cost or 0.0) * NANO)
+
     def settle(self, grant: Grant) -> None:
         """The request has ended, however: what it used replaces what it had reserved."""
         with self._lock:
@@ -17570,8 +17587,11 @@ class Histogram:
 class Traces:
     """The latest requests, and how long and large they were. One lock, dictionary work only."""
 
+    ERAS: ClassVar[int] = 16  # settings whose candidates are kept; each holds all its targets
+
     def __init__(self, size: int) -> None:
         self._lock = threading.Lock()
+        self._era = 0
         self._kept: deque[Trace] = deque(maxlen=max(0, size))
         self._by_id: dict[str, Trace] = {}
         self.histograms = {
@@ -17584,6 +17604,10 @@ class Traces:
         """Keep as many as REQUEST_LOG_SIZE says, the newest ones."""
         size = max(0, config.request_log_size)
         with self._lock:
+            self._era += 1
+            for trace in self._kept:
+                if trace.era <= self._era - self.ERAS:
+                    trace.plan = None
             if size != self._kept.maxlen:
                 self._kept = deque(self._kept, maxlen=size)
                 self._by_id = {trace.id: trace for trace in self._kept}
@@ -17596,6 +17620,7 @@ class Traces:
                     oldest = self._kept[0]
                     if self._by_id.get(oldest.id) is oldest:
                         del self._by_id[oldest.id]
+                trace.era = self._era
                 self._kept.append(trace)
                 self._by_id[trace.id] = trace  # of two with one id the later
             self._measure(trace)
@@ -17610,9 +17635,13 @@ class Traces:
         if trace.prompt is not None:
             made["prompt_tokens"].observe(trace.endpoint, trace.prompt)
 
-    def find(self, id: str) -> Trace | None:
+    def find(self, id: str, fits: Callable[[Trace], bool] = lambda _: True) -> Trace | None:
+        """The latest of this id that fits: clients choose ids, and one may choose another's."""
         with self._lock:
-            return self._by_id.get(id)
+            found = self._by_id.get(id)
+        if found is None or fits(found):
+            return found
+        return next((trace for trace in self.latest() if trace.id == id and fits(trace)), None)
 
     def latest(self) -> list[Trace]:
         """The newest first."""
@@ -18284,7 +18313,10 @@ def unit_vector(values: object) -> array[float] | None:
     """The vector with length 1; None for what is none."""
     if not isinstance(values, list) or not values or not all(map(is_number, values)):
         return None
-    length = math.sqrt(sum(map(operator.mul, values, values)))
+    try:
+        length = math.sqrt(sum(map(operator.mul, values, values)))
+    except OverflowError:  # JSON knows whole numbers of any length
+        return None
     if not 0 < length < math.inf:
         return None
     return array("f", [value / length for value in values])
@@ -21731,7 +21763,7 @@ class Embedder:
             return None
         body = {"input": text}
         ask = Ask(EMBEDDINGS, dump_json(body), body, body, Guard(), caller=caller)
-        ask.privacy, ask.tokens = whose.privacy, len(text) // 4
+        ask.privacy, ask.tokens, ask.grant = whose.privacy, len(text) // 4, whose.grant
         ask.started = now - max(0.0, self.deadline - self.WAIT_S)
         try:
             answer = self._embed(ask)
@@ -21902,7 +21934,11 @@ class Sharing:
             crowd = self._crowds.join(place, ask.guard)
             if crowd.leader is ask.guard:
                 return self._lead(place, crowd, ask, make)
-            crowd.wait(ask.guard, ask.started + self._deadline, self.now)
+            self.watchdog.watch(ask.guard)  # for signs of life: the call is another one's
+            try:
+                crowd.wait(ask.guard, ask.started + self._deadline, self.now)
+            finally:
+                self.watchdog.unwatch(ask.guard)
             if crowd.error:
                 raise copy.copy(crowd.error)
             if crowd.answer:
@@ -22614,7 +22650,7 @@ class Router:
         self.usage.spent(self.place(target, lease, ask), tokens, cost)
         ask.trace.spent(tokens.prompt, tokens.completion, cost)
         if ask.grant:
-            ask.grant.use(tokens, cost)
+            self.quotas.use(ask.grant, tokens, cost)
 
     def place(self, target: Target, lease: Lease, ask: Ask) -> Place:
         """Where an attempt is counted: on the day on which its request came."""
@@ -22976,7 +23012,9 @@ class Reloader:
             return read
         if not old.proxy_keys:
             return with_proxy_key(read)[0]
-        return replace(read, proxy_keys=old.proxy_keys, key_rows=old.key_rows)
+        # With their admins: the first key is one only where nobody ever was.
+        kept = replace(read, proxy_keys=old.proxy_keys, key_rows=old.key_rows)
+        return replace(kept, admin_keys=old.admin_keys)
 
     def _settle(self, read: Config | None, problem: str) -> None:
         router = self._router
@@ -23173,6 +23211,8 @@ def try_out(config: Config, changes: Mapping[str, str | None]) -> None:
         found = Config.from_env(config.given, {**kept, **added})
     except ConfigError as error:
         problems = error.problems
+        if not any(mentions(problem, changes) for problem in problems):
+            fresh_config(config)  # which says so where it was broken before
     else:
         problems = (*open_to_all(found.auth_mode, config.host), *found.warnings)
         problems = tuple(p for p in problems if mentions(p, changes))
@@ -24545,6 +24585,7 @@ class App(flask.Flask):
 
     def __init__(self, router: Router) -> None:
         super().__init__("hermes-router", static_folder=None)
+        self.url_map.merge_slashes = False  # such a path would be answered with a page of HTML
         self.extensions["router"], self.extensions["reloader"] = router, Reloader(router)
         self._router, self._door = router, Door(router)
         router.follow(self._door)
@@ -24799,8 +24840,9 @@ def serve_logs(router: Router) -> Json:
 
 def serve_why(router: Router, id: str) -> Json:
     """GET /v1/why/{request id}: how one request was routed."""
-    trace = router.traces.find(id)
-    if trace is None or not may_see(current_request().environ["hermes.caller"], trace):
+    caller = current_request().environ["hermes.caller"]
+    trace = router.traces.find(id, lambda trace: may_see(caller, trace))
+    if trace is None:
         text = f"request {id[:128]!r} is not (or no longer) among the latest {router.traces.size}"
         raise NotFound(text, param="id")
     return explain(router, trace)
@@ -24915,9 +24957,9 @@ def serve_compact(router: Router, request: flask.Request) -> Reply:
     earlier = router.responses.chain(caller, previous) if previous else []
     body = {**without_trigger(body), "stream": False}
     chat = compaction_chat(body, earlier)
-    return respond_chat(
-        router, request, make_ask(router, request, compact_surface(earlier), raw, body, chat)
-    )
+    ask = make_ask(router, request, compact_surface(earlier), raw, body, chat)
+    ask.terms = (*ask.terms, "compact")  # the same body asks for an answer elsewhere
+    return respond_chat(router, request, ask)
 
 
 def is_codex(request: flask.Request, body: Json) -> bool:
@@ -25084,20 +25126,34 @@ def respond(
     """Run one request inside the gate, cut when the client goes away."""
     on_close = request.environ.get(ON_CLOSE, forget)
     router.gate.enter()
-    visit = Visit(router, ask, on_close)
+    visit, made = Visit(router, ask, on_close), None
     try:
         on_close(ask.guard.client_gone)
         ask.guard.hang_up = request.environ.get(HANG_UP, ask.guard.cut_off)
         with Prelude(router, request, ask):
             made = answer()
+        return handed_over(router, request, visit, made, keep)
     except ClientGone:
         visit.leave(499)
         return Reply(b"", {}, 499)
     except BaseException as error:
+        if made and isinstance(made.body, Relay):  # nobody will read it
+            made.body.close()
         visit.leave(0)
         if isinstance(error, RouterError):
             error.headers = rate_headers(router, ask)
         raise
+
+
+def handed_over(
+    router: Router,
+    request: flask.Request,
+    visit: Visit,
+    made: Answer,
+    keep: Callable[[Json], None] | None,
+) -> Reply:
+    """An answer as its client gets it; the visit ends with it, that of a stream with the stream."""
+    ask = visit.ask
     headers = {
         "X-Provider": made.provider,
         "X-Hermes-Model": made.model.encode("ascii", "replace").decode(),
@@ -25181,17 +25237,21 @@ def forget(_callback: Callable[[], None] | None) -> None:
 
 
 class Visit:
-    """One request inside the gate; `leave` is called exactly once, whatever happens."""
+    """One request inside the gate, until it leaves: for the first reason that is told."""
 
     def __init__(self, router: Router, ask: Ask, on_close: Callable[..., None]) -> None:
-        self._router, self._ask, self._on_close = router, ask, on_close
+        self._router, self.ask, self._on_close = router, ask, on_close
+        self._left = False
 
     def leave(self, status: int, answer: Answer | None = None) -> None:
+        if self._left:
+            return
+        self._left = True
         self._router.gate.leave()
-        self._router.finish(self._ask)
+        self._router.finish(self.ask)
         self._on_close(None)
         if status:
-            trace = self._ask.trace
+            trace = self.ask.trace
             broken = answer and isinstance(answer.body, Relay) and answer.body.broken
             outcome = "cancelled" if status == 499 else "error" if broken else ""
             ended(self._router, trace, status, outcome or "success")
