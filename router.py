@@ -74,7 +74,12 @@ import os
 import sys
 from contextlib import suppress
 
-if __name__ == "__main__" and sys.argv[1:] in ([], ["serve"]) and hasattr(os, "memfd_create"):
+if (
+    __name__ == "__main__"
+    and __spec__ is None  # else it is `python -m router`
+    and sys.argv[1:] in ([], ["serve"])
+    and hasattr(os, "memfd_create")
+):
     # Python keeps the syntax tree of a running script, 45 MB of this one: its compiled code is
     # handed to a fresh interpreter, which takes the place of this one under the same pid.
     with suppress(OSError):  # layer: only where it is run as a script
@@ -83,10 +88,11 @@ if __name__ == "__main__" and sys.argv[1:] in ([], ["serve"]) and hasattr(os, "m
             marshal.dump(sys._getframe().f_code, compiled)
         os.lseek(file, 0, os.SEEK_SET)
         boot = (
-            "import marshal, os, sys, types; file, path = sys.argv[1:]; sys.argv = [path, 'serve'];"
+            "import gc, marshal, os, sys, types; gc.disable();"  # as what an import makes stays
+            "file, path = sys.argv[1:]; sys.argv = [path, 'serve'];"
             "router = sys.modules['router'] = types.ModuleType('router'); router.__file__ = path;"
             "exec(marshal.load(os.fdopen(int(file), 'rb')), router.__dict__);"
-            "sys.exit(router.main())"
+            "gc.enable(); sys.exit(router.main())"
         )
         options = sys.orig_argv[1 : -len(sys.argv)]
         command = [sys.executable, *options, "-c", boot, str(file), os.path.abspath(__file__)]
@@ -29205,6 +29211,8 @@ def begin_anew() -> None:
     """This program again, in this process, with the same pid and environment."""
     log.info("restarting")
     given = sys.orig_argv[1:]
+    if __spec__ is not None:  # its compiled code is kept: python -m router, or hr
+        os.execv(sys.executable, [sys.executable, *given])
     end = given.index("-c") if "-c" in given else len(given) - len(sys.argv)
     os.execv(sys.executable, [sys.executable, *given[:end], os.path.abspath(__file__), "serve"])
 

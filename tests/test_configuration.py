@@ -630,18 +630,19 @@ def test_a_bad_configuration_is_not_restarted_into(api):
     assert "MAX_STREAMS" in here.fails(409, "POST", "restart")[1]
 
 
+IMPORTED = "import router; raise SystemExit(router.main())"
 POSIX = pytest.mark.skipif(os.name != "posix", reason="a process that takes its own place")
 
 
 class Process:
     """A router as a process of its own, on a port that stays."""
 
-    def __init__(self, folder, **settings):
+    def __init__(self, folder, way=("router.py",), **settings):
         lines = {"ADMIN_KEYS": ADMIN, "PORT": str(free_port()), **settings}
         (folder / ".env").write_text("".join(f"{k}={v}\n" for k, v in lines.items()))
         env = {"PATH": os.environ["PATH"], "HR_HOME": str(folder)}
-        command = [sys.executable, "-B", str(ROOT / "router.py")]
-        self.child = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-B", *way]
+        self.child = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
         self.thread = threading.Thread(target=self.read)
         self.thread.start()
@@ -688,8 +689,9 @@ def process(tmp_path):
 
 
 @POSIX
-def test_a_real_process_begins_anew(process):
-    here = process()
+@pytest.mark.parametrize("way", [("router.py",), ("-m", "router"), ("-c", IMPORTED, "serve")])
+def test_a_real_process_begins_anew(process, way):
+    here = process(way=way)
     assert here.post("config/settings", {"WORKER_THREADS": 5})["restart_required"] is True
     assert here.post("config/restart")["status"] == "restarting"
     here.listens(2)

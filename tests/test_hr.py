@@ -252,6 +252,46 @@ def test_a_log_that_tells_no_address(place: Place) -> None:
     assert place.hr("status", PORT=port).returncode == 0
 
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+
+def is_imported(place: Place) -> bool:
+    """Whether the running router was imported, and not run as a script."""
+    return b"router.py" not in Path(f"/proc/{place.pid}/cmdline").read_bytes()
+
+
+@LINUX
+def test_the_program_is_kept_compiled(place: Place) -> None:
+    started(place)
+    assert is_imported(place)
+    (kept,) = (place.home / "__pycache__").iterdir()
+    made = kept.stat().st_mtime_ns
+    assert place.hr("restart").returncode == 0
+    assert is_imported(place) and kept.stat().st_mtime_ns == made
+
+    program = place.home / "router.py"
+    program.write_text(program.read_text().replace("print a generated", "print a newer"))
+    assert "print a newer" in place.hr("commands", "--long").stdout
+
+
+@LINUX
+def test_where_nothing_can_be_kept_it_runs_as_a_script(place: Place) -> None:
+    (place.home / "__pycache__").touch()  # in the way of a folder, for root too
+    url = started(place)
+    assert get(f"{url}/health") and not is_imported(place)
+
+
+@pytest.mark.parametrize("env", [{}, {"PYTHONSAFEPATH": "1"}], ids=["usual", "safe path"])
+def test_modules_of_the_current_folder_are_not_the_routers(place: Place, env) -> None:
+    for name in ("flask.py", "router.py"):
+        (place.root / name).write_text("raise SystemExit('a stranger')\n")
+    wanted = place.root / "wanted"
+    wanted.mkdir()
+    (wanted / "werkzeug.py").write_text("raise SystemExit('a friend')\n")
+    assert place.hr("docs", "env", **env).returncode == 0
+    assert "a friend" in place.hr("docs", "env", PYTHONPATH=str(wanted), **env).stderr
+
+
 def test_restart_starts_what_does_not_run(place: Place) -> None:
     done = place.hr("restart")
     assert done.returncode == 0, done.stderr
