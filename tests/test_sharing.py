@@ -215,7 +215,6 @@ def test_headers_that_choose_are_part_of_the_request(ask, headers):
         {"Cache-Control": "max-age=0, No-Store"},
         {"X-Hermes-Cache": "skip"},
         {"X-Hermes-Cache": "OFF"},
-        {"X-Hermes-Tool-Loop": "true"},
     ],
     ids=str,
 )
@@ -226,6 +225,13 @@ def test_who_wants_nothing_of_it_is_left_alone(ask, headers):
     assert said(talk("other", headers=headers)) == "off"
     assert said(talk("other")) == "miss"  # nothing was kept either
     assert talk.calls == 4
+
+
+def test_a_tool_loop_is_left_alone(ask):
+    talk, headers = ask(GROQ_SUPPORTS_TOOLS="1"), {"X-Hermes-Tool-Loop": "true"}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    assert [said(talk(headers=headers, tools=tools)) for _ in range(2)] == ["off", "off"]
+    assert talk.calls == 2
 
 
 @pytest.mark.parametrize("headers", [{"Cache-Control": "no-cache"}, {"X-Hermes-Cache": "refresh"}])
