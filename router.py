@@ -17362,6 +17362,15 @@ class Quotas:
             day.requests += 1
         return grant
 
+    def use(self, grant: Grant, tokens: Tokens, cost: float | None) -> None:
+        """Part of a request, paid; also after its end, where others read on what it began."""
+        with self._lock:
+            if grant.open:
+                grant.use(tokens, cost)
+            else:
+                grant.today.tokens += tokens.prompt + tokens.completion
+                grant.today.nano += round((cost or 0.0) * NANO)
+
     def settle(self, grant: Grant) -> None:
         """The request has ended, however: what it used replaces what it had reserved."""
         with self._lock:
@@ -18284,7 +18293,10 @@ def unit_vector(values: object) -> array[float] | None:
     """The vector with length 1; None for what is none."""
     if not isinstance(values, list) or not values or not all(map(is_number, values)):
         return None
-    length = math.sqrt(sum(map(operator.mul, values, values)))
+    try:
+        length = math.sqrt(sum(map(operator.mul, values, values)))
+    except OverflowError:  # JSON knows whole numbers of any length
+        return None
     if not 0 < length < math.inf:
         return None
     return array("f", [value / length for value in values])
@@ -21731,7 +21743,7 @@ class Embedder:
             return None
         body = {"input": text}
         ask = Ask(EMBEDDINGS, dump_json(body), body, body, Guard(), caller=caller)
-        ask.privacy, ask.tokens = whose.privacy, len(text) // 4
+        ask.privacy, ask.tokens, ask.grant = whose.privacy, len(text) // 4, whose.grant
         ask.started = now - max(0.0, self.deadline - self.WAIT_S)
         try:
             answer = self._embed(ask)
@@ -21902,7 +21914,11 @@ class Sharing:
             crowd = self._crowds.join(place, ask.guard)
             if crowd.leader is ask.guard:
                 return self._lead(place, crowd, ask, make)
-            crowd.wait(ask.guard, ask.started + self._deadline, self.now)
+            self.watchdog.watch(ask.guard)  # for signs of life: the call is another one's
+            try:
+                crowd.wait(ask.guard, ask.started + self._deadline, self.now)
+            finally:
+                self.watchdog.unwatch(ask.guard)
             if crowd.error:
                 raise copy.copy(crowd.error)
             if crowd.answer:
@@ -22614,7 +22630,7 @@ class Router:
         self.usage.spent(self.place(target, lease, ask), tokens, cost)
         ask.trace.spent(tokens.prompt, tokens.completion, cost)
         if ask.grant:
-            ask.grant.use(tokens, cost)
+            self.quotas.use(ask.grant, tokens, cost)
 
     def place(self, target: Target, lease: Lease, ask: Ask) -> Place:
         """Where an attempt is counted: on the day on which its request came."""
