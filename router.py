@@ -13687,6 +13687,7 @@ class Trace:
     level: int | None = None  # difficulty
     tokens: int = 0  # estimated size of the prompt
     plan: Any = None  # what the candidates were arranged from; shared, not copied
+    era: int = 0  # how often settings had changed when it was kept
     steps: list[Step] = field(default_factory=list)
     skipped: Sequence[str] = ()
     cache: str = "off"
@@ -17579,8 +17580,11 @@ class Histogram:
 class Traces:
     """The latest requests, and how long and large they were. One lock, dictionary work only."""
 
+    ERAS: ClassVar[int] = 16  # settings whose candidates are kept; each holds all its targets
+
     def __init__(self, size: int) -> None:
         self._lock = threading.Lock()
+        self._era = 0
         self._kept: deque[Trace] = deque(maxlen=max(0, size))
         self._by_id: dict[str, Trace] = {}
         self.histograms = {
@@ -17593,6 +17597,10 @@ class Traces:
         """Keep as many as REQUEST_LOG_SIZE says, the newest ones."""
         size = max(0, config.request_log_size)
         with self._lock:
+            self._era += 1
+            for trace in self._kept:
+                if trace.era <= self._era - self.ERAS:
+                    trace.plan = None
             if size != self._kept.maxlen:
                 self._kept = deque(self._kept, maxlen=size)
                 self._by_id = {trace.id: trace for trace in self._kept}
@@ -17605,6 +17613,7 @@ class Traces:
                     oldest = self._kept[0]
                     if self._by_id.get(oldest.id) is oldest:
                         del self._by_id[oldest.id]
+                trace.era = self._era
                 self._kept.append(trace)
                 self._by_id[trace.id] = trace  # of two with one id the later
             self._measure(trace)
@@ -24561,6 +24570,7 @@ class App(flask.Flask):
 
     def __init__(self, router: Router) -> None:
         super().__init__("hermes-router", static_folder=None)
+        self.url_map.merge_slashes = False  # such a path would be answered with a page of HTML
         self.extensions["router"], self.extensions["reloader"] = router, Reloader(router)
         self._router, self._door = router, Door(router)
         router.follow(self._door)
@@ -25100,20 +25110,34 @@ def respond(
     """Run one request inside the gate, cut when the client goes away."""
     on_close = request.environ.get(ON_CLOSE, forget)
     router.gate.enter()
-    visit = Visit(router, ask, on_close)
+    visit, made = Visit(router, ask, on_close), None
     try:
         on_close(ask.guard.client_gone)
         ask.guard.hang_up = request.environ.get(HANG_UP, ask.guard.cut_off)
         with Prelude(router, request, ask):
             made = answer()
+        return handed_over(router, request, visit, made, keep)
     except ClientGone:
         visit.leave(499)
         return Reply(b"", {}, 499)
     except BaseException as error:
+        if made and isinstance(made.body, Relay):  # nobody will read it
+            made.body.close()
         visit.leave(0)
         if isinstance(error, RouterError):
             error.headers = rate_headers(router, ask)
         raise
+
+
+def handed_over(
+    router: Router,
+    request: flask.Request,
+    visit: Visit,
+    made: Answer,
+    keep: Callable[[Json], None] | None,
+) -> Reply:
+    """An answer as its client gets it; the visit ends with it, that of a stream with the stream."""
+    ask = visit.ask
     headers = {
         "X-Provider": made.provider,
         "X-Hermes-Model": made.model.encode("ascii", "replace").decode(),
@@ -25197,17 +25221,21 @@ def forget(_callback: Callable[[], None] | None) -> None:
 
 
 class Visit:
-    """One request inside the gate; `leave` is called exactly once, whatever happens."""
+    """One request inside the gate, until it leaves: for the first reason that is told."""
 
     def __init__(self, router: Router, ask: Ask, on_close: Callable[..., None]) -> None:
-        self._router, self._ask, self._on_close = router, ask, on_close
+        self._router, self.ask, self._on_close = router, ask, on_close
+        self._left = False
 
     def leave(self, status: int, answer: Answer | None = None) -> None:
+        if self._left:
+            return
+        self._left = True
         self._router.gate.leave()
-        self._router.finish(self._ask)
+        self._router.finish(self.ask)
         self._on_close(None)
         if status:
-            trace = self._ask.trace
+            trace = self.ask.trace
             broken = answer and isinstance(answer.body, Relay) and answer.body.broken
             outcome = "cancelled" if status == 499 else "error" if broken else ""
             ended(self._router, trace, status, outcome or "success")

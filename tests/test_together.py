@@ -147,3 +147,60 @@ def test_a_shared_failure_behind_a_sign_of_life_is_told_once_to_each(serve, upst
         assert answer.text.count('"error"') == 1 and answer.text.count("try again in 40s") == 2
     assert len({answer.text for answer in got}) == 1
     at_rest(live)
+
+
+# --- every end of a request -------------------------------------------------------------
+
+PATHS = {
+    "chat": ("/v1/chat/completions", {"messages": HELLO}),
+    "messages": ("/v1/messages", {"messages": HELLO, "max_tokens": 9}),
+    "responses": ("/v1/responses", {"input": "hello", "store": False}),
+    "completions": ("/v1/completions", {"prompt": "hello"}),
+}
+
+
+def broken(*_, **__):
+    raise RuntimeError("a fault of ours")
+
+
+FAULTS = {
+    "routing": ("Router", "route"),
+    "delivery": ("Router", "deliver"),
+    "keeping it": ("Sharing", "_save"),
+    "an event": ("Flow", "take"),
+    "a whole answer": ("Passage", "whole"),
+    "what is left": ("Quotas", "rates"),
+    "what was spent": ("Router", "charge"),
+    "the size": ("Router", "size"),
+    "the cache": ("Cache", "get"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("surface", ["chat", "responses"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_ours_leaves_nothing_behind(
+    serve, upstream, monkeypatch, fault, surface, stream
+):
+    limits = {"PROXY_LIMIT_STREAMS": "1", "PROXY_LIMIT_TOKENS_DAY": "100000"}
+    live = serve(**provider("groq", upstream(good())), **ON, **limits)
+    path, body = PATHS[surface]
+    kind, name = FAULTS[fault]
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(router, kind), name, broken)
+        sent = {"model": "groq/m1", "stream": stream, **body}
+        try:
+            got = requests.post(live.url + path, json=sent, headers=AUTH, timeout=20)
+        except requests.exceptions.ChunkedEncodingError:
+            got = None  # a stream that had begun
+        if got is not None and got.status_code != 200:
+            assert got.status_code == 500 and got.json()["error"]["message"]
+            assert "fault of ours" not in got.text and got.headers["X-Request-ID"]
+        at_rest(live)
+    made = live.app.extensions["router"]
+    until(lambda: not made.watchdog._live)
+    assert not made.sharing._crowds._open
+    for _ in range(2):
+        got = requests.post(live.url + path, json={**sent, "seed": 1}, headers=AUTH, timeout=20)
+        assert got.status_code == 200, got.text
+        at_rest(live)
