@@ -1090,8 +1090,10 @@ def split_http_url(url: str) -> SplitResult:
 METADATA_HOSTS: Final = frozenset({"metadata", "metadata.google.internal", "instance-data"})
 METADATA_NETS: Final = (
     "169.254.0.0/16", "fe80::/10", "fd00:ec2::/64", "100.100.100.200/32", "168.63.129.16/32",
-    "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8",
+    "192.0.0.192/32", "0.0.0.0/8", "::/128", "224.0.0.0/4", "ff00::/8",
 )  # fmt: skip
+# An IPv4 address is the last part of these: NAT64 (RFC 6052, 8215), and a form of long ago.
+NETS_AROUND_IPV4: Final = ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")
 
 
 def safe_url(url: str) -> str:
@@ -1121,7 +1123,10 @@ def host_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | N
         except OSError:
             return None
     if isinstance(found, ipaddress.IPv6Address):
-        return found.ipv4_mapped or found.sixtofour or found
+        nets = map(ipaddress.ip_network, NETS_AROUND_IPV4)
+        inside = not found.is_loopback and any(found in net for net in nets)
+        last = ipaddress.IPv4Address(int(found) & 0xFFFF_FFFF)
+        return found.ipv4_mapped or found.sixtofour or (last if inside else found)
     return found
 
 
@@ -2362,7 +2367,9 @@ class SettingsReader:
             data = json.loads(path.read_text(encoding="utf-8-sig"))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:  # whose own text holds the whole path
+            return self.ignore(path, f"it cannot be read: {error.strerror}")
+        except (ValueError, RecursionError) as error:
             return self.ignore(path, f"it cannot be read: {error}")
         if isinstance(data, dict):
             return data
@@ -17628,9 +17635,13 @@ class Traces:
         if trace.prompt is not None:
             made["prompt_tokens"].observe(trace.endpoint, trace.prompt)
 
-    def find(self, id: str) -> Trace | None:
+    def find(self, id: str, fits: Callable[[Trace], bool] = lambda _: True) -> Trace | None:
+        """The latest of this id that fits: clients choose ids, and one may choose another's."""
         with self._lock:
-            return self._by_id.get(id)
+            found = self._by_id.get(id)
+        if found is None or fits(found):
+            return found
+        return next((trace for trace in self.latest() if trace.id == id and fits(trace)), None)
 
     def latest(self) -> list[Trace]:
         """The newest first."""
@@ -23001,7 +23012,9 @@ class Reloader:
             return read
         if not old.proxy_keys:
             return with_proxy_key(read)[0]
-        return replace(read, proxy_keys=old.proxy_keys, key_rows=old.key_rows)
+        # With their admins: the first key is one only where nobody ever was.
+        kept = replace(read, proxy_keys=old.proxy_keys, key_rows=old.key_rows)
+        return replace(kept, admin_keys=old.admin_keys)
 
     def _settle(self, read: Config | None, problem: str) -> None:
         router = self._router
@@ -23198,6 +23211,8 @@ def try_out(config: Config, changes: Mapping[str, str | None]) -> None:
         found = Config.from_env(config.given, {**kept, **added})
     except ConfigError as error:
         problems = error.problems
+        if not any(mentions(problem, changes) for problem in problems):
+            fresh_config(config)  # which says so where it was broken before
     else:
         problems = (*open_to_all(found.auth_mode, config.host), *found.warnings)
         problems = tuple(p for p in problems if mentions(p, changes))
@@ -24825,8 +24840,9 @@ def serve_logs(router: Router) -> Json:
 
 def serve_why(router: Router, id: str) -> Json:
     """GET /v1/why/{request id}: how one request was routed."""
-    trace = router.traces.find(id)
-    if trace is None or not may_see(current_request().environ["hermes.caller"], trace):
+    caller = current_request().environ["hermes.caller"]
+    trace = router.traces.find(id, lambda trace: may_see(caller, trace))
+    if trace is None:
         text = f"request {id[:128]!r} is not (or no longer) among the latest {router.traces.size}"
         raise NotFound(text, param="id")
     return explain(router, trace)
@@ -24941,9 +24957,9 @@ def serve_compact(router: Router, request: flask.Request) -> Reply:
     earlier = router.responses.chain(caller, previous) if previous else []
     body = {**without_trigger(body), "stream": False}
     chat = compaction_chat(body, earlier)
-    return respond_chat(
-        router, request, make_ask(router, request, compact_surface(earlier), raw, body, chat)
-    )
+    ask = make_ask(router, request, compact_surface(earlier), raw, body, chat)
+    ask.terms = (*ask.terms, "compact")  # the same body asks for an answer elsewhere
+    return respond_chat(router, request, ask)
 
 
 def is_codex(request: flask.Request, body: Json) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -204,3 +205,148 @@ def test_a_fault_of_ours_leaves_nothing_behind(
         got = requests.post(live.url + path, json={**sent, "seed": 1}, headers=AUTH, timeout=20)
         assert got.status_code == 200, got.text
         at_rest(live)
+
+
+# --- settings, keys and who may see what ------------------------------------------------
+
+ADMIN, GUEST = "sk-admin-0123456789", "sk-guest-0123456789"
+
+
+@pytest.fixture
+def house(serve, tmp_path, upstream):
+    """house(SETTING=...): a live router with its files, asked as `who`."""
+
+    class House:
+        def __init__(self, **lines):
+            self.up = upstream(good())
+            self.lines = {
+                "PROXY_API_KEYS": GUEST,
+                "ADMIN_KEYS": ADMIN,
+                **provider("groq", self.up, "m1"),
+                **lines,
+            }
+            self.write(self.lines)
+            self.live = serve(_env={"HR_HOME": str(tmp_path), "PORT": "0"})
+            self.hub = self.live.app.extensions["router"]
+            self.reload = self.live.app.extensions["reloader"].reload
+
+        def write(self, lines):
+            (tmp_path / ".env").write_text("".join(f"{k}={v}\n" for k, v in lines.items()))
+
+        def ask(self, method, path, who=GUEST, **more):
+            more.setdefault("headers", {})["Authorization"] = f"Bearer {who}"
+            with requests.Session() as session:
+                session.trust_env = False
+                return session.request(method, self.live.url + path, timeout=60, **more)
+
+        def chat(self, who=GUEST, **more):
+            body = {"model": "groq/m1", "messages": HELLO}
+            return self.ask("POST", "/v1/chat/completions", who, json=body, **more)
+
+    return House
+
+
+def test_a_lost_env_makes_nobody_an_admin(house):
+    here = house()
+    for path in ("/v1/config/settings", "/v1/config/proxy-keys"):
+        assert here.ask("GET", path).status_code == 403
+    here.write({})
+    assert here.reload() == ""
+    assert here.ask("GET", "/v1/models").status_code == 200
+    assert here.ask("GET", "/v1/config/settings").status_code == 403
+    assert here.ask("GET", "/v1/config/settings", ADMIN).status_code == 200
+
+
+def test_a_problem_of_another_file_is_not_blamed_on_the_setting(house, tmp_path):
+    here = house()
+    (tmp_path / "auth.json").write_text(json.dumps({"proxy_keys": {GUEST: {"rpm": "x"}}}))
+    got = here.ask("POST", "/v1/config/settings", ADMIN, json={"RESCUE": False})
+    assert got.status_code == 409 and "rpm cannot be 'x'" in got.text
+    (tmp_path / "auth.json").unlink()
+    got = here.ask("POST", "/v1/config/settings", ADMIN, json={"MAX_STREAMS": "many"})
+    assert got.status_code == 400 and got.json()["error"]["param"] == "MAX_STREAMS"
+
+
+def test_where_files_lie_is_told_to_nobody(house, tmp_path):
+    here = house()
+    (tmp_path / "auth.json").mkdir()
+    assert "Is a directory" in here.reload()
+    for who, path in ((GUEST, "/v1/status"), (ADMIN, "/v1/config/settings")):
+        got = here.ask("GET", path, who)
+        assert "Is a directory" in got.text and str(tmp_path) not in got.text
+
+
+def test_an_id_that_somebody_else_uses_too_hides_nothing(house):
+    here = house()
+    for who in (GUEST, ADMIN):
+        assert here.chat(who, headers={"X-Request-ID": "mine"}).status_code == 200
+    told = {who: here.ask("GET", "/v1/why/mine", who).json() for who in (GUEST, ADMIN)}
+    assert told[GUEST]["caller"] == GUEST[-6:] and told[ADMIN]["caller"] == ADMIN[-6:]
+
+
+def test_old_settings_do_not_pile_up_in_the_log(house):
+    here = house(CACHE_TTL_SECONDS="0")
+
+    def told(answer):
+        return here.ask("GET", f"/v1/why/{answer.headers['X-Request-ID']}").json()
+
+    first = here.chat()
+    for number in range(router.Traces.ERAS):
+        assert told(first)["candidates"]
+        here.write({**here.lines, "FAST_ROUTE_THRESHOLD": number + 1})
+        assert here.reload() == ""
+    assert told(first)["candidates"] == [] and told(first)["attempts"][0]["verdict"] == "ok"
+    assert told(here.chat())["candidates"]
+
+
+def test_slashes_too_many_are_no_page_of_html(house):
+    here = house()
+    for path in ("/v1//models", "/v1/config//settings", "/v1//chat/completions"):
+        got = here.ask("GET", path, ADMIN)
+        assert got.status_code == 404 and got.json()["error"]["code"] == "not_found"
+        assert "Location" not in got.headers
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"env": {"MODEL_ALIASES": "x=groq/m2"}},
+        {"row": {"privacy": "no-train"}},
+        {"row": {"allowed_providers": ["groq"]}},
+        {"env": {"GROQ_MODEL": "m3"}},
+    ],
+    ids=str,
+)
+def test_what_changes_live_changes_what_is_remembered(house, tmp_path, change):
+    here = house(CACHE_TTL_SECONDS="300", MODEL_ALIASES="x=groq/m1")
+    assert [here.chat().headers["X-Hermes-Cache"] for _ in range(2)] == ["miss", "hit"]
+    here.write({**here.lines, **change.get("env", {})})
+    (tmp_path / "auth.json").write_text(json.dumps({"proxy_keys": {GUEST: change.get("row", {})}}))
+    assert here.reload() == ""
+    assert [here.chat().headers["X-Hermes-Cache"] for _ in range(2)] == ["miss", "hit"]
+
+
+def test_a_revoked_key_gets_nothing_that_is_remembered(house):
+    here = house(CACHE_TTL_SECONDS="300", PROXY_API_KEYS=f"{GUEST},sk-second-0123456789")
+    second = "sk-second-0123456789"
+    assert [here.chat(second).headers["X-Hermes-Cache"] for _ in range(2)] == ["miss", "hit"]
+    own = here.chat(second).headers["X-Request-ID"]
+    key = here.hub.config.callers[1]
+    assert key.key == second
+    assert here.ask("DELETE", f"/v1/config/proxy-keys/{key.id}", ADMIN).status_code == 200
+    assert here.chat(second).status_code == 401
+    assert here.ask("GET", f"/v1/why/{own}", second).status_code == 401
+    assert here.ask("GET", f"/v1/why/{own}").status_code == 404
+    assert here.chat().headers["X-Hermes-Cache"] == "miss"
+
+
+def test_a_compaction_is_no_answer_to_the_same_body(house):
+    here = house(CACHE_TTL_SECONDS="300")
+    body = {"model": "groq/m1", "input": "hi", "store": False}
+    found = [
+        here.ask("POST", path, json=body) for path in ("/v1/responses", "/v1/responses/compact") * 2
+    ]
+    assert [got.status_code for got in found] == [200] * 4
+    assert found[0].json()["object"] == "response" != found[1].json().get("object")
+    assert found[2].headers["X-Hermes-Cache"] == "hit"
+    assert found[3].json().get("object") == found[1].json().get("object")
