@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import anthropic
+import openai
 import pytest
 import requests
 from test_sharing import Caller, crowd_of, gated
-from upstream import AUTH, HELLO, Hang, Reply, Stream, chat, chunks, good, provider, text_of, until
+from upstream import (
+    AUTH,
+    HELLO,
+    KEY,
+    Hang,
+    Reply,
+    Stream,
+    chat,
+    chunks,
+    good,
+    provider,
+    text_of,
+    until,
+)
 
 import router
 
@@ -350,3 +367,190 @@ def test_a_compaction_is_no_answer_to_the_same_body(house):
     assert found[0].json()["object"] == "response" != found[1].json().get("object")
     assert found[2].headers["X-Hermes-Cache"] == "hit"
     assert found[3].json().get("object") == found[1].json().get("object")
+
+
+# --- official clients before all of it at once ------------------------------------------
+
+USED = (7, 3)  # what the scripted provider states
+
+
+def openai_chat(clients, stream):
+    options = {"model": "m", "messages": HELLO}
+    if not stream:
+        done = clients[0].chat.completions.create(**options)
+        return done.choices[0].message.content, (
+            done.usage.prompt_tokens,
+            done.usage.completion_tokens,
+        )
+    with clients[0].chat.completions.stream(
+        **options, stream_options={"include_usage": True}
+    ) as events:
+        done = events.get_final_completion()
+    return done.choices[0].message.content, (
+        done.usage.prompt_tokens,
+        done.usage.completion_tokens,
+    )
+
+
+def openai_responses(clients, stream):
+    options = {"model": "m", "input": "hello there", "store": False}
+    if stream:
+        with clients[0].responses.stream(**options) as events:
+            done = events.get_final_response()
+    else:
+        done = clients[0].responses.create(**options)
+    return done.output_text, (done.usage.input_tokens, done.usage.output_tokens)
+
+
+def openai_completions(clients, stream):
+    options = {"model": "m", "prompt": "hello there"}
+    if not stream:
+        done = clients[0].completions.create(**options)
+        return done.choices[0].text, (done.usage.prompt_tokens, done.usage.completion_tokens)
+    text = "".join(
+        event.choices[0].text
+        for event in clients[0].completions.create(**options, stream=True)
+        if event.choices
+    )
+    return text, USED
+
+
+def anthropic_messages(clients, stream):
+    options = {"model": "m", "messages": HELLO, "max_tokens": 99}
+    if stream:
+        with clients[1].messages.stream(**options) as events:
+            done = events.get_final_message()
+    else:
+        done = clients[1].messages.create(**options)
+    return done.content[0].text, (done.usage.input_tokens, done.usage.output_tokens)
+
+
+@pytest.mark.parametrize(
+    "way", [openai_chat, openai_responses, openai_completions, anthropic_messages]
+)
+def test_official_clients_share_and_remember_behind_a_sign_of_life(serve, upstream, way):
+    """Whole and streamed: two at once, of which one is asked for, then one from memory."""
+    up = upstream(lambda request: Hang(60, good("one two")(request)))
+    limits = {"PROXY_LIMIT_TOKENS_DAY": "100000", "PROXY_LIMIT_RPM": "100"}
+    live = serve(**provider("groq", up), **ON, **limits, KEEPALIVE_AFTER="0.1")
+    with (
+        openai.OpenAI(base_url=f"{live.url}/v1", api_key=KEY, max_retries=0) as one,
+        anthropic.Anthropic(base_url=live.url, api_key=KEY, max_retries=0) as two,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        tasks = [pool.submit(way, (one, two), form) for form in (True, True, False, False)]
+        until(lambda: crowd_of(live) == 4)
+        router.time.sleep(0.4)
+        up.open_gate()
+        got = [task.result() for task in tasks]
+        got += [way((one, two), form) for form in (True, False)]
+    assert got == [("one two", USED)] * 6
+    assert len(up.requests) == 2  # one for each form
+    at_rest(live)
+    assert used(live)["req_today"] == 6 and used(live)["tokens_today"] == 20
+
+
+# --- limits hold whatever stands in front of providers ----------------------------------
+
+
+def test_what_is_remembered_or_shared_counts_as_a_request(serve, upstream):
+    up = upstream(gated(good()))
+    live = serve(**provider("groq", up), **ON, PROXY_LIMIT_RPM="6")
+    with ThreadPoolExecutor(8) as pool:
+        tasks = [pool.submit(ask, live) for _ in range(8)]
+        until(lambda: crowd_of(live) == 6)
+        up.open_gate()
+        found = sorted(task.result().status_code for task in tasks)
+    assert found == [200] * 6 + [429] * 2 and len(up.requests) == 1
+    assert ask(live).status_code == 429  # memory has it, but not for this request
+    at_rest(live)
+
+
+def test_who_waits_for_another_ones_stream_has_one_of_his_own(serve, upstream):
+    up = upstream(gated(good()))
+    live = serve(**provider("groq", up), **ON, PROXY_LIMIT_STREAMS="2")
+    with ThreadPoolExecutor(2) as pool:
+        tasks = [pool.submit(ask, live, stream=True) for _ in range(2)]
+        until(lambda: crowd_of(live) == 2)
+        assert ask(live, stream=True).status_code == 429
+        up.open_gate()
+        assert [task.result().status_code for task in tasks] == [200, 200]
+    at_rest(live)
+
+
+def test_limits_change_for_what_is_remembered_as_well(house):
+    here = house(CACHE_TTL_SECONDS="300")
+    assert here.chat().status_code == 200
+    here.write({**here.lines, "PROXY_LIMIT_RPM": "1"})
+    assert here.reload() == ""
+    assert here.chat().status_code == 429
+    here.write(here.lines)
+    assert here.reload() == ""
+    assert here.chat().status_code == 200
+
+
+def test_a_router_on_its_way_out_owes_nothing(serve, upstream):
+    live = serve(**provider("groq", upstream(good())), **ON, PROXY_LIMIT_RPM="2")
+    made = live.app.extensions["router"]
+    made.gate.closed = True
+    assert ask(live).status_code == 503 and ask(live, stream=True).status_code == 503
+    made.gate.closed = False
+    assert used(live)["req_today"] == 0
+    at_rest(live)
+
+
+# --- nonsense for the settings ----------------------------------------------------------
+
+NONSENSE = (
+    None, True, -1, 1.5, float("inf"), float("nan"), 10**30, "", "a\nB=1", "a\r\nB=1", "a\0b",
+    "a\u2028B=1", "a\x85B=1", "\ud800", "\u202e", "'\"", "\"'#", "${HOME}", "$(id)", "x" * 20_000,
+    [], ["b\nC=1"], [1], {}, {"a": 1}, "http://2852039166/", "http://u:p@h/", "../../etc/passwd",
+)  # fmt: skip
+MEMBERS = ("key", "model", "enabled", "mode", "name", "admin", "allowed_providers", "rpm", "zzz")
+NAMES = ("groq", "x", "%00", "%0a", "%ff", "a%2fb", "..", "%2e%2e", "'", "a" * 3000, "rotation")
+RAW = (
+    b"{", b"[]", b"null", b"\xff", b'{"a":' * 5000, b'{"rpm":1e400}', b'{"rpm":%b}' % (b"9" * 5000),
+    b"{%b}" % (b" " * 66_000),
+)  # fmt: skip
+
+
+def errands(dice):
+    for method, path, _ in router.ERRANDS:
+        if path != "restart":
+            for value in NONSENSE:
+                names = re.sub(r"<\w+>", lambda _: dice.choice(NAMES), path)
+                yield method, names, json.dumps({dice.choice(MEMBERS): value}).encode()
+            for raw in RAW:
+                yield method, re.sub(r"<\w+>", "groq", path), raw
+    for name in (
+        *router.setting_fields(),
+        "GROQ_BASE_URL",
+        "GROQ_MODEL",
+        "A\nB",
+        "PATH",
+        "",
+        "\ud800",
+    ):
+        for value in dice.sample(NONSENSE, 4):
+            yield "POST", "settings", json.dumps({name: value}).encode()
+        yield "POST", "settings", json.dumps({name: None}).encode()
+
+
+def test_nonsense_for_the_settings_is_refused_in_words(house, caplog, tmp_path):
+    here, known = (
+        house(),
+        {*router.setting_fields(), "GROQ_API_KEYS", "GROQ_BASE_URL", "GROQ_MODEL"},
+    )
+    headers = {"Content-Type": "application/json"}
+    for method, path, raw in errands(random.Random(5)):
+        got = here.ask(method, f"/v1/config/{path}", ADMIN, data=raw, headers={**headers})
+        assert got.status_code < 500, (method, path, raw[:200], got.text)
+        if got.status_code >= 400:
+            assert got.json()["error"]["message"], (method, path, raw[:200])
+            assert got.headers["X-Request-ID"]
+        assert GUEST not in got.text and ADMIN not in got.text
+        assert set(router.read_dotenv(tmp_path / ".env")) <= known, (method, path, raw[:200])
+    assert here.ask("GET", "/v1/config/settings", ADMIN).status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+    assert GUEST not in caplog.text and ADMIN not in caplog.text
