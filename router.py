@@ -13679,7 +13679,7 @@ class Step(NamedTuple):
 
 @dataclass
 class Trace:
-    """What becomes of one request, for the log, the metrics and `why`; never any content."""
+    """What becomes of one request, for the log, the metrics and `why`: no prompt, no answer."""
 
     MAX_STEPS: ClassVar[int] = 64
 

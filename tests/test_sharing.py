@@ -473,8 +473,8 @@ def test_when_the_first_one_gave_up_another_asks(make_app):
 class Caller:
     """A client in a thread that can leave before its answer has come."""
 
-    def __init__(self, live, stream):
-        body = {"model": "hermes-router", "messages": HELLO, "stream": stream}
+    def __init__(self, live, stream, model="hermes-router"):
+        body = {"model": model, "messages": HELLO, "stream": stream}
         self.raw = router.dump_json(body)
         self.sock = router.socket.create_connection(("127.0.0.1", live.port))
         lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Connection: close"]

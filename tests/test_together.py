@@ -22,6 +22,7 @@ from upstream import (
     Stream,
     chat,
     chunks,
+    delta,
     good,
     provider,
     text_of,
@@ -554,3 +555,28 @@ def test_nonsense_for_the_settings_is_refused_in_words(house, caplog, tmp_path):
     assert not [record for record in caplog.records if record.exc_info]
     assert all(record.getMessage().isprintable() for record in caplog.records)
     assert GUEST not in caplog.text and ADMIN not in caplog.text
+
+
+def test_a_shared_stream_is_rescued_after_its_first_client_left(serve, upstream):
+    said = [delta(content="one "), delta(content="two ")]
+    broken = Stream(chunks=said, done=False, framing="close", hold_after=2)
+    begin = threading.Event()
+    first = upstream(lambda request: begin.wait(30) and broken)
+    rows = {**provider("groq", first), **provider("cerebras", upstream(good("one two three four")))}
+    live = serve(**rows, **ON, PROXY_LIMIT_STREAMS="5", PROXY_LIMIT_TOKENS_DAY="100000")
+    leader = Caller(live, True, model="groq/m1")
+    first.wait_for(1)
+    with ThreadPoolExecutor(3) as pool:
+        tasks = [pool.submit(ask, live, stream=True, model="groq/m1") for _ in range(3)]
+        until(lambda: crowd_of(live) == 4)
+        begin.set()
+        assert b"one" in leader.sock.recv(65536)
+        leader.leave()
+        router.time.sleep(0.3)
+        first.open_gate()
+        got = [task.result() for task in tasks]
+    assert {text_of(answer.content) for answer in got} == {"one two three four"}
+    assert all(answer.text.count("[DONE]") == 1 for answer in got)
+    at_rest(live)
+    assert used(live)["tokens_today"] == spent(live) > 10
+    assert ask(live, stream=True, model="groq/m1").headers["X-Hermes-Cache"] == "miss"
