@@ -12081,18 +12081,21 @@ class ResponseStore:
             return there
 
     def chain(self, caller: str, own: str) -> list[Json]:
-        """All items up to and with the answer `own`, oldest first; BadRequest if one is gone."""
-        turns: list[Kept] = []
+        """All items up to and with the answer `own`, oldest first; BadRequest if one is gone.
+
+        One is gone too where a provider gave two turns of a conversation the same id.
+        """
+        turns: dict[str, Kept] = {}
         with self._lock:
             at = own
             while at:
-                kept = self._touch((caller, at))
+                kept = None if at in turns else self._touch((caller, at))
                 if kept is None:
                     raise unknown_response(own)
-                turns.append(kept)
+                turns[at] = kept
                 at = kept.previous
         items: list[Json] = []
-        for kept in reversed(turns):
+        for kept in reversed(turns.values()):
             items += json.loads(kept.items)
             items += json.loads(kept.response)["output"]
         return items

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -580,3 +581,28 @@ def test_a_shared_stream_is_rescued_after_its_first_client_left(serve, upstream)
     at_rest(live)
     assert used(live)["tokens_today"] == spent(live) > 10
     assert ask(live, stream=True, model="groq/m1").headers["X-Hermes-Cache"] == "miss"
+
+
+# --- conversations that a provider confuses ---------------------------------------------
+
+
+@pytest.mark.parametrize("ids", [["resp_a"], ["resp_a", "resp_b"]], ids=len)
+def test_a_provider_that_repeats_its_ids_stops_nothing(serve, upstream, ids):
+    turns = itertools.cycle(ids)
+    text = {"type": "output_text", "text": "hello", "annotations": []}
+    said = {"type": "message", "id": "m", "role": "assistant", "content": [text]}
+
+    def script(_):
+        made = {"id": next(turns), "object": "response", "status": "completed", "output": [said]}
+        return Reply(200, made)
+
+    live = serve(**provider("openai", upstream(script), "gpt-5"))
+    previous, found = None, []
+    for _ in range(4):
+        body = {"model": "openai/gpt-5", "input": "hi", "previous_response_id": previous}
+        got = requests.post(f"{live.url}/v1/responses", json=body, headers=AUTH, timeout=10)
+        found.append(got.status_code)
+        previous = got.json().get("id", previous)
+    assert found == [200] * (1 + len(ids)) + [400] * (3 - len(ids))
+    assert got.json()["error"]["code"] == "previous_response_not_found"
+    at_rest(live)
