@@ -27746,6 +27746,7 @@ CLIENTS: Final = (
         "json",
         lambda env: home_of(env, "XDG_CONFIG_HOME", ".config") / "opencode" / "opencode.json",
         opencode_edits,
+        needs=7_000,
     ),
     Client(
         "aider", "aider", "yaml", lambda _: Path.home() / ".aider.conf.yml", aider_edits,
