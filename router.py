@@ -3139,9 +3139,9 @@ def find_secret(keys: Iterable[str], which: str, what: str) -> str:
         return found[0]
     if found:
         ids = ", ".join(caller_id(key) for key in found[:5])
-        raise NoSuchEntry("key", f"{len(found)} {what}s end in this: say which by id ({ids})")
+        raise NoSuchEntry("key", f"{len(found)} keys end so: say which by id ({ids})")
     hint = "" if len(which) >= 4 else "; give at least its last 4 characters"
-    raise NoSuchEntry("key", f"no {what} ends in this{hint}")
+    raise NoSuchEntry("key", f"no {what} has this id or ends so{hint}")
 
 
 def check_caller(values: Mapping[str, object]) -> Json:
@@ -3239,7 +3239,7 @@ def update_proxy_key(
     """
     checked = check_caller(values)
     rows = member_of(document, "proxy_keys", dict)
-    key = find_secret([*rows, *others], which, "proxy key")
+    key = find_secret([*rows, *others], which, "key of a caller")
     set_members(member_of(rows, key, dict, "auth.json: proxy_keys"), checked)
     return key
 
@@ -3250,7 +3250,7 @@ def revoke_proxy_key(document: Json, which: str, others: Iterable[str] = ()) -> 
     A key of `others` has to be taken out of where it stands, too.
     """
     rows = member_of(document, "proxy_keys", dict)
-    key = find_secret([*rows, *others], which, "proxy key")
+    key = find_secret([*rows, *others], which, "key of a caller")
     rows.pop(key, None)
     return key
 
@@ -20831,13 +20831,21 @@ class Relay:
             self._response = None
             self.close()
             raise StopIteration from None
+        self._complete()
+        self.close()
+        raise StopIteration
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last event was given away and nothing went wrong before it."""
+        return self.flow.done and not (self.held or self.flow.failure or self.broken)
+
+    def _complete(self) -> None:
         self.read_out = True
         if self.keep and self.flow.final:
             self.keep(self.flow.final)
         if self.remember and not self.flow.failure:
             self.remember(self, b"".join(self._record))
-        self.close()
-        raise StopIteration
 
     def _note(self, block: bytes) -> None:
         """Record what is to be remembered, up to a bound."""
@@ -20919,7 +20927,13 @@ class Relay:
             response.close()
 
     def close(self) -> None:
-        """Called once by the server whatever happened; an unread rest closes the connection."""
+        """Called once by the server whatever happened; an unread rest closes the connection.
+
+        Clients that know the last event when they see it (Codex CLI) hang up without waiting
+        for the end of the stream: they have the whole answer.
+        """
+        if not self.read_out and self.whole:
+            self._complete()
         if self._response is not None:
             self._response.close()
             self._response = None
@@ -21674,6 +21688,10 @@ class Broadcast:
             self._reading = True
         return self._read()
 
+    def ends_at(self, number: int) -> bool:
+        """Whether no block after the first `number` is kept."""
+        return number >= self._first + len(self._blocks)
+
     def has_lost(self, number: int) -> bool:
         """Whether block `number` is no longer kept."""
         return number < self._first
@@ -21730,6 +21748,8 @@ class Listener(Relay):
         if self._closed:
             return
         self._closed = True
+        gave_all = self._broadcast.relay.whole and self._broadcast.ends_at(self._number)
+        self.read_out = self.read_out or (gave_all and not self.broken)
         self._guard.show_life(None)
         if self._follows:
             self._sharing.watchdog.unwatch(self._guard)
@@ -23095,7 +23115,7 @@ FEATURES: Final = (
     Feature("metrics_auth", "Metrics need a key", "flag",
             "/metrics asks for one of the callers' keys", "METRICS_REQUIRE_AUTH", "1"),
     Feature("cost_currency", "Second currency", "flag",
-            "costs are told in COST_CURRENCY as well, at this rate", "COST_FX_RATE", "83"),
+            "costs are told in COST_CURRENCY too, at COST_FX_RATE: set both", "COST_FX_RATE", "83"),
     Feature("request_log", "Request log", "flag",
             "the latest requests for /v1/logs and /v1/why", "REQUEST_LOG_SIZE", "500"),
     Feature("key_budgets", "Budgets of callers", "config",
@@ -24403,7 +24423,7 @@ function drawProviders() {
   const known = list(data.providers?.key_settable), removable = data.admin;
   return [h("h2", {}, "Providers"), data.admin ? form("add-key", async (given, made) => {
     const told = await change("keys/" + enc(given.provider), "POST", { key: given.key }, "");
-    note(told.duplicate ? "That key was there already." : "Added; " + given.provider + " has " + told.total_keys + " key(s) now.", "good"); made.reset();
+    note(told.duplicate ? "That key was there already." : "Added; " + given.provider + " has " + told.total_keys + (told.total_keys === 1 ? " key now." : " keys now."), "good"); made.reset();
   }, "Add key", field("Provider", { name: "provider", required: true }, known), field("Key", { name: "key", type: "password", required: true })) : readOnly(),
   rows(data.status.providers).map(([name, p]) => [h("h2", {}, name), h("p", {}, health(name, p), " · ", p.tier || "", p.note ? " · " + p.note : ""),
     table("Keys of " + name, ["key", "state", "ready in", "handed out", "resting for"], list(p.keys).map(k => [k.key_tail, mark(k.status === "ready" ? "good" : "warn", k.status),
@@ -26903,6 +26923,17 @@ def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def program() -> str:
+    """What a person types before a command: `hr` where that script is, else Python."""
+    here = Path(__file__).resolve()
+    return "hr" if os.name == "posix" and (here.parent / "hr").exists() else f"python {here.name}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 key`, `2 keys`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def has_colour(stream: Any) -> bool:
     env = environment()
     return bool(stream.isatty()) and not env.get("NO_COLOR") and env.get("TERM") != "dumb"
@@ -27018,9 +27049,14 @@ class Owner:
         return body
 
     def post(self, path: str, body: Json, limit_s: float) -> requests.Response:
-        """A request like those of clients; the answer is a stream that the caller closes."""
+        """A request like those of clients, past the cache; the caller closes the answer."""
         return self._session.post(
-            self.url + path, json=body, timeout=limit_s, stream=True, allow_redirects=False
+            self.url + path,
+            json=body,
+            headers={"Cache-Control": "no-store"},  # what is asked here is about the provider
+            timeout=limit_s,
+            stream=True,
+            allow_redirects=False,
         )
 
     def absent(self, why: str) -> Trouble:
@@ -27099,7 +27135,7 @@ def status_view(status: Json) -> str:
         )
     first = (
         f"hermes-router {status['version']}, mode {status['mode']}, up {status['uptime_s']:.0f} s,"
-        f" {status['in_flight']} in flight"
+        f" {counted(status['in_flight'], 'request')} under way"
     )
     notes = [f"! {name}: {row['out_of_use']}" for name, row in providers if row["out_of_use"]]
     notes += [f"! {warning}" for warning in status["warnings"]]
@@ -27109,7 +27145,9 @@ def status_view(status: Json) -> str:
     waiting = ", ".join(loaded.get("restart_required") or ())
     notes += [f"! waits for a restart: {waiting}"] if waiting else []
     shades = [SHADES[row[2][0]] for row in rows[1:]]
-    lines = [first, *columns(rows, shades), *status_footer(status), *quota_lines(status)]
+    none = f"no provider is configured; `{program()} auth add <provider>` stores a key"
+    listed = columns(rows, shades) if providers else [none]
+    lines = [first, *listed, *status_footer(status), *quota_lines(status)]
     return "\n".join([*lines, *(paint(note, "yellow") for note in notes)])
 
 
@@ -27227,10 +27265,12 @@ def cmd_why(args: argparse.Namespace) -> int:
     path = f"/v1/why/{quote(args.request, safe='')}"
     try:
         answer = Owner(Config.from_env(), args.url).get(path)
-    except NotThere as trouble:
+    except NotThere:
         name = shown_name(args.request)
-        raise Trouble(f"nothing is remembered of {name}: {trouble.message}") from None
-    print(json.dumps(answer, indent=2) if args.json else "\n".join(tree(answer)))
+        hint = f"`{program()} logs --requests` lists those that are remembered"
+        raise Trouble(f"nothing is remembered of {name}; {hint}") from None
+    told = {name: value for name, value in answer.items() if value not in (None, "", [], {})}
+    print(json.dumps(answer, indent=2) if args.json else "\n".join(tree(told)))
     return DONE_OK
 
 
@@ -27629,6 +27669,7 @@ class Client:
     edits: Callable[[Reach], tuple[Edit, ...]] = lambda _: ()
     shown: Callable[[Reach], str] = lambda _: ""  # beside the file, or instead of it
     note: str = ""
+    needs: int = 0  # tokens of its smallest request, where they are many
 
 
 def home_of(env: Mapping[str, str], variable: str, *default: str) -> Path:
@@ -27753,7 +27794,9 @@ CLIENTS: Final = (
         "json",
         lambda env: home_of(env, "CLAUDE_CONFIG_DIR", ".claude") / "settings.json",
         claude_edits,
-        note="Start `claude` anew. Its own model names work; --model leaves every choice to one.",
+        note="Start `claude` anew. The models it asks for by name are answered by whoever can;"
+        " --model hermes-router lets the router choose each time.",
+        needs=22_000,
     ),
     Client(
         "codex",
@@ -27764,6 +27807,7 @@ CLIENTS: Final = (
         lambda reach: shell_exports({KEY_VARIABLE: reach.key}),
         f"Codex reads the key from the variable {KEY_VARIABLE}: put the line above into your"
         " shell's profile.",
+        10_000,
     ),
     Client(
         "opencode",
@@ -27771,6 +27815,7 @@ CLIENTS: Final = (
         "json",
         lambda env: home_of(env, "XDG_CONFIG_HOME", ".config") / "opencode" / "opencode.json",
         opencode_edits,
+        needs=7_000,
     ),
     Client(
         "aider", "aider", "yaml", lambda _: Path.home() / ".aider.conf.yml", aider_edits,
@@ -27856,7 +27901,8 @@ def cmd_connect(args: argparse.Namespace) -> int:
         rows = [("CLIENT", "FOR", "SETTINGS"), *(client_cells(client) for client in CLIENTS)]
         print(*columns(rows), sep="\n")
         return DONE_OK
-    client, reach = client_named(args.client), reach_of(Config.from_env(), args)
+    config, client = Config.from_env(), client_named(args.client)
+    reach = reach_of(config, args)
     if client.file is None:
         print(client.shown(reach))
         say(client.note)
@@ -27871,7 +27917,22 @@ def cmd_connect(args: argparse.Namespace) -> int:
             say("put this into it by hand:")
             print(merged("", client, reach), end="")
         return FAILED
+    if narrow := "" if args.undo else too_narrow(config, client):
+        say(paint(f"! {narrow}", "yellow", sys.stderr))
     return DONE_OK
+
+
+def too_narrow(config: Config, client: Client) -> str:
+    """Why no provider could answer this client, if all take less than its smallest request."""
+    used = [service for service in config.services if not service.resting]
+    ceilings = [service.skip_tokens_over for service in used]
+    if not used or not all(0 < ceiling < client.needs for ceiling in ceilings):
+        return ""
+    small = ", ".join(f"{s.name} takes at most {s.skip_tokens_over:,}" for s in used)
+    return (
+        f"a request of {client.title} has {client.needs:,} tokens or more, but {small}: add another"
+        f" provider, or set {used[0].name.upper()}_SKIP_TOKENS_OVER=0 if your plan allows more"
+    )
 
 
 def client_cells(client: Client) -> tuple[str, str, str]:
@@ -27885,7 +27946,7 @@ def reach_of(config: Config, args: argparse.Namespace) -> Reach:
     keys = config.proxy_keys or ("no-key-needed" if config.auth_mode == "open" else "no-key-yet",)
     chosen = keys[0]
     if args.key:
-        chosen = find_secret(config.proxy_keys, caller_key(config, args.key), "proxy key")
+        chosen = find_secret(config.proxy_keys, caller_key(config, args.key), "key of a caller")
     url = (args.url or noted_address(config) or address(config.host, config.port)).rstrip("/")
     return Reach(url.removesuffix("/v1"), chosen, args.model or "")
 
@@ -27911,7 +27972,7 @@ def connect_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> N
             write_private(keep, old)
         write_private(real, new)
         say(f"{client.title}: wrote {path}" + (f"; as it was: {keep.name}" if old else ""))
-        say(f"`connect {client.name} --undo` takes it back")
+        say(f"`{program()} connect {client.name} --undo` takes it back")
     if shown := client.shown(reach):
         print(shown)
     if client.note:
@@ -27963,7 +28024,9 @@ def known_provider(name: str) -> Provider:
     row = provider_named(name)
     if row is None:
         near = difflib.get_close_matches(name.lower(), PROVIDERS_BY_NAME, 1, 0.6)
-        hint = f"; did you mean {near[0]}?" if near else "; `auth providers` lists them"
+        hint = (
+            f"; did you mean {near[0]}?" if near else f"; `{program()} auth providers` lists them"
+        )
         raise Trouble(f"unknown provider: {shown_name(name)}{hint}")
     return row
 
@@ -27974,7 +28037,7 @@ def known_provider(name: str) -> Provider:
 def cmd_auth_add(args: argparse.Namespace) -> int:
     config, row = Config.from_env(), known_provider(args.provider)
     if row.accounts:
-        raise Trouble(f"{row.name} has accounts instead of keys: use `auth import-codex`")
+        raise Trouble(f"{row.name} has accounts instead of keys: {program()} auth import-codex")
     set_extra_env(config, row)
     given = keys_given(args)
     if given is not None:
@@ -28041,7 +28104,7 @@ def store_keys(config: Config, row: Provider, keys: Sequence[str], check: bool) 
             config.auth_path, functools.partial(add_provider_key, provider=row.name, key=key)
         )
         what = "added" if added.added else "already stored"
-        say(f"{what}: …{key_tail(key.strip())}; {row.name} now has {added.total} key(s)")
+        say(f"{what}: …{key_tail(key.strip())}; {row.name} now has {counted(added.total, 'key')}")
     return status
 
 
@@ -28155,10 +28218,10 @@ def cmd_auth_list(args: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
         return DONE_OK
     if not rows:
-        say("no provider has a key yet; `auth add <provider>` stores one")
+        say(f"no provider has a key yet; `{program()} auth add <provider>` stores one")
         return DONE_OK
     print(*columns([("PROVIDER", "KEY", "FROM"), *(tuple(row.values()) for row in rows)]), sep="\n")
-    say(f"{len(rows)} key(s) of {len(config.services)} provider(s)")
+    say(f"{counted(len(rows), 'key')} of {counted(len(config.services), 'provider')}")
     return DONE_OK
 
 
@@ -28228,7 +28291,7 @@ def cmd_auth_check(args: argparse.Namespace) -> int:
         services = [service for service in services if service.name == row.name]
     if not services:
         raise Trouble("there is no key to check")
-    say(f"asking {len(services)} provider(s) ...")
+    say(f"asking {counted(len(services), 'provider')} ...")
     with KeyDesk(config) as desk:
         found = desk.look_at_all(services)
     if args.json:
@@ -28420,7 +28483,7 @@ def limits_text(quota: Quota) -> str:
 def which_key(config: Config, given: str) -> str:
     """The caller's key that is meant: by name, tail, id, or `-` for a whole key from a pipe."""
     which = first_line() if given == "-" else given
-    key = find_secret(config.proxy_keys, caller_key(config, which), "proxy key")
+    key = find_secret(config.proxy_keys, caller_key(config, which), "key of a caller")
     if key == given:
         say("a whole key on the command line can be seen by others: its last characters are enough")
     return key
@@ -28524,7 +28587,7 @@ def cmd_keys_revoke(args: argparse.Namespace) -> int:
     config = Config.from_env()
     key = which_key(config, args.key)
     if len(config.proxy_keys) == 1:
-        raise Trouble("this is the last key: make another one first with `keys new`")
+        raise Trouble(f"this is the last key: make another one first with `{program()} keys new`")
     keep_an_admin(config, key)
     take_out_of_env(config, key)
     if key in config.key_rows:
@@ -28685,11 +28748,12 @@ def look_at_providers(exam: Exam) -> Iterator[Finding]:
         if service.resting:
             yield Finding("note", f"{service.name} is configured but not used: {service.resting}")
     used = [s for s in config.services if not s.resting]
+    add = f"{program()} auth add <provider>"
     if not used:
-        yield Finding("bad", "no provider has a key: only the echo answers", "auth add <provider>")
+        yield Finding("bad", "no provider has a key: only the echo answers", add)
     for service in used:
         sources = ", ".join(dict.fromkeys(service.key_sources))
-        yield Finding("ok", f"{service.name}: {len(service.keys)} key(s) from {sources}")
+        yield Finding("ok", f"{service.name}: {counted(len(service.keys), 'key')} from {sources}")
 
 
 def look_at_keys(exam: Exam) -> Iterator[Finding]:
@@ -28711,7 +28775,7 @@ def look_at_callers(exam: Exam) -> Iterator[Finding]:
     elif not config.proxy_keys:
         yield Finding("note", "there is no key for callers yet; the first start makes one")
     else:
-        yield Finding("ok", f"{len(config.proxy_keys)} key(s) for callers")
+        yield Finding("ok", f"{counted(len(config.proxy_keys), 'key')} for callers")
     if config.host not in LOOPBACK:
         text = f"HOST={config.host}: the router can be reached from other machines"
         yield Finding("note", text, "put a proxy with TLS in front of it")
@@ -28827,7 +28891,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
             print(f"{paint(f'[{mark}]', colour)} {name}: {finding.text}")
             if finding.remedy and finding.health != "ok":
                 print(f"      -> {finding.remedy}")
-        print(f"{bad} problem(s)" if bad else "nothing is wrong")
+        print(counted(bad, "problem") if bad else "nothing is wrong")
     return FAILED if bad else DONE_OK
 
 
@@ -28946,7 +29010,7 @@ def step_keys(tour: Tour) -> None:
     count = sum(len(service.keys) for service in tour.config.services)
     if count:
         names = ", ".join(service.name for service in tour.config.services)
-        say(f"You have {count} key(s): {names}")
+        say(f"You have {counted(count, 'key')}: {names}")
         if not confirm("Add keys for another provider?", False):
             return
     for _ in range(100):
@@ -29036,6 +29100,8 @@ def step_caller(tour: Tour) -> None:
         raise Trouble(f"{tour.config.env_file} cannot be written: {tour.config.warnings[-1]}")
     if made:
         say("A key for your clients was made")
+    else:
+        say("There is one already" if tour.config.proxy_keys else "None is needed: AUTH_MODE=open")
 
 
 def step_start(tour: Tour) -> None:
@@ -29086,11 +29152,31 @@ def step_verify(tour: Tour) -> None:
     say(paint(f"The router answers at {owner.url}", "green", sys.stderr))
     if not tour.agrees("Ask it one short question now?", True):
         return
+    wait_for_settings(owner, tour.config)
     shot = shoot(owner, "auto")
     if shot.problem:
         say(paint(f"No provider answered: {shot.problem}", "red", sys.stderr))
+    elif shot.provider == "echo":
+        say(
+            paint(
+                "Only the built-in echo answered: no provider is configured", "yellow", sys.stderr
+            )
+        )
     else:
         say(paint(f"{shot.provider} answered in {shot.whole_s:.1f} s", "green", sys.stderr))
+
+
+def wait_for_settings(owner: Owner, config: Config) -> None:
+    """Wait, for 5 seconds at most, until a router that ran before knows the new providers."""
+    wanted = {service.name for service in config.services if not service.resting}
+    for _ in range(20):
+        try:
+            known = owner.get("/v1/status").get("providers")
+        except Trouble:
+            return  # the question will tell
+        if not isinstance(known, dict) or wanted <= set(known):
+            return
+        time.sleep(0.25)
 
 
 def step_clients(tour: Tour) -> None:
@@ -29111,7 +29197,7 @@ def step_clients(tour: Tour) -> None:
         if not name:
             return
         if name not in names:
-            say("none of these")
+            say(f"unknown client: {scrub(shown_name(name))}")
             continue
         words = {"client": name, "undo": False, "dry_run": False, "key": "", "model": ""}
         cmd_connect(argparse.Namespace(**words, url=reach.url))
@@ -29143,7 +29229,8 @@ def cmd_setup(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         say("\nstopped; what was stored stays. Run setup again to go on")
         return FAILED
-    say("\nDone. `status` shows how it fares, `doctor` what is amiss, `connect` sets up clients")
+    hr = program()
+    say(f"\nDone. `{hr} status` shows how it fares, `{hr} doctor` what is amiss")
     return DONE_OK
 
 
@@ -29319,7 +29406,10 @@ def tell_start(config: Config, router: Router, port: int | str) -> None:
         if service.resting:
             log.warning("%s is configured but not used: %s", service.name, service.resting)
     if router.echoes:
-        log.warning("no provider is configured: the built-in echo answers (see .env.example)")
+        log.warning(
+            "no provider is configured: the built-in echo answers (`%s auth add` stores a key)",
+            program(),
+        )
     else:
         log.info("providers: %s", ", ".join(router.directory.services) or "none")
     # Said at every LOG_LEVEL: with PORT=0 nothing else tells the address.
@@ -29332,7 +29422,9 @@ def cmd_check(_: argparse.Namespace) -> int:
     for warning in config.warnings:
         say(f"warning: {warning}")
     used = [s.name for s in config.services if not s.resting]
-    print(f"ok: {len(used)} providers ({', '.join(used) or 'the built-in echo answers'})")
+    print(
+        f"ok: {counted(len(used), 'provider')} ({', '.join(used) or 'the built-in echo answers'})"
+    )
     return DONE_OK
 
 
@@ -29674,6 +29766,8 @@ class CommandParser(argparse.ArgumentParser):
     """Wrong words are told without repeating what may be a secret."""
 
     def error(self, message: str) -> NoReturn:
+        if " command: " in message or message.endswith(" command"):
+            self.exit(USAGE, f"{self.told_commands(message)}\n")
         strange = message.partition("unrecognized arguments: ")[2].split()
         if strange:
             shown = [word for word in strange if word.startswith("-")]
@@ -29682,9 +29776,21 @@ class CommandParser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         self.exit(USAGE, f"{self.prog}: {scrub(message, 300)}\n")
 
+    def told_commands(self, message: str) -> str:
+        """A word that is missing, or is none of those that may stand here."""
+        own = [action for action in self._actions if action.dest in ("command", "subcommand")]
+        words = [word for action in own for word in action.choices or ()]
+        given = re.search(r"invalid choice: '(.*?)'", message)
+        if given is None:
+            return f"usage: {self.prog} {'|'.join(words)}"
+        near = difflib.get_close_matches(given[1], words, 1, 0.6)
+        known = ", ".join(words) if len(words) < 10 else f"`{program()} help` lists them"
+        hint = f"did you mean {near[0]}?" if near else known
+        return f"{self.prog}: unknown command {scrub(given[1], 40)}; {hint}"
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="router.py", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(prog=program(), description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", metavar="command")
     groups: dict[str, Any] = {}
     for command in COMMANDS:

@@ -69,7 +69,7 @@ def test_keys_from_a_pipe(call, home, name):
     assert done.status == 0, done.err
     assert auth(home) == {"providers": {"groq": [GROQ, OTHER]}}
     assert stat.S_IMODE((home / "auth.json").stat().st_mode) == 0o600
-    assert "already stored" in done.err and "groq now has 2 key(s)" in done.err
+    assert "already stored" in done.err and "groq now has 2 keys" in done.err
     assert GROQ not in done.out + done.err
 
 

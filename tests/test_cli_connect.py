@@ -300,6 +300,15 @@ def test_other_secrets_are_not_shown_in_a_difference(connect):
     assert "-" in done.stdout and "sk-ant-0123456789" not in done.stdout + done.stderr
 
 
+def test_a_client_whose_requests_nobody_takes_is_told_so(connect):
+    wide = {"GROQ_API_KEY": "gsk_0123456789abcdef"}
+    told = connect("claude-code", "--dry-run", **wide).stderr
+    assert "22,000 tokens" in told and "groq takes at most" in told and "GROQ_SKIP_TOKENS" in told
+    assert "tokens" not in connect("aider", "--dry-run", **wide).stderr
+    wide["GROQ_SKIP_TOKENS_OVER"] = "0"
+    assert "tokens" not in connect("claude-code", "--dry-run", **wide).stderr
+
+
 def test_a_dry_run_changes_nothing(connect, tmp_path):
     done = connect("claude-code", "--dry-run", PROXY_API_KEYS="")
     assert done.returncode == 0

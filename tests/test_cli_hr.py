@@ -370,7 +370,7 @@ def test_an_update_of_a_running_router(clone: Clone) -> None:
     ("name", "change"),
     [
         ("router.py", lambda text: text + "\ndef broken(:\n"),
-        ("router.py", lambda text: text.replace('f"ok: {len(used)}', 'f"{1 / 0} {len(used)}')),
+        ("router.py", lambda text: text.replace('f"ok: {counted(', 'f"{1 / 0} {counted(')),
         ("router.py", lambda text: text.replace("server.run()\n", "raise SystemExit(1)\n")),
         ("hr", lambda text: text + "\nif then\n"),
         ("requirements.txt", lambda text: text + "no-such-package-of-hermes-router\n"),

@@ -105,12 +105,22 @@ class Place:
 @pytest.fixture
 def running(place):
     """A router that serves this home; its settings name the port."""
+    yield from serving(place, GROQ_API_KEY=KEY)
+
+
+@pytest.fixture
+def echoing(place):
+    """The same before any key of a provider is there."""
+    yield from serving(place)
+
+
+def serving(place, **env):
     process = subprocess.Popen(
         [sys.executable, "-B", str(ROOT / "router.py"), "serve"],
         env=place.env
         | {
             "GROQ_MODEL": "m1",
-            "GROQ_API_KEY": KEY,
+            **env,
             "PROXY_API_KEYS": "sk-mine-12345",
             "USAGE_DB_PATH": "",
         },
@@ -168,6 +178,40 @@ def test_from_nothing_to_settings_with_the_real_key(running):
     settings = json.loads((running.home / ".claude/settings.json").read_text())
     assert settings["env"]["ANTHROPIC_AUTH_TOKEN"] == "sk-mine-12345"
     running.check_whole()
+
+
+def test_the_question_waits_until_a_running_router_knows_the_new_key(echoing):
+    at = echoing.open("setup")
+    at.expect(NEXT)
+    at.sendline("groq")
+    at.expect(HIDDEN)
+    at.sendline(KEY)
+    at.expect("groq now has 1 key\r")
+    at.expect(AGAIN)
+    at.sendline("")
+    at.expect(NEXT)
+    at.sendline("")
+    at.expect(QUESTION)
+    at.sendline("y")
+    at.expect("groq answered in")
+    at.expect(CLIENT)
+    at.sendline("clod")
+    at.expect("unknown client: clod")
+    at.expect(CLIENT)
+    at.sendline("")
+    assert echoing.ended(at) == 0
+
+
+def test_an_answer_of_the_echo_is_not_taken_for_a_providers(echoing):
+    at = echoing.open("setup")
+    at.expect(NEXT)
+    at.sendline("")
+    at.expect(QUESTION)
+    at.sendline("y")
+    at.expect("no provider is configured")
+    at.expect(CLIENT)
+    at.sendline("")
+    assert echoing.ended(at) == 0
 
 
 def test_what_is_typed_is_hidden(place):

@@ -168,8 +168,6 @@ def test_docs(run, name):
 @pytest.mark.parametrize(
     "words",
     [
-        ("sevre",),
-        ("--port", "1"),
         ("serve", "now"),
         ("check", "--fast"),
         ("docs",),
@@ -184,6 +182,24 @@ def test_wrong_words(run, words):
     done = calm(run(*words))
     assert (done.returncode, done.stdout) == (2, "")
     assert "usage" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("sevre", "unknown command sevre; did you mean serve?"),
+        ("xyzzy", "help` lists them"),
+        ("--port 1", "unknown command 1"),
+        ("auth", "auth add|list|remove|check|import-codex|providers"),
+        ("limit xyzzy", "unknown command xyzzy; list, set, clear"),
+        ("sk-proj-0123456789abcdefghijklmnop", "[redacted]"),
+    ],
+)
+def test_a_wrong_command_is_told_in_one_line(run, words, told):
+    done = calm(run(*words.split()))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr and "klmnop" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_words_that_print_need_no_good_configuration(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import stat
 
 import pytest
@@ -210,6 +211,37 @@ def test_a_log_file_that_cannot_be_is_a_warning(tmp_path, caplog):
     config = router.Config.from_env({"HR_HOME": str(tmp_path), "LOG_PATH": "logs/router.log"})
     router.log_to_file(config)()
     assert "LOG_PATH" in caplog.text
+
+
+@pytest.mark.parametrize("shared", ["0", "1"])
+@pytest.mark.parametrize(
+    ("path", "body", "last"),
+    [
+        ("/v1/chat/completions", {"messages": HELLO}, b"[DONE]"),
+        ("/v1/responses", {"input": "hello", "store": False}, b"response.completed"),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 9}, b"message_stop"),
+    ],
+)
+def test_a_client_that_hangs_up_at_the_last_event_got_its_answer(pair, shared, path, body, last):
+    live = pair(good(), SINGLE_FLIGHT=shared)
+    client = live.app.test_client()
+    answer = client.post(path, json={**body, "stream": True}, headers=AUTH, buffered=False)
+    assert any(last in block for block in answer.iter_encoded())
+    answer.close()  # as the server does when the connection is gone
+    assert [(row["status"], row["http_status"]) for row in entries(live)] == [("success", 200)]
+
+
+def test_a_response_is_kept_for_a_client_that_hangs_up_at_its_last_event(pair):
+    live = pair(good())
+    client, ask = live.app.test_client(), {"input": "hello", "stream": True}
+    answer = client.post("/v1/responses", json=ask, headers=AUTH, buffered=False)
+    blocks = iter(answer.iter_encoded())
+    text = b""
+    while b"response.completed" not in text:
+        text += next(blocks)
+    answer.close()
+    (name,) = set(re.findall(rb'"(resp_\w+)"', text))
+    assert get(live, f"/v1/responses/{name.decode()}").status_code == 200
 
 
 def test_a_client_that_left_is_cancelled(pair):
