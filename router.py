@@ -9,62 +9,63 @@ failures after it are told, never faked.
 Contents (each section uses only the ones above it):
 
   FACTS        1. Errors           what can go wrong, and the HTTP status of each
-               2. Providers        the provider table, and base URLs
-               3. Models           rating, window, price and abilities of known models
-               4. Config           every setting, read once from the environment
-               5. Files            auth.json and .env: locked, read anew, written in one step
-               6. Tokens           how large a request is
-  LANGUAGES    7. Events           server-sent events as bytes, and where they end
-               8. Chat             the one shape used inside: parse, check, look at it
-               9. Replies          what a provider's answer holds: useful, empty, error, usage
-              10. Outgoing         the body a provider gets: the client's bytes with few edits
-              11. Hub              what every translation shares: an answer's opening, sealed values
-              12. Accents          chat answers of every provider made canonical
-              13. Quirks           chat bodies fitted to what each provider accepts
-              14. Messages in      Anthropic Messages as clients speak it
-              15. Messages out     Anthropic Messages as providers speak it
-              16. Responses in     OpenAI Responses as clients speak it
-              17. Responses out    OpenAI Responses as providers speak it
-              18. Completions      the older completions endpoint
-              19. Dialects         which dialect is read how, and events on their way to the client
-  MEMORY      20. Database         SQLite files: written in batches by a thread, read by anybody
-              21. Keys             which key may be used, per (key, model)
-              22. Accounts         subscriptions whose tokens are renewed
-              23. Breakers         which provider is resting
-              24. Ledger           what is left of each quota, and when it returns
-              25. State            what of it survives a restart
-              26. Usage            what was asked, answered, failed and spent
-              27. Limits           what each caller may still use
-              28. Traces           what became of the latest requests, for logs, metrics and why
-              29. Sessions         who answered a conversation before
-              30. Cache            answers worth giving twice: exactly the same, or nearly
-              31. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   32. Difficulty       how hard is this request?
-              33. Plan             which candidates, in what order, and why
-              34. Verdicts         what an outcome means, and what rests for how long
-  ACTION      35. Transport        connections to providers, cut when nobody waits any more
-              36. Upstream         one attempt: send, wait for something useful, judge
-              37. Checks           keys that a provider called dead, asked again in the background
-              38. Sharing          one answer for identical requests: from memory, or from one call
-              39. Router           plan, try, learn, answer
-              40. Reload           changed settings taken over while requests go on
-  SURFACE     41. Configuration    what admins see and change over HTTP
-              42. Status           what /v1/status, /v1/models and /metrics say
-              43. Dashboard        one page to see it all
-              44. Endpoints        Flask: routes, auth, errors
-              45. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              46. Crash test       how these settings fare when providers misbehave
-              47. Documents        .env.example and the printed pages of docs/
-              48. Command line     the table of commands, and what comes from it
-              49. Views            status, logs, why and config for people
-              50. Connect          clients whose settings are written, shown and taken back
-              51. Changes          commands that change keys, models, limits
-              52. Doctor           what may be wrong, and what to do about it
-              53. Bench            a few timed answers
-              54. Setup            the wizard, from nothing to the first answer
-              55. Command line     the table of commands, and what comes from it
+               2. Values           JSON read, written, and looked at without tripping
+               3. Providers        the provider table, and base URLs
+               4. Models           rating, window, price and abilities of known models
+               5. Config           every setting, read once from the environment
+               6. Files            auth.json and .env: locked, read anew, written in one step
+               7. Tokens           how large a request is
+  LANGUAGES    8. Events           server-sent events as bytes, and where they end
+               9. Chat             the one shape used inside: parse, check, look at it
+              10. Replies          what a provider's answer holds: useful, empty, error, usage
+              11. Outgoing         the body a provider gets: the client's bytes with few edits
+              12. Hub              what every translation shares: an answer's opening, sealed values
+              13. Accents          chat answers of every provider made canonical
+              14. Quirks           chat bodies fitted to what each provider accepts
+              15. Messages in      Anthropic Messages as clients speak it
+              16. Messages out     Anthropic Messages as providers speak it
+              17. Responses in     OpenAI Responses as clients ask
+              18. Responses out    OpenAI Responses as providers speak it
+              19. Completions      the older completions endpoint
+              20. Dialects         which dialect is read, judged and written how
+  MEMORY      21. Database         SQLite files: written in batches by a thread, read by anybody
+              22. Keys             which key may be used, per (key, model)
+              23. Accounts         subscriptions whose tokens are renewed
+              24. Breakers         which provider is resting
+              25. Ledger           what is left of each quota, and when it returns
+              26. State            what of it survives a restart
+              27. Usage            what was asked, answered, failed and spent
+              28. Limits           what each caller may still use
+              29. Traces           what became of the latest requests, for logs, metrics and why
+              30. Sessions         who answered a conversation before
+              31. Cache            answers worth giving twice: exactly the same, or nearly
+              32. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   33. Difficulty       how hard is this request?
+              34. Plan             which candidates, in what order, and why
+              35. Verdicts         what an outcome means, and what rests for how long
+  ACTION      36. Transport        connections to providers, cut when nobody waits any more
+              37. Upstream         one attempt: send, wait for something useful, judge
+              38. Checks           keys that a provider called dead, asked again in the background
+              39. Sharing          one answer for identical requests: from memory, or from one call
+              40. Router           plan, try, learn, answer
+              41. Reload           changed settings taken over while requests go on
+  SURFACE     42. Configuration    what admins see and change over HTTP
+              43. Status           what /v1/status, /v1/models and /metrics say
+              44. Dashboard        one page to see it all
+              45. Endpoints        Flask: routes, auth, errors
+              46. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              47. Crash test       how these settings fare when providers misbehave
+              48. Documents        .env.example and the printed pages of docs/
+              49. Terminal         what commands print and ask; the running router
+              50. Views            status, logs, why, config and a few timed answers for people
+              51. Connect          clients whose settings are written, shown and taken back
+              52. Changes          commands that change keys, models, limits
+              53. Doctor           what may be wrong, and what to do about it
+              54. Bench            a few timed answers
+              55. Setup            the wizard, from nothing to the first answer
+              56. Command line     the table of commands, and what comes from it
 
-Rooms that later releases open: Registry after Limits, Catalog after Router, Dashboard after Status.
+docs/architecture.md tells how a request walks through them, and what each word means.
 """
 
 from __future__ import annotations
@@ -310,7 +311,89 @@ def error_body(error: RouterError) -> Json:
 
 
 # =============================================================================
-# 2. Providers
+# 2. Values
+# =============================================================================
+
+
+def refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def finite_float(digits: str) -> float:
+    """float(), but a number too large for one is refused: it would be sent on as Infinity."""
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
+
+
+def strict_json(text: str) -> Any:
+    """The JSON value of a text, None for one that strict readers would refuse."""
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_json(body: bytes | str) -> Any:
+    """The JSON value in `body`, or None. A gateway's padding in front is tolerated."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+# The compact JSON text of a value; one encoder for all, as making one costs more than a chunk.
+dump_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def dump_json(value: object) -> bytes:
+    """Compact UTF-8 JSON; half a surrogate pair, which is not UTF-8, stays the escape it was."""
+    return dump_text(value).encode("utf-8", "backslashreplace")
+
+
+def short_json(value: object) -> str:
+    """At most 80 characters of a value, for people."""
+    text = dump_json(value).decode()
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def same_json(one: object, other: object) -> bool:
+    return type(one) is type(other) and one == other  # True == 1
+
+
+def as_text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def as_dict(value: object) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def objects_in(value: object) -> list[Json]:
+    """The objects of a list; [] for what is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def natural(value: object) -> int:
+    """A whole number above 0, else 0."""
+    return value if type(value) is int and value > 0 else 0
+
+
+def count_in(counts: object, name: str) -> int:
+    """A member of an object that counts something; 0 for all that is no such number."""
+    return natural(counts.get(name)) if isinstance(counts, dict) else 0
+
+
+# =============================================================================
+# 3. Providers
 # =============================================================================
 
 
@@ -1126,7 +1209,7 @@ def host_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | N
 
 
 # =============================================================================
-# 3. Models
+# 4. Models
 # =============================================================================
 
 MODELS_AS_OF: Final = "2026-11-20"
@@ -1434,8 +1517,6 @@ VISION_FAMILIES = (
     "claude", "pixtral", "llava", "vl", "llama-4", "grok", "vision", "gemma-4",
 )  # fmt: skip
 
-RATING_LABELS = {1: "Outstanding", 2: "Best", 3: "Good", 4: "Fair", 5: "Basic"}
-
 # `:free` picks an offer and `:cheapest` a host; `:20b` is part of the name.
 OFFER_SUFFIX = re.compile(r"(?::[a-z][a-z0-9_-]*|-free)$")
 DATE_SUFFIX = re.compile(r"-(?:latest|\d{4}-\d{2}-\d{2}|\d{2}-\d{4}|\d{8}|\d{6}|\d{4})$")
@@ -1657,7 +1738,7 @@ def checked_override(key: str, row: Mapping[str, object]) -> dict[str, Any]:
 
 
 # =============================================================================
-# 4. Config
+# 5. Config
 # =============================================================================
 
 PLACEHOLDER_KEYS: Final = frozenset({"sk-router-1", "sk-my-router-key-1"})
@@ -2519,24 +2600,21 @@ def jwt_claims(token: str) -> Json:
         return {}
     try:
         text = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
-        claims = json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return {}
-    return claims if isinstance(claims, dict) else {}
+    return as_dict(read_json(text))
 
 
 def claimed_account(token: str) -> str:
-    claim = jwt_claims(token).get(CODEX_CLAIM)
-    found = claim.get("chatgpt_account_id") if isinstance(claim, dict) else ""
-    return found if isinstance(found, str) else ""
+    claim = as_dict(jwt_claims(token).get(CODEX_CLAIM))
+    return as_text(claim.get("chatgpt_account_id"))
 
 
 def read_services(
     reader: SettingsReader, auth: Json, port: int, accounts: Sequence[Account]
 ) -> tuple[Service, ...]:
     """Every provider that has what it needs: a key, or, where none is needed, being asked for."""
-    stored = auth.get("providers")
-    stored = stored if isinstance(stored, dict) else {}
+    stored = as_dict(auth.get("providers"))
     made = (read_service(reader, row, stored, port, accounts) for row in PROVIDERS)
     return tuple(service for service in made if service)
 
@@ -2714,7 +2792,7 @@ def service_with_key(config: Config, row: Provider, key: str) -> Service | None:
 
 
 # =============================================================================
-# 5. Files
+# 6. Files
 # =============================================================================
 
 # auth.json and .env are written by the router, by `hr` and by people. Whoever writes holds the
@@ -3085,8 +3163,7 @@ def member_of(document: Json, name: str, kind: type[Made], place: str = "auth.js
 
 def key_lists(document: Json, row: Provider) -> list[list[Any]]:
     """The lists of an auth.json that hold a provider's keys, under its name and its aliases."""
-    stored = document.get("providers")
-    stored = stored if isinstance(stored, dict) else {}
+    stored = as_dict(document.get("providers"))
     found = (stored.get(name) for name in (row.name, *row.aliases))
     return [keys for keys in found if isinstance(keys, list)]
 
@@ -3312,7 +3389,7 @@ def usable_keys(text: str | None) -> tuple[str, ...]:
 
 
 # =============================================================================
-# 6. Tokens
+# 7. Tokens
 # =============================================================================
 
 # Bytes of JSON body per token of o200k_base: dense scripts and base64-like text, English prose with
@@ -3457,7 +3534,7 @@ class Encoder:
 
 
 # =============================================================================
-# 7. Events
+# 8. Events
 # =============================================================================
 
 # WHATWG server-sent events: lines end in LF, CRLF or CR; a blank line ends an event; the
@@ -3543,14 +3620,8 @@ def encode_event(payload: object) -> bytes:
     return b"data: " + dump_json(payload) + b"\n\n"
 
 
-def dump_json(value: object) -> bytes:
-    """Compact UTF-8 JSON; half a surrogate pair, which is not UTF-8, stays the escape it was."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
-
-
 # =============================================================================
-# 8. Chat
+# 9. Chat
 # =============================================================================
 
 MAX_NESTING = 100  # lists and objects inside one another; real requests stay below 20
@@ -3563,21 +3634,6 @@ HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 LONE_HALF = re.compile(
     rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|[c-fC-F](?<!\\u[dD][89abAB]..\\u[dD].))"
 )
-
-
-def refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def finite_float(digits: str) -> float:
-    """float(), but a number too large for one is refused: it would be sent on as Infinity."""
-    value = float(digits)
-    if math.isinf(value):
-        raise ValueError("a number is too large")
-    return value
-
-
-DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
@@ -3965,8 +4021,7 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 def chat_messages(chat: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages that are objects, for code that must not trip over a chat nobody validated."""
-    messages = chat.get("messages")
-    return [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    return objects_in(chat.get("messages"))
 
 
 def last_user_text(chat: Mapping[str, Any]) -> str:
@@ -4015,7 +4070,7 @@ def wants_json(chat: Mapping[str, Any]) -> bool:
 
 
 # =============================================================================
-# 9. Replies
+# 10. Replies
 # =============================================================================
 
 # Where a chat message or a delta may carry something worth having (docs/architecture.md:
@@ -4074,14 +4129,6 @@ class Outcome(NamedTuple):
     retry_after: float | None = None  # seconds, as stated
     code: str = ""  # the provider's machine-readable words for it
     resets_at: float | None = None  # unix seconds, where a date is stated inside a 200
-
-
-def read_json(body: bytes | str) -> Any:
-    """The JSON value in `body`, or None. A gateway's padding in front is tolerated."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
 
 
 def scrub(text: str, limit: int = 600) -> str:
@@ -4630,7 +4677,7 @@ def chunks_from_reply(reply: Json) -> list[Json]:
 
 
 # =============================================================================
-# 10. Outgoing
+# 11. Outgoing
 # =============================================================================
 
 DROP: Final = object()  # an edit that removes a member
@@ -4699,7 +4746,7 @@ def output_wish(body: Json) -> int:
 
 
 # =============================================================================
-# 11. Hub
+# 12. Hub
 # =============================================================================
 
 SEAL: Final = "hr1."
@@ -4758,7 +4805,7 @@ def custom_input(text: str) -> str:
 
 
 # =============================================================================
-# 12. Accents
+# 13. Accents
 # =============================================================================
 
 # Every OpenAI-compatible provider speaks Chat with an accent. A ChatReader takes all of them;
@@ -4933,7 +4980,7 @@ class ToolCall:
     def _is_whole(self) -> bool:
         if not self.pieces or self.pieces[-1].rstrip()[-1:] != "}":
             return False
-        return isinstance(json_or_none("".join(self.pieces)), dict)
+        return isinstance(strict_json("".join(self.pieces)), dict)
 
     def add(self, piece: str, repeats: bool = False) -> str:
         """Keep a piece of the arguments; "" for one that `repeats` what is there as a whole."""
@@ -5439,15 +5486,10 @@ def error_chunk(event: Any) -> Json | None:
     if not found:
         return None
     holder = event[0] if isinstance(event, list) else event
-    error = holder.get("error")
-    error = error if isinstance(error, dict) else {}
+    error = as_dict(holder.get("error"))
     code = error.get("code") or found.status
     kind = as_text(error.get("type")) or "upstream_error"
     return {"error": {"message": found.text, "type": kind, "code": id_text(code) or None}}
-
-
-def as_text(value: object) -> str:
-    return value if isinstance(value, str) else ""
 
 
 def id_text(value: object) -> str:
@@ -5470,17 +5512,9 @@ def count_of(value: object) -> int | None:
     return int(number) if 0 <= number < 1e18 else None
 
 
-def json_or_none(text: str) -> Any:
-    """The JSON value of a text, None for one that strict readers would refuse."""
-    try:
-        return DECODER.decode(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def json_text(value: object) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return dump_text(value)
     except RecursionError:
         return ""
 
@@ -5539,8 +5573,7 @@ def thinking_text(value: object) -> str:
 
 
 def details_of(delta: Json) -> list[Json]:
-    details = delta.get("reasoning_details")
-    return [d for d in details if isinstance(d, dict)] if isinstance(details, list) else []
+    return objects_in(delta.get("reasoning_details"))
 
 
 def details_text(delta: Json) -> str:
@@ -5610,9 +5643,7 @@ def find_usage(value: Any) -> Json | None:
     """The usage object of a reply or chunk: its own, groq's, or that of a choice (moonshot)."""
     if not isinstance(value, dict):
         return None
-    choices = value.get("choices")
-    inner = choices if isinstance(choices, list) else []
-    for place in (value, value.get("x_groq"), *inner):
+    for place in (value, value.get("x_groq"), *as_list(value.get("choices"))):
         usage = place.get("usage") if isinstance(place, dict) else None
         if usage and isinstance(usage, dict):
             return usage
@@ -5674,7 +5705,7 @@ def repaired_arguments(text: str) -> str | None:
     What was cut off stays broken: half a command must not be run.
     """
     text = text.strip()
-    if isinstance(json_or_none(text), dict):
+    if isinstance(strict_json(text), dict):
         return text
     if text in ("", "null", "None"):
         return "{}"
@@ -5756,7 +5787,7 @@ def is_odd_call(call: Any, whole: bool) -> bool:
 
 
 # =============================================================================
-# 13. Quirks
+# 14. Quirks
 # =============================================================================
 
 
@@ -6270,18 +6301,9 @@ class SchemaFitter:
         return self._merged(node, (*trail, ""))
 
 
-def as_list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
 def without(members: Json, names: Iterable[str]) -> Json:
     """A copy without some members."""
     return {name: value for name, value in members.items() if name not in names}
-
-
-def short_json(value: object) -> str:
-    text = dump_json(value).decode()
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def all_of(node: Json, branches: list[Json]) -> Json:
@@ -6324,10 +6346,6 @@ def one_of(node: Json, branches: list[Json]) -> Json:
 
 def is_in_all(name: object, sets: list[set[str]]) -> bool:
     return all(str(name) in names for names in sets)
-
-
-def as_dict(value: object) -> Json:
-    return value if isinstance(value, dict) else {}
 
 
 def plain_types(node: Json, notes: list[str]) -> Json:
@@ -7397,7 +7415,7 @@ def named_choice(choice: Json, custom: bool) -> object:
 
 
 # =============================================================================
-# 14. Messages in
+# 15. Messages in
 # =============================================================================
 
 # The client's side of Anthropic Messages (platform.claude.com/docs/en/api/messages and what Claude
@@ -7505,7 +7523,7 @@ def asked_effort(body: Json) -> str:
     if effort is not None and not isinstance(effort, str):
         raise invalid("output_config.effort", "a string", effort)
     thinking = body.get("thinking") or {}
-    budget = count_or_zero(thinking.get("budget_tokens"))
+    budget = natural(thinking.get("budget_tokens"))
     if effort or thinking.get("type") != "enabled" or not budget:
         return effort or ""
     return next(word for least, word in EFFORT_BUDGETS if budget >= least)
@@ -8180,22 +8198,6 @@ def read_arguments(text: str) -> Json:
     return value if isinstance(value, dict) and at >= 0 else {}
 
 
-def dump_text(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def text_of(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def object_of(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def list_of(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
 class MessageEvents:
     """Canonical chunks to the events of one Messages stream, as objects.
 
@@ -8244,14 +8246,14 @@ class MessageEvents:
 
     def feed(self, chunk: Json) -> list[Json]:
         """Events that this chunk completes. A chunk may hold anything at once, or nothing."""
-        self._usage = object_of(chunk.get("usage")) or self._usage
+        self._usage = as_dict(chunk.get("usage")) or self._usage
         events = self.start()
-        for choice in list_of(chunk.get("choices"))[:1]:
+        for choice in as_list(chunk.get("choices"))[:1]:
             if not isinstance(choice, dict) or choice.get("index"):
                 continue
-            self._take(object_of(choice.get("delta") or choice.get("message")))
-            self._finish = text_of(choice.get("finish_reason")) or self._finish
-            self._stop_sequence = text_of(choice.get("stop_sequence")) or self._stop_sequence
+            self._take(as_dict(choice.get("delta") or choice.get("message")))
+            self._finish = as_text(choice.get("finish_reason")) or self._finish
+            self._stop_sequence = as_text(choice.get("stop_sequence")) or self._stop_sequence
         return events + self._advance()
 
     def finish(self) -> list[Json]:
@@ -8281,25 +8283,25 @@ class MessageEvents:
     # what comes in
 
     def _take(self, delta: Json) -> None:
-        thought = text_of(delta.get("reasoning_content")) or text_of(delta.get("reasoning"))
-        self.reason(thought, list_of(delta.get("reasoning_details")))
+        thought = as_text(delta.get("reasoning_content")) or as_text(delta.get("reasoning"))
+        self.reason(thought, as_list(delta.get("reasoning_details")))
         content = delta.get("content")
         if isinstance(content, str):
             self._say(content)
-        for part in list_of(content):
-            self._take_part(object_of(part))
-        self._say(text_of(delta.get("refusal")))
-        for call in list_of(delta.get("tool_calls")):
+        for part in as_list(content):
+            self._take_part(as_dict(part))
+        self._say(as_text(delta.get("refusal")))
+        for call in as_list(delta.get("tool_calls")):
             if isinstance(call, dict):
                 self._take_call(call)
 
     def _take_part(self, part: Json) -> None:
         """One part of content that is a list (Mistral: thinking holds a list of texts)."""
         if part.get("type") == "thinking":
-            texts = (text_of(object_of(t).get("text")) for t in list_of(part.get("thinking")))
+            texts = (as_text(as_dict(t).get("text")) for t in as_list(part.get("thinking")))
             self.reason("".join(texts), [])
         else:
-            self._say(text_of(part.get("text")))
+            self._say(as_text(part.get("text")))
 
     def _say(self, text: str) -> None:
         """Text of the answer. White space alone opens no block: Anthropic refuses it later."""
@@ -8340,7 +8342,7 @@ class MessageEvents:
             block.unclaimed.append(text)
             self.chars += len(text)
         for piece in pieces:
-            self._origin = text_of(piece.get("origin")) or self._origin
+            self._origin = as_text(piece.get("origin")) or self._origin
             self._take_piece(piece)
 
     def end_piece(self) -> None:
@@ -8349,7 +8351,7 @@ class MessageEvents:
             block.complete = True
 
     def _take_piece(self, piece: Json) -> None:
-        origin, text = text_of(piece.get("origin")), piece_text(piece)
+        origin, text = as_text(piece.get("origin")), piece_text(piece)
         if piece["type"] == "reasoning.encrypted":
             self._push(encrypted_block(origin, piece))
             return
@@ -8380,10 +8382,10 @@ class MessageEvents:
         return True
 
     def _take_call(self, delta: Json) -> None:
-        function, custom = object_of(delta.get("function")), object_of(delta.get("custom"))
+        function, custom = as_dict(delta.get("function")), as_dict(delta.get("custom"))
         is_custom = any(custom.values()) and not any(function.values())  # snowflake has both
         named = custom if is_custom else function
-        id, name = text_of(delta.get("id")), text_of(named.get("name"))
+        id, name = as_text(delta.get("id")), as_text(named.get("name"))
         value = named.get("input" if is_custom else "arguments")
         arguments = value if isinstance(value, str) else dump_text(value) if value else ""
         call = self._call_for(delta.get("index"), id, name, arguments)
@@ -8392,7 +8394,7 @@ class MessageEvents:
         if isinstance(value, str) or not call.begun:
             self.chars += len(arguments)
             call.add(arguments)
-        call.extra = object_of(delta.get("extra_content")) or call.extra
+        call.extra = as_dict(delta.get("extra_content")) or call.extra
         is_new = bool(name) and not call.name
         call.name = call.name or name
         if is_new:
@@ -8458,7 +8460,7 @@ def block_deltas(block: Block, deltas: list[Json]) -> list[Json]:
 
 
 def piece_text(piece: Json) -> str:
-    return text_of(piece.get("text")) or text_of(piece.get("summary"))
+    return as_text(piece.get("text")) or as_text(piece.get("summary"))
 
 
 def encrypted_block(origin: str, piece: Json) -> Block:
@@ -8472,46 +8474,31 @@ def encrypted_block(origin: str, piece: Json) -> Block:
 
 def request_call_ids(request: Json) -> set[str]:
     """Ids of the calls that a Messages request tells of."""
-    contents = (object_of(message).get("content") for message in list_of(request.get("messages")))
-    blocks = (object_of(block) for content in contents for block in list_of(content))
+    contents = (as_dict(message).get("content") for message in as_list(request.get("messages")))
+    blocks = (as_dict(block) for content in contents for block in as_list(content))
     return {str(block.get("id")) for block in blocks if block.get("type") == "tool_use"}
 
 
 def messages_usage(usage: Json, input_tokens: int = 0) -> Json:
     """Canonical usage as Anthropic counts: input without what was cached."""
-    prompt = count_or_zero(usage.get("prompt_tokens")) or input_tokens
-    details = object_of(usage.get("prompt_tokens_details"))
-    read, made = (count_or_zero(details.get(n)) for n in ("cached_tokens", "cache_creation_tokens"))
+    prompt = natural(usage.get("prompt_tokens")) or input_tokens
+    details = as_dict(usage.get("prompt_tokens_details"))
+    read, made = (natural(details.get(n)) for n in ("cached_tokens", "cache_creation_tokens"))
     found: Json = {
         "input_tokens": max(prompt - read - made, 0),
-        "output_tokens": count_or_zero(usage.get("completion_tokens")),
+        "output_tokens": natural(usage.get("completion_tokens")),
         "cache_creation_input_tokens": made,
         "cache_read_input_tokens": read,
     }
-    thought = object_of(usage.get("completion_tokens_details")).get("reasoning_tokens")
-    if count_or_zero(thought):
+    thought = as_dict(usage.get("completion_tokens_details")).get("reasoning_tokens")
+    if natural(thought):
         found["output_tokens_details"] = {"thinking_tokens": thought}
     return {**found, **ESTIMATED} if "hermes" in usage else found
 
 
-def count_or_zero(value: Any) -> int:
-    return value if type(value) is int and value > 0 else 0
-
-
 def messages_event(event: Json) -> bytes:
     """One event of a Messages stream, named by its type."""
-    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), json_bytes(event))
-
-
-def json_bytes(value: object) -> bytes:
-    """JSON in UTF-8; in ASCII if a provider cut a character in half, so that halves can meet."""
-    try:
-        return JSON_ENCODER.encode(value).encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode()
-
-
-JSON_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), dump_json(event))
 
 
 class MessagesWriter:
@@ -8535,7 +8522,7 @@ class MessagesWriter:
             self._events.chars += len(text)
             if index != self._prefix_index:
                 self._prefix, self._prefix_index = text_prefix(index), index
-            return self._prefix + json_bytes(text) + b"}}\n\n"
+            return self._prefix + dump_json(text) + b"}}\n\n"
         if chunk.get("error"):
             self._ended = True
             return messages_event(chunk_error(chunk))
@@ -8587,10 +8574,10 @@ def plain_text(chunk: Json) -> str:
 def chat_reply_to_messages(reply: Json, opening: Opening, origin: str = "") -> Json:
     """A whole canonical reply as a message: what a client would collect from its stream."""
     events = MessageEvents(opening, origin)
-    choice = next((c for c in list_of(reply.get("choices")) if isinstance(c, dict)), {})
-    message = dict(object_of(choice.get("message")))
-    thought = text_of(message.pop("reasoning_content", "")) or text_of(message.pop("reasoning", ""))
-    take_reasoning(events, thought, list_of(message.pop("reasoning_details", [])))
+    choice = next((c for c in as_list(reply.get("choices")) if isinstance(c, dict)), {})
+    message = dict(as_dict(choice.get("message")))
+    thought = as_text(message.pop("reasoning_content", "")) or as_text(message.pop("reasoning", ""))
+    take_reasoning(events, thought, as_list(message.pop("reasoning_details", [])))
     choice = {**choice, "index": 0, "delta": indexed(message)}
     chunk = {"choices": [choice], "usage": reply.get("usage")}
     return assembled([*events.feed(chunk), *events.finish()])
@@ -8607,7 +8594,7 @@ def take_reasoning(events: MessageEvents, text: str, pieces: list[Any]) -> None:
 
 
 def indexed(message: Json) -> Json:
-    calls = [c for c in list_of(message.get("tool_calls")) if isinstance(c, dict)]
+    calls = [c for c in as_list(message.get("tool_calls")) if isinstance(c, dict)]
     return {**message, "tool_calls": [{**call, "index": at} for at, call in enumerate(calls)]}
 
 
@@ -8680,7 +8667,7 @@ def error_event(status: int, message: str, code: str = "", sizes: tuple[int, int
 
 def chunk_error(chunk: Json) -> Json:
     """An error inside a stream of canonical chunks."""
-    error = object_of(chunk.get("error"))
+    error = as_dict(chunk.get("error"))
     found = error_event(embedded_status(chunk), dig_message(chunk) or "the stream failed")
     if error.get("code") == OVERFLOW_CODE:
         return error_event(400, dig_message(chunk), OVERFLOW_CODE)
@@ -8711,7 +8698,7 @@ def count_messages_tokens(body: Json, encoder: Encoder | None = None) -> int:
 
 def count_all_tokens(chat: Json, encoder: Encoder | None = None) -> int:
     """Input tokens of everything in a chat: text, results, calls, reasoning, tools, media."""
-    texts = [chat_text(chat), *(text_of(m.get("reasoning_content")) for m in chat_messages(chat))]
+    texts = [chat_text(chat), *(as_text(m.get("reasoning_content")) for m in chat_messages(chat))]
     if wanted := chat.get("response_format"):
         texts.append(dump_text(wanted))
     text = "\n".join(filter(None, texts))
@@ -8723,7 +8710,7 @@ def count_all_tokens(chat: Json, encoder: Encoder | None = None) -> int:
 
 
 # =============================================================================
-# 15. Messages out
+# 16. Messages out
 # =============================================================================
 
 # The provider side of Anthropic Messages. What the API answers 400 to is written down as an
@@ -8851,11 +8838,6 @@ def output_limit(chat: Json, traits: ClaudeTraits) -> int:
         if asked := natural(chat.get(name)):
             return min(asked, traits.max_output)
     return traits.max_output
-
-
-def natural(value: object) -> int:
-    """A whole number above 0, else 0."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
 def plain(content: list[Json]) -> str | list[Json]:
@@ -9042,8 +9024,7 @@ def append_text(blocks: list[Json], block: Json, joins: bool) -> None:
 
 def calls_of(message: Json) -> list[Json]:
     """Tool calls of an assistant message; the older function_call is one without an id."""
-    calls = message.get("tool_calls")
-    found = [c for c in calls if isinstance(c, dict)] if isinstance(calls, list) else []
+    found = objects_in(message.get("tool_calls"))
     old = message.get("function_call")
     if not found and isinstance(old, dict):
         found = [{"type": "function", "function": old}]
@@ -9051,13 +9032,11 @@ def calls_of(message: Json) -> list[Json]:
 
 
 def made_call(call: Json) -> Json:
-    made = call.get("custom" if call.get("type") == "custom" else "function")
-    return made if isinstance(made, dict) else {}
+    return as_dict(call.get("custom" if call.get("type") == "custom" else "function"))
 
 
 def call_name(call: Json) -> str:
-    name = made_call(call).get("name")
-    return name if isinstance(name, str) else ""
+    return as_text(made_call(call).get("name"))
 
 
 def call_input(call: Json) -> Json:
@@ -9065,8 +9044,7 @@ def call_input(call: Json) -> Json:
     made = made_call(call)
     if call.get("type") != "custom":
         return parse_arguments(made.get("arguments"))
-    given = made.get("input")
-    return {"input": given if isinstance(given, str) else ""}
+    return {"input": as_text(made.get("input"))}
 
 
 def parse_arguments(text: object) -> Json:
@@ -9286,10 +9264,8 @@ class ToolNames:
 
 def offered_tools(chat: Json) -> list[Json]:
     """Tools with a name, the first of each name."""
-    tools = chat.get("tools")
-    found = [t for t in tools if isinstance(t, dict)] if isinstance(tools, list) else []
     by_name: dict[str, Json] = {}
-    for tool in found:
+    for tool in objects_in(chat.get("tools")):
         if name := tool_name(tool):
             by_name.setdefault(name, tool)
     return list(by_name.values())
@@ -9302,8 +9278,7 @@ def tool_name(tool: Json) -> str:
     holder = tool if own else tool.get("custom" if kind == "custom" else "function")
     if kind not in ("function", "custom") and not own:
         return ""
-    name = holder.get("name") if isinstance(holder, dict) else None
-    return name if isinstance(name, str) else ""
+    return as_text(as_dict(holder).get("name"))
 
 
 def set_tools(
@@ -9420,8 +9395,7 @@ def object_schema(schema: Any) -> tuple[Json, str]:
 
 
 def branches_of(whole: Json, how: str) -> list[Json]:
-    listed = whole.get(how)
-    found = [b for b in listed if isinstance(b, dict)] if isinstance(listed, list) else []
+    found = objects_in(whole.get(how))
     if how == "allOf" and isinstance(whole.get("$ref"), str):
         found.append({"$ref": whole["$ref"]})
     return [resolved(branch, whole) for branch in found]
@@ -9442,11 +9416,9 @@ def resolved(branch: Json, whole: Json) -> Json:
 
 def parts_of(schema: Json) -> tuple[Json, list[str]]:
     """Properties and required names, if they are what they must be."""
-    properties, required = schema.get("properties"), schema.get("required")
-    found = properties if isinstance(properties, dict) else {}
-    names = required if isinstance(required, list) else []
-    kept = {k: v for k, v in found.items() if isinstance(v, (dict, bool))}
-    return kept, [name for name in names if isinstance(name, str)]
+    properties, required = as_dict(schema.get("properties")), as_list(schema.get("required"))
+    kept = {k: v for k, v in properties.items() if isinstance(v, (dict, bool))}
+    return kept, [name for name in required if isinstance(name, str)]
 
 
 # -- the request: output, thinking, sampling -------------------------------------
@@ -9645,9 +9617,7 @@ def loses_thought(body: Json) -> bool:
 
 
 def block_types(turn: Json) -> set[str]:
-    content = turn.get("content")
-    blocks = content if isinstance(content, list) else []
-    return {str(block.get("type")) for block in blocks if isinstance(block, dict)}
+    return {str(block.get("type")) for block in objects_in(turn.get("content"))}
 
 
 def starts_with_thought(turn: Json) -> bool:
@@ -9778,8 +9748,7 @@ def own_thinking(body: Json, origin: str) -> Json | None:
 
 
 def blocks_of(turn: Any) -> list[Json]:
-    content = turn.get("content") if isinstance(turn, dict) else None
-    return [b for b in content if isinstance(b, dict)] if isinstance(content, list) else []
+    return objects_in(turn.get("content")) if isinstance(turn, dict) else []
 
 
 def opaque_member(block: Json) -> str:
@@ -10232,7 +10201,7 @@ class MessagesReader:
     def end_call(self, block: OpenBlock) -> list[Json]:
         """A block without input sends none: its arguments are {}."""
         whole = block.start.get("input")
-        given = block.text or dump_json(whole if isinstance(whole, dict) else {}).decode()
+        given = block.text or dump_json(as_dict(whole)).decode()
         name = block.start["name"]
         if name in self.names.custom:
             custom = {"name": name, "input": custom_input(given)}
@@ -10252,8 +10221,7 @@ def index_of(event: Json) -> int:
 
 
 def refusal_text(details: object) -> str:
-    details = details if isinstance(details, dict) else {}
-    told = (details.get(name) for name in ("explanation", "category"))
+    told = (as_dict(details).get(name) for name in ("explanation", "category"))
     text = next((t for t in told if isinstance(t, str) and t), "")
     return text or "The model declined to answer."
 
@@ -10304,10 +10272,8 @@ def events_of(reply: Json) -> Iterator[Json]:
 
 
 # =============================================================================
-# 16. Responses in
+# 17. Responses in
 # =============================================================================
-
-JSON_TEXT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 # A client speaks OpenAI Responses; the hub speaks chat. Wire facts: recorded traffic of OpenAI,
 # DeepSeek and Bedrock Mantle, and the openai SDK 3.54 (seen 2026-11). Codex CLI 0.159 builds its
@@ -11085,8 +11051,7 @@ def call_id_of(item: Json, where: str) -> str:
 
 
 def namespace_of(item: Json) -> str:
-    namespace = item.get("namespace")
-    return namespace if isinstance(namespace, str) else ""
+    return as_text(item.get("namespace"))
 
 
 def read_call_item(history: ItemHistory, item: Json, where: str) -> None:
@@ -11179,7 +11144,7 @@ def read_nothing(history: ItemHistory, item: Json, where: str) -> None:
 
 
 def carrier(origin: str, kind: str, tag: str, data: object) -> str:
-    return seal(origin, f"{kind}.{tag}.{JSON_TEXT.encode(data)}")
+    return seal(origin, f"{kind}.{tag}.{dump_text(data)}")
 
 
 # The readable member of a piece of reasoning.
@@ -11329,27 +11294,22 @@ def response_head(opening: Opening, codex: bool) -> Json:
 
 def response_usage(usage: Mapping[str, Any]) -> Json:
     """Complete counts, as Codex wants them, of a canonical usage."""
-    prompt = usage_count(usage, "prompt_tokens")
-    completion = usage_count(usage, "completion_tokens")
+    prompt = count_in(usage, "prompt_tokens")
+    completion = count_in(usage, "completion_tokens")
     read, made = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
     cached = {
-        "cached_tokens": usage_count(read, "cached_tokens"),
-        "cache_write_tokens": usage_count(read, "cache_creation_tokens"),
+        "cached_tokens": count_in(read, "cached_tokens"),
+        "cache_write_tokens": count_in(read, "cache_creation_tokens"),
     }
     total = usage.get("total_tokens")
     return {
         "input_tokens": prompt,
         "input_tokens_details": cached,
         "output_tokens": completion,
-        "output_tokens_details": {"reasoning_tokens": usage_count(made, "reasoning_tokens")},
+        "output_tokens_details": {"reasoning_tokens": count_in(made, "reasoning_tokens")},
         "total_tokens": total if isinstance(total, int) else prompt + completion,
         **(ESTIMATED if "hermes" in usage else {}),
     }
-
-
-def usage_count(counts: Any, name: str) -> int:
-    value = counts.get(name) if isinstance(counts, dict) else None
-    return value if isinstance(value, int) else 0
 
 
 def failure_of(error: RouterError) -> Json:
@@ -11374,7 +11334,7 @@ class EventLog:
         self._events: list[bytes] = []
 
     def emit(self, kind: str, members: Json) -> None:
-        self.emit_text(kind, JSON_TEXT.encode(members)[1:-1])
+        self.emit_text(kind, dump_text(members)[1:-1])
 
     def emit_text(self, kind: str, members: str) -> None:
         """`members`: JSON text without its braces."""
@@ -11399,7 +11359,7 @@ class EventLog:
 
 
 def delta_head(kind: str, **members: object) -> str:
-    inner = JSON_TEXT.encode(members)[1:-1]
+    inner = dump_text(members)[1:-1]
     return f'event: {kind}\ndata: {{"type":"{kind}",{inner},"delta":'
 
 
@@ -11447,7 +11407,7 @@ class OpenMessage(OpenItem):
         if kind != self._kind:
             self._open_part(kind)
         self._texts.append(text)
-        self.log.emit_delta(self._head, JSON_TEXT.encode(text))
+        self.log.emit_delta(self._head, dump_text(text))
 
     def annotate(self, note: Json) -> None:
         at = {"annotation_index": len(self._notes), "annotation": note}
@@ -11506,7 +11466,7 @@ class OpenThought(OpenItem):
             self.log.emit("response.reasoning_summary_part.added", {**at, "part": part})
             self._head = delta_head("response.reasoning_summary_text.delta", **at)
         self._texts.append(text)
-        self.log.emit_delta(self._head, JSON_TEXT.encode(text))
+        self.log.emit_delta(self._head, dump_text(text))
 
     def takes(self, piece: Json) -> bool:
         """Does this piece ({}: a bare text) belong to the item? A signature or a key ends one."""
@@ -11576,7 +11536,7 @@ class OpenCall(OpenItem):
 
     def add(self, text: str) -> None:
         if self._head and text:
-            self.log.emit_delta(self._head, JSON_TEXT.encode(text))
+            self.log.emit_delta(self._head, dump_text(text))
 
     def close(self) -> None:
         kind, text = self.call.tool.kind, self.call.text
@@ -11742,7 +11702,7 @@ class ResponsesWriter:
         if self._head_text:
             return
         self._head["model"] = self._head["model"] or str(chunk.get("model") or "")
-        self._head_text = f'"response":{JSON_TEXT.encode(self._head)}'
+        self._head_text = f'"response":{dump_text(self._head)}'
         self._log.emit_text("response.created", self._head_text)
         self._log.emit_text("response.in_progress", self._head_text)
 
@@ -12110,7 +12070,7 @@ class ResponseStore:
 
 
 def stored_json(value: object) -> bytes:
-    return JSON_TEXT.encode(value).encode("utf-8", "replace")
+    return dump_text(value).encode("utf-8", "replace")
 
 
 def unknown_response(own: str) -> BadRequest:
@@ -12120,7 +12080,7 @@ def unknown_response(own: str) -> BadRequest:
 
 
 # =============================================================================
-# 17. Responses out
+# 18. Responses out
 # =============================================================================
 
 # OpenAI's Responses API and Codex (the same wire under a ChatGPT plan), as providers.
@@ -12319,7 +12279,7 @@ def message_parts(message: Json) -> list[Json]:
     content = message.get("content")
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    return content if isinstance(content, list) else []
+    return as_list(content)
 
 
 def item_part(part: Json) -> Json:
@@ -12606,7 +12566,7 @@ class ResponsesReader:
         """The chunks that one event makes; an error becomes [{"error": {...}}]."""
         if self.finished or not isinstance(event, dict):
             return []
-        kind = text_or_empty(event.get("type"))
+        kind = as_text(event.get("type"))
         stem, _, end = kind.rpartition(".")
         if stem in ITEM_TEXTS and end in ("delta", "done"):
             return self._piece(ITEM_TEXTS[stem], event, end == "done")
@@ -12628,8 +12588,8 @@ class ResponsesReader:
     def _note(self, response: object) -> None:
         """Who answers: known from the first events, or only from the last."""
         if isinstance(response, dict):
-            self._head["id"] = text_or_empty(response.get("id")) or self._head["id"]
-            self._head["model"] = text_or_empty(response.get("model")) or self._head["model"]
+            self._head["id"] = as_text(response.get("id")) or self._head["id"]
+            self._head["model"] = as_text(response.get("model")) or self._head["model"]
             created = response.get("created_at")
             if isinstance(created, (int, float)) and is_number(created):
                 self._head["created"] = int(created)
@@ -12645,15 +12605,15 @@ class ResponsesReader:
         text = event.get(flow.whole if whole else "delta")
         if not isinstance(text, str):
             return []
-        item = self._find(flow.item, text_or_empty(event.get("item_id")), event.get("output_index"))
+        item = self._find(flow.item, as_text(event.get("item_id")), event.get("output_index"))
         part = event.get(flow.part)
         return self._say(item, flow.field, part if type(part) is int else 0, text, whole)
 
     def _item_event(self, event: Json, done: bool) -> list[Json]:
         raw = event.get("item")
-        if not isinstance(raw, dict) or text_or_empty(raw.get("type")) not in READ_ITEMS:
+        if not isinstance(raw, dict) or as_text(raw.get("type")) not in READ_ITEMS:
             return []
-        id, at = text_or_empty(raw.get("id")), event.get("output_index")
+        id, at = as_text(raw.get("id")), event.get("output_index")
         item = self._find(raw["type"], id, at, done)
         # A call that only begins may show arguments which its deltas then repeat.
         return self._settle(item, raw) if done else self._open(item, raw)
@@ -12725,11 +12685,11 @@ class ResponsesReader:
 
     def _open(self, item: OutputItem, raw: Json) -> list[Json]:
         """The first delta of a call: its number, id, name, and arguments that came too early."""
-        name = text_or_empty(raw.get("name"))
+        name = as_text(raw.get("name"))
         if item.kind not in CALL_ITEMS or item.call >= 0 or not name:
             return []
         item.call, self._calls = self._calls, self._calls + 1
-        id = text_or_empty(raw.get("call_id")) or text_or_empty(raw.get("id"))
+        id = as_text(raw.get("call_id")) or as_text(raw.get("id"))
         kind, member = CALL_ITEMS[item.kind]
         call = {
             "index": item.call,
@@ -12743,12 +12703,12 @@ class ResponsesReader:
         """What a finished item holds beyond what was sent of it."""
         if item.kind in CALL_ITEMS:
             text = raw.get(CALL_ITEMS[item.kind][1])
-            text = dump_json(text).decode() if isinstance(text, dict) else text_or_empty(text)
+            text = dump_json(text).decode() if isinstance(text, dict) else as_text(text)
             return self._open(item, raw) + self._say(item, "call", 0, text, True)
         chunks: list[Json] = []
         for name in ("summary", "content"):
             for at, part in enumerate(objects_in(raw.get(name))):
-                place = PART_FIELDS.get(text_or_empty(part.get("type")), "")
+                place = PART_FIELDS.get(as_text(part.get("type")), "")
                 text = part.get("refusal") if place == "refusal" else part.get("text")
                 if place and isinstance(text, str):
                     chunks += self._say(item, place, at, text, True)
@@ -12768,7 +12728,7 @@ class ResponsesReader:
         """The end: what only the final response holds, the finish reason, usage."""
         response = response if isinstance(response, dict) else {}
         self._note(response)
-        status = status or text_or_empty(response.get("status"))
+        status = status or as_text(response.get("status"))
         if status in ("failed", "cancelled") or response.get("error"):
             return self._fail(response.get("error") or {"code": status or "failed"})
         chunks: list[Json] = []
@@ -12786,17 +12746,17 @@ class ResponsesReader:
         By id; where the ids are all new ones, the n-th of a kind is the n-th that came.
         """
         output = objects_in(response.get("output"))
-        raws = [raw for raw in output if text_or_empty(raw.get("type")) in READ_ITEMS]
+        raws = [raw for raw in output if as_text(raw.get("type")) in READ_ITEMS]
         by_id = {i.id: i for i in self._items if i.id}
-        same_ids = any(text_or_empty(raw.get("id")) in by_id for raw in raws)
+        same_ids = any(as_text(raw.get("id")) in by_id for raw in raws)
         left = list(self._items)
         for raw in raws:
-            item = by_id.pop(text_or_empty(raw.get("id")), None)
+            item = by_id.pop(as_text(raw.get("id")), None)
             if item is None and not same_ids:
                 item = next((i for i in left if i.kind == raw["type"]), None)
             if item in left:
                 left.remove(item)
-            yield item or self._new(raw["type"], text_or_empty(raw.get("id")), None), raw
+            yield item or self._new(raw["type"], as_text(raw.get("id")), None), raw
 
     def _finish_reason(self, response: Json, status: str) -> str:
         if status == "incomplete":
@@ -12810,29 +12770,20 @@ class ResponsesReader:
         return [{"error": stream_error(error)}]
 
 
-def text_or_empty(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def objects_in(value: object) -> list[Json]:
-    """The objects of a list; [] for what is no list."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
 def item_reasoning(raw: Json, origin: str) -> list[Json]:
     """A reasoning item as pieces to send back: readable ones first, then the encrypted one.
 
     Parts after the first are numbered, so that nobody takes them for one text.
     """
-    id = {"id": raw["id"]} if text_or_empty(raw.get("id")) else {}
+    id = {"id": raw["id"]} if as_text(raw.get("id")) else {}
     pieces: list[Json] = []
     for part in objects_in(raw.get("summary")) + objects_in(raw.get("content")):
         name = "summary" if part.get("type") == "summary_text" else "text"
-        if text := text_or_empty(part.get("text")):
+        if text := as_text(part.get("text")):
             index = {"index": len(pieces)} if pieces else {}
             piece = {"type": f"reasoning.{name}", name: text, **id, **index, "origin": origin}
             pieces.append(piece)
-    if data := text_or_empty(raw.get("encrypted_content")):
+    if data := as_text(raw.get("encrypted_content")):
         pieces.append({"type": "reasoning.encrypted", "data": data, **id, "origin": origin})
     return pieces
 
@@ -12842,7 +12793,7 @@ def message_annotations(raw: Json) -> list[Json]:
     made = []
     for part in objects_in(raw.get("content")):
         for note in objects_in(part.get("annotations")):
-            kind = text_or_empty(note.get("type"))
+            kind = as_text(note.get("type"))
             inner = {name: value for name, value in note.items() if name != "type"}
             if kind == "url_citation":
                 made.append({"type": kind, kind: inner})
@@ -12868,18 +12819,13 @@ def responses_usage(usage: object) -> Json | None:
     }
 
 
-def count_in(counts: object, name: str) -> int:
-    value = counts.get(name) if isinstance(counts, dict) else 0
-    return value if type(value) is int and value > 0 else 0
-
-
 def stream_error(error: object) -> Json:
     """{message, type, code} of an error event, with the `status` that its code stands for."""
     inner = error if isinstance(error, dict) else {"message": error}
-    kind = text_or_empty(inner.get("type"))
+    kind = as_text(inner.get("type"))
     kind = "" if kind == "error" else kind
-    code = text_or_empty(inner.get("code")) or kind
-    text = text_or_empty(inner.get("message")) or text_or_empty(inner.get("detail"))
+    code = as_text(inner.get("code")) or kind
+    text = as_text(inner.get("message")) or as_text(inner.get("detail"))
     made: Json = {
         "message": scrub(text or code or "the provider failed without a reason"),
         "type": kind or "server_error",
@@ -12958,7 +12904,7 @@ def unsealed_item(item: Json, origin: str) -> Json | None:
     if not isinstance(pieces, list):
         return {**item, "encrypted_content": value}
     parts = objects_in(item.get("summary"))
-    shown = "\n\n".join(text for part in parts if (text := text_or_empty(part.get("text"))))
+    shown = "\n\n".join(text for part in parts if (text := as_text(part.get("text"))))
     blank = {"reasoning.summary": {"summary": shown}, "reasoning.text": {"text": shown}}
     told = ({k: v for k, v in piece.items() if v is not None} for piece in objects_in(pieces))
     details = [{**blank.get(str(p.get("type")), {}), **p, "origin": origin} for p in told]
@@ -12995,7 +12941,7 @@ def own_items(items: list[Json]) -> list[Json] | None:
 
 
 def call_id_in(item: Json) -> str:
-    return text_or_empty(item.get("call_id"))
+    return as_text(item.get("call_id"))
 
 
 def stray_output(item: Json) -> Json:
@@ -13012,7 +12958,7 @@ def is_sealed_item(item: object) -> bool:
 
 
 # =============================================================================
-# 18. Completions
+# 19. Completions
 # =============================================================================
 
 # The legacy endpoint, for clients that still ask for text_completion: the prompt becomes one
@@ -13154,7 +13100,7 @@ class CompletionsWriter:
 
 
 # =============================================================================
-# 19. Dialects
+# 20. Dialects
 # =============================================================================
 
 
@@ -14428,7 +14374,7 @@ def masked(data: bytes, secret: bytes) -> bytes:
 
 
 # =============================================================================
-# 20. Database
+# 21. Database
 # =============================================================================
 
 
@@ -14592,7 +14538,7 @@ class Database:
 
 
 # =============================================================================
-# 21. Keys
+# 22. Keys
 # =============================================================================
 
 # Rests that a last round may overlook when nothing else is left: guesses about health,
@@ -14861,7 +14807,7 @@ class KeyPool:
 
 
 # =============================================================================
-# 22. Accounts
+# 23. Accounts
 # =============================================================================
 
 # ChatGPT accounts that Codex runs on, signed in elsewhere (`codex login`): an access token
@@ -15073,7 +15019,7 @@ def is_row_of(row: Json, id: str, refresh_token: str) -> bool:
 
 def token_refusal(status: int, answer: object, account: Account) -> str:
     """Why no token came, without any token in it."""
-    body = answer if isinstance(answer, dict) else {}
+    body = as_dict(answer)
     code, text = error_code(dump_json(body)), dig_message(body)
     why = scrub(f"{text} {code}", 200)
     for secret in (account.refresh_token, account.access_token):
@@ -15128,9 +15074,7 @@ def codex_window(headers: Mapping[str, str], name: str, wall: float) -> tuple[fl
 
 def codex_body_wait(body: bytes, wall: float) -> float | None:
     """`resets_in_seconds`, or `resets_at` in unix seconds, of the error."""
-    value = read_json(body)
-    error = value.get("error") if isinstance(value, dict) else None
-    error = error if isinstance(error, dict) else {}
+    error = as_dict(as_dict(read_json(body)).get("error"))
     wait = finite_number(error.get("resets_in_seconds"))
     at = finite_number(error.get("resets_at"))
     return wait if wait is not None or at is None else at - wall
@@ -15146,7 +15090,7 @@ def finite_number(value: object) -> float | None:
 
 
 # =============================================================================
-# 23. Breakers
+# 24. Breakers
 # =============================================================================
 
 
@@ -15326,7 +15270,7 @@ class Breakers:
 
 
 # =============================================================================
-# 24. Ledger
+# 25. Ledger
 # =============================================================================
 
 Unit = Literal["requests", "tokens", "input tokens", "output tokens", "percent"]
@@ -16526,7 +16470,7 @@ class Claim:
 
 
 # =============================================================================
-# 25. State
+# 26. State
 # =============================================================================
 
 STATE_MARK: Final = "hermes_router_state"  # a member that holds the version of the file's form
@@ -16795,7 +16739,7 @@ class StateFile:
 
 
 # =============================================================================
-# 26. Usage
+# 27. Usage
 # =============================================================================
 
 
@@ -17138,7 +17082,7 @@ class Prices:
 
 
 # =============================================================================
-# 27. Limits
+# 28. Limits
 # =============================================================================
 
 MINUTE_S: Final = 60.0
@@ -17542,7 +17486,7 @@ def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | N
 
 
 # =============================================================================
-# 28. Traces
+# 29. Traces
 # =============================================================================
 
 LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -17643,7 +17587,7 @@ def trace_line(trace: Trace) -> str:
 
 
 # =============================================================================
-# 29. Sessions
+# 30. Sessions
 # =============================================================================
 
 # Headers that name a conversation, the first that is there counts: ours, Claude Code's (2.1, seen
@@ -17733,7 +17677,7 @@ def has_answers(chat: Json) -> bool:
 
 
 # =============================================================================
-# 30. Cache
+# 31. Cache
 # =============================================================================
 
 CACHE_FORM: Final = 1  # of what is kept; another one is not read
@@ -17830,11 +17774,6 @@ WORDS_ONLY: Final = {
 }
 
 
-def objects(value: object) -> list[Json]:
-    """The objects in a list of JSON; of anything else none."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
 def ended_well(dialect: str, answer: Json) -> bool:
     """Whether a whole answer is text alone, said to its end: no call, no refusal, not cut."""
     if dialect == "embeddings":
@@ -17843,12 +17782,12 @@ def ended_well(dialect: str, answer: Json) -> bool:
         stopped = str(answer.get("stop_reason")) in WELL[dialect]
         return stopped and holds_words_only(dialect, answer.get("content"))
     if dialect == "responses":
-        items = objects(answer.get("output"))
-        parts = [part for item in items for part in objects(item.get("content"))]
+        items = objects_in(answer.get("output"))
+        parts = [part for item in items for part in objects_in(item.get("content"))]
         refused = any(part.get("type") == "refusal" for part in parts)
         whole = answer.get("status") == "completed" and not refused
         return whole and holds_words_only(dialect, items)
-    choices = objects(answer.get("choices"))
+    choices = objects_in(answer.get("choices"))
     return bool(choices) and all(
         str(choice.get("finish_reason")) in WELL[dialect] and not acts_or_refuses(choice)
         for choice in choices
@@ -17856,12 +17795,11 @@ def ended_well(dialect: str, answer: Json) -> bool:
 
 
 def holds_words_only(dialect: str, parts: object) -> bool:
-    return {str(part.get("type")) for part in objects(parts)} <= WORDS_ONLY[dialect]
+    return {str(part.get("type")) for part in objects_in(parts)} <= WORDS_ONLY[dialect]
 
 
 def acts_or_refuses(choice: Json) -> bool:
-    message = choice.get("message")
-    told = message if isinstance(message, dict) else {}
+    told = as_dict(choice.get("message"))
     return any(map(told.get, ("tool_calls", "function_call", "refusal", "audio")))
 
 
@@ -17879,7 +17817,7 @@ def stream_ended_well(dialect: str, body: bytes, final: Json | None) -> bool:
 
 def finish_of(event: Json) -> str:
     """How the answer ended, if this event of Chat or Messages says so; else ""."""
-    holders = objects([event.get("delta")]) + objects(event.get("choices"))
+    holders = objects_in([event.get("delta")]) + objects_in(event.get("choices"))
     told = (holder.get("finish_reason") or holder.get("stop_reason") for holder in holders)
     return str(next(filter(None, told), ""))
 
@@ -18353,7 +18291,7 @@ def cosine(one: array[float], other: array[float]) -> float:
 
 
 # =============================================================================
-# 31. Lessons
+# 32. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -18492,10 +18430,6 @@ def may_go(value: object, mend: Mend) -> bool:
     if fine is not None and not any(same_json(value, other) for other in fine):
         return False
     return not mend.value or short_json(value) == mend.value
-
-
-def same_json(one: object, other: object) -> bool:
-    return type(one) is type(other) and one == other  # True == 1
 
 
 def rename_member(body: Json, mend: Mend) -> bool:
@@ -19192,7 +19126,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 32. Difficulty
+# 33. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -19321,7 +19255,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 33. Plan
+# 34. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -19712,7 +19646,7 @@ class Directory:
 
 
 # =============================================================================
-# 34. Verdicts
+# 35. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -20074,7 +20008,7 @@ def rest_seconds(verdict: Verdict, outcome: Outcome, clock: Clock, wall: float) 
 
 
 # =============================================================================
-# 35. Transport
+# 36. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -20692,7 +20626,7 @@ class Transport:
 
 
 # =============================================================================
-# 36. Upstream
+# 37. Upstream
 # =============================================================================
 
 ANSWERED: Final = frozenset({200, 201, 202, 203})  # web frameworks answer a POST with 201
@@ -21291,7 +21225,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 37. Checks
+# 38. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -21504,7 +21438,7 @@ class KeyChecks:
 
 
 # =============================================================================
-# 38. Sharing
+# 39. Sharing
 # =============================================================================
 
 MAX_TURNS: Final = 3  # in which a request waits for another one; then it asks for itself
@@ -21739,7 +21673,7 @@ class Embedder:
             self._rests[caller.id] = self._now() + self.REST_S
             log.warning("questions are not compared for a while: %s", error.message[:200])
             return None
-        made = objects(read_json(cast(bytes, answer.body))["data"])
+        made = objects_in(read_json(cast(bytes, answer.body))["data"])
         return embedding_family(answer.model), made[0].get("embedding") if made else None
 
     def _here(self, text: str) -> tuple[str, object] | None:
@@ -21935,7 +21869,7 @@ class Sharing:
 
 
 # =============================================================================
-# 39. Router
+# 40. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -22888,7 +22822,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 40. Reload
+# 41. Reload
 # =============================================================================
 
 
@@ -23010,7 +22944,7 @@ def file_mark(path: Path) -> tuple[int, int, int] | None:
 
 
 # =============================================================================
-# 41. Configuration
+# 42. Configuration
 # =============================================================================
 
 # -- features --------------------------------------------------------------------
@@ -23620,7 +23554,7 @@ def run_errand(desk: Desk, errand: Errand, body: Json, names: Mapping[str, str])
 
 
 # =============================================================================
-# 42. Status
+# 43. Status
 # =============================================================================
 
 
@@ -24189,7 +24123,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 43. Dashboard
+# 44. Dashboard
 # =============================================================================
 
 # One static page: what it shows it asks the endpoints for, with the key that was typed into it.
@@ -24508,7 +24442,7 @@ def dashboard_headers() -> dict[str, str]:
 
 
 # =============================================================================
-# 44. Endpoints
+# 45. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -25301,7 +25235,7 @@ def http_error(router: Router, request: flask.Request, error: HTTPException) -> 
 
 
 # =============================================================================
-# 45. Server
+# 46. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -25844,7 +25778,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 46. Crash test
+# 47. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -26637,7 +26571,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 47. Documents
+# 48. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -26812,7 +26746,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 48. Command line
+# 49. Terminal
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -26984,7 +26918,7 @@ def noted_address(config: Config) -> str:
 
 
 # =============================================================================
-# 49. Views
+# 50. Views
 # =============================================================================
 
 DEGRADED: Final = 0.1  # share of errors from which a provider is called so
@@ -27121,11 +27055,10 @@ def cmd_logs(args: argparse.Namespace) -> int:
     asked = {"limit": args.limit, "provider": args.provider, "status": args.status}
     query = urlencode({name: value for name, value in asked.items() if value})
     answer = Owner(Config.from_env(), args.url).get(f"/v1/logs?{query}")
-    entries = answer.get("entries")
     if args.json:
         print(json.dumps(answer, indent=2))
         return DONE_OK
-    rows = [row for row in entries if isinstance(row, dict)] if isinstance(entries, list) else []
+    rows = objects_in(answer.get("entries"))
     if not rows:
         say("no request is remembered")
         return DONE_OK
@@ -27238,7 +27171,7 @@ def service_row(service: Service) -> dict[str, str]:
 
 
 # =============================================================================
-# 50. Connect
+# 51. Connect
 # =============================================================================
 
 # What clients keep in their settings files, merged into what stands there. A place in a file is
@@ -27867,7 +27800,7 @@ def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None
 
 
 # =============================================================================
-# 51. Changes
+# 52. Changes
 # =============================================================================
 
 # Commands that change auth.json and .env, through section Files. A running router reads both
@@ -28465,7 +28398,7 @@ def cmd_keys_revoke(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 52. Doctor
+# 53. Doctor
 # =============================================================================
 
 Health = Literal["ok", "note", "bad"]
@@ -28763,7 +28696,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 53. Bench
+# 54. Bench
 # =============================================================================
 
 
@@ -28836,7 +28769,7 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
 
 
 # =============================================================================
-# 54. Setup
+# 55. Setup
 # =============================================================================
 
 # The wizard: a row per step. Every step may be skipped and all of it be run again: each looks
@@ -29079,7 +29012,7 @@ def cmd_setup(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 55. Command line
+# 56. Command line
 # =============================================================================
 
 Arguments = tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
