@@ -21,49 +21,54 @@ Contents (each section uses only the ones above it):
               11. Outgoing         the body a provider gets: the client's bytes with few edits
               12. Hub              what every translation shares: an answer's opening, sealed values
               13. Accents          chat answers of every provider made canonical
-              14. Quirks           chat bodies fitted to what each provider accepts
-              15. Messages in      Anthropic Messages as clients speak it
-              16. Messages out     Anthropic Messages as providers speak it
-              17. Responses in     OpenAI Responses as clients ask
-              18. Responses out    OpenAI Responses as providers speak it
-              19. Completions      the older completions endpoint
-              20. Dialects         which dialect is read, judged and written how
-  MEMORY      21. Database         SQLite files: written in batches by a thread, read by anybody
-              22. Keys             which key may be used, per (key, model)
-              23. Accounts         subscriptions whose tokens are renewed
-              24. Breakers         which provider is resting
-              25. Ledger           what is left of each quota, and when it returns
-              26. State            what of it survives a restart
-              27. Usage            what was asked, answered, failed and spent
-              28. Limits           what each caller may still use
-              29. Traces           what became of the latest requests, for logs, metrics and why
-              30. Sessions         who answered a conversation before
-              31. Cache            answers worth giving twice: exactly the same, or nearly
-              32. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   33. Difficulty       how hard is this request?
-              34. Plan             which candidates, in what order, and why
-              35. Verdicts         what an outcome means, and what rests for how long
-  ACTION      36. Transport        connections to providers, cut when nobody waits any more
-              37. Upstream         one attempt: send, wait for something useful, judge
-              38. Checks           keys that a provider called dead, asked again in the background
-              39. Sharing          one answer for identical requests: from memory, or from one call
-              40. Router           plan, try, learn, answer
-              41. Reload           changed settings taken over while requests go on
-  SURFACE     42. Configuration    what admins see and change over HTTP
-              43. Status           what /v1/status, /v1/models and /metrics say
-              44. Dashboard        one page to see it all
-              45. Endpoints        Flask: routes, auth, errors
-              46. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              47. Crash test       how these settings fare when providers misbehave
-              48. Documents        .env.example and the printed pages of docs/
-              49. Terminal         what commands print and ask; the running router
-              50. Views            status, logs, why, config and a few timed answers for people
-              51. Connect          clients whose settings are written, shown and taken back
-              52. Changes          commands that change keys, models, limits
-              53. Doctor           what may be wrong, and what to do about it
-              54. Bench            a few timed answers
-              55. Setup            the wizard, from nothing to the first answer
-              56. Command line     the table of commands, and what comes from it
+              14. Quirks           what each provider, or a family of its models, asks of a chat
+              15. Schemas          JSON Schema in the words that a provider knows
+              16. Histories        earlier turns in order: a result for each call, whose turn it is
+              17. Fits             chat bodies fitted to one provider and model
+              18. Messages in      Anthropic Messages as clients speak it
+              19. Messages out     Anthropic Messages as providers speak it
+              20. Responses in     OpenAI Responses as clients ask
+              21. Responses told   OpenAI Responses as clients are answered
+              22. Responses out    OpenAI Responses as providers speak it
+              23. Completions      the older completions endpoint
+              24. Dialects         which dialect is read, judged and written how
+              25. Passages         a request, its trace, and how its answer gets to the client
+  MEMORY      26. Database         SQLite files: written in batches by a thread, read by anybody
+              27. Keys             which key may be used, per (key, model)
+              28. Accounts         subscriptions whose tokens are renewed
+              29. Breakers         which provider is resting
+              30. Ledger           what is left of each quota, and when it returns
+              31. State            what of it survives a restart
+              32. Usage            what was asked, answered, failed and spent
+              33. Limits           what each caller may still use
+              34. Traces           what became of the latest requests, for logs, metrics and why
+              35. Sessions         who answered a conversation before
+              36. Cache            answers worth giving twice: exactly the same, or nearly
+              37. Turns            stored answers that previous_response_id may go on from
+              38. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   39. Difficulty       how hard is this request?
+              40. Plan             which candidates, in what order, and why
+              41. Verdicts         what an outcome means, and what rests for how long
+  ACTION      42. Transport        connections to providers, cut when nobody waits any more
+              43. Upstream         one attempt: send, wait for something useful, judge
+              44. Checks           keys that a provider called dead, asked again in the background
+              45. Sharing          one answer for identical requests: from memory, or from one call
+              46. Router           plan, try, learn, answer
+              47. Reload           changed settings taken over while requests go on
+  SURFACE     48. Configuration    what admins see and change over HTTP
+              49. Status           what /v1/status, /v1/models and /metrics say
+              50. Dashboard        one page to see it all
+              51. Endpoints        Flask: routes, auth, errors
+              52. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              53. Crash test       how these settings fare when providers misbehave
+              54. Documents        .env.example and the printed pages of docs/
+              55. Terminal         what commands print and ask; the running router
+              56. Views            status, logs, why, config and a few timed answers for people
+              57. Connect          clients whose settings are written, shown and taken back
+              58. Changes          commands that change keys, models, limits
+              59. Doctor           what may be wrong, and what to do about it
+              60. Setup            the wizard, from nothing to the first answer
+              61. Command line     the table of commands, and what comes from it
 
 docs/architecture.md tells how a request walks through them, and what each word means.
 """
@@ -1794,6 +1799,11 @@ class Service:
     def name(self) -> str:
         return self.provider.name
 
+    @property
+    def found_keys(self) -> tuple[tuple[str, str], ...]:
+        """(key, where it stands) of each."""
+        return tuple(zip(self.keys, self.key_sources, strict=True))
+
 
 @dataclass(frozen=True)
 class Quota:
@@ -2333,6 +2343,10 @@ def as_running(running: Config, wanted: Config) -> Config:
     return replace(wanted, **{name: getattr(running, name) for name in fixed})
 
 
+def configured(config: Config) -> dict[str, Service]:
+    return {service.name: service for service in config.services}
+
+
 def staying(old: Config, new: Config) -> frozenset[str]:
     """The providers that both have at the same URL: what was learnt of them holds on."""
     places = {(service.name, service.url) for service in old.services}
@@ -2565,11 +2579,14 @@ def read_accounts(document: Json) -> tuple[Account, ...]:
     return tuple(accounts.values())
 
 
+def account_places(document: Json) -> tuple[Any, Any]:
+    """What stands in an auth.json where its accounts may stand: a list, one object, or nothing."""
+    return document.get("codex_accounts"), as_dict(document.get("providers")).get("codex")
+
+
 def account_rows(document: Json) -> list[Json]:
     """The objects in an auth.json that may be accounts; they are its own, not copies."""
-    providers = document.get("providers")
-    named = providers.get("codex") if isinstance(providers, dict) else None
-    places = (document.get("codex_accounts"), named, document)
+    places = (*account_places(document), document)
     rows = [row for place in places for row in (place if isinstance(place, list) else [place])]
     return [row for row in rows if isinstance(row, dict) and "refresh_token" in token_holder(row)]
 
@@ -3124,11 +3141,17 @@ class Added(NamedTuple):
     total: int  # keys of the provider in the file
 
 
-def key_provider(name: object) -> Provider:
-    """The provider of this name or alias, which takes keys; BadValue for any other."""
+def some_provider(name: object) -> Provider:
+    """The provider of this name or alias; BadValue if there is none."""
     row = provider_named(name) if isinstance(name, str) else None
     if row is None:
         raise BadValue("provider", "unknown provider: " + shown_name(name))
+    return row
+
+
+def key_provider(name: object) -> Provider:
+    """The same, if it takes keys."""
+    row = some_provider(name)
     if row.accounts:
         raise BadValue("provider", f"{row.name} has no keys: import its accounts instead")
     return row
@@ -3259,12 +3282,9 @@ def check_providers(field: str, value: object) -> list[str]:
 
 
 def check_limit(field: str, value: object) -> int | float:
-    kind, word = (
-        CALLER_LIMITS[field],
-        "a whole number" if CALLER_LIMITS[field] is int else "a number",
-    )
-    fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not fits or not 0 <= cast(float, value) <= MAX_LIMIT:
+    kind = CALLER_LIMITS[field]
+    if not is_allowance(value, kind()) or cast(float, value) > MAX_LIMIT:
+        word = "a whole number" if kind is int else "a number"
         raise BadValue(field, f"{field} must be {word} from 0 (no limit) to {MAX_LIMIT}")
     return cast(float, value)
 
@@ -6096,7 +6116,9 @@ def laid_over(below: Quirk, row: Quirk) -> dict[str, Any]:
     return changed
 
 
-# --- schemas ------------------------------------------------------------------
+# =============================================================================
+# 15. Schemas
+# =============================================================================
 
 
 @dataclass(frozen=True)
@@ -6381,7 +6403,9 @@ def likely_type(node: Json) -> str:
     return "array" if "items" in node or "prefixItems" in node else "string"
 
 
-# --- the history, for every provider ------------------------------------------
+# =============================================================================
+# 16. Histories
+# =============================================================================
 
 NO_RESULT: Final = "[no result]"
 BRIDGE: Final = "OK."  # Mistral takes no empty assistant message
@@ -6687,7 +6711,9 @@ def with_ids(message: Json, ids: Mapping[str, str]) -> Json:
     return message
 
 
-# --- one provider and model -----------------------------------------------------
+# =============================================================================
+# 17. Fits
+# =============================================================================
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # thinking.budget_tokens up to this many is the effort beside it
@@ -7415,7 +7441,7 @@ def named_choice(choice: Json, custom: bool) -> object:
 
 
 # =============================================================================
-# 15. Messages in
+# 18. Messages in
 # =============================================================================
 
 # The client's side of Anthropic Messages (platform.claude.com/docs/en/api/messages and what Claude
@@ -8710,7 +8736,7 @@ def count_all_tokens(chat: Json, encoder: Encoder | None = None) -> int:
 
 
 # =============================================================================
-# 16. Messages out
+# 19. Messages out
 # =============================================================================
 
 # The provider side of Anthropic Messages. What the API answers 400 to is written down as an
@@ -10272,7 +10298,7 @@ def events_of(reply: Json) -> Iterator[Json]:
 
 
 # =============================================================================
-# 17. Responses in
+# 20. Responses in
 # =============================================================================
 
 # A client speaks OpenAI Responses; the hub speaks chat. Wire facts: recorded traffic of OpenAI,
@@ -10517,7 +10543,7 @@ def users_items(items: Sequence[Json], stem: str) -> list[Json]:
     kept: list[Json] = []
     left = MAX_KEPT_USER_BYTES
     for at, item in reversed([(n, i) for n, i in enumerate(items) if i.get("role") == "user"]):
-        left -= len(stored_json(item))
+        left -= len(dump_json(item))
         if left < 0:
             break
         content = item.get("content")
@@ -11235,7 +11261,9 @@ ITEM_READERS: Mapping[str, Callable[[ItemHistory, Json, str], None]] = {
 }
 
 
-# ----- the answer -----
+# =============================================================================
+# 21. Responses told
+# =============================================================================
 
 
 # Members of a Response that repeat the request, and what they are when it does not say.
@@ -11956,131 +11984,8 @@ def compacted_context(reply: Json, opening: Opening, earlier: Sequence[Json]) ->
     return {**head, "object": "response.compaction", "output": [*said, *made["output"]]}
 
 
-# ----- the store -----
-
-
-class Kept(NamedTuple):
-    """One stored response as JSON bytes, so that its size is known and nobody can change it."""
-
-    items: bytes  # the input of this turn
-    response: bytes
-    previous: str
-    expires: float  # on the store's clock
-
-    @property
-    def size(self) -> int:
-        return len(self.items) + len(self.response)
-
-
-class ResponseStore:
-    """Responses that previous_response_id may refer to, each caller's own.
-
-    Bounded by entries and bytes; the least recently used goes first, and each is forgotten
-    `ttl_s` seconds after its last use. One lock, held for dictionary work only. `now` is a
-    monotonic clock in seconds.
-    """
-
-    def __init__(
-        self,
-        max_entries: int = 10_000,
-        max_bytes: int = 256 << 20,
-        ttl_s: float = 30 * 86_400.0,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._max_entries, self._max_bytes, self._ttl_s = max_entries, max_bytes, ttl_s
-        self._now = now
-        self._lock = threading.Lock()
-        self._kept: dict[tuple[str, str], Kept] = {}  # the least recently used first
-        self._bytes = 0
-
-    def put(self, caller: str, own: str, items: Sequence[Json], response: Json) -> None:
-        """Keep one turn: the items of its input and its Response, unless store is false."""
-        if response.get("store") is False:
-            return
-        previous = str(response.get("previous_response_id") or "")
-        expires = self._now() + self._ttl_s
-        kept = Kept(stored_json(list(items)), stored_json(response), previous, expires)
-        if kept.size > self._max_bytes:
-            return
-        with self._lock:
-            self._drop((caller, own))
-            self._kept[caller, own] = kept
-            self._bytes += kept.size
-            self._shrink()
-
-    def get(self, caller: str, own: str) -> Json | None:
-        """The Response, or None when there is none (any more) of this caller."""
-        with self._lock:
-            kept = self._touch((caller, own))
-        return cast(Json, json.loads(kept.response)) if kept else None
-
-    def items(self, caller: str, own: str) -> list[Json] | None:
-        """The input items of one stored turn, or None."""
-        with self._lock:
-            kept = self._touch((caller, own))
-        return cast("list[Json]", json.loads(kept.items)) if kept else None
-
-    def delete(self, caller: str, own: str) -> bool:
-        """Was there anything to delete?"""
-        with self._lock:
-            there = self._touch((caller, own)) is not None
-            self._drop((caller, own))
-            return there
-
-    def chain(self, caller: str, own: str) -> list[Json]:
-        """All items up to and with the answer `own`, oldest first; BadRequest if one is gone."""
-        turns: list[Kept] = []
-        with self._lock:
-            at = own
-            while at:
-                kept = self._touch((caller, at))
-                if kept is None:
-                    raise unknown_response(own)
-                turns.append(kept)
-                at = kept.previous
-        items: list[Json] = []
-        for kept in reversed(turns):
-            items += json.loads(kept.items)
-            items += json.loads(kept.response)["output"]
-        return items
-
-    def _touch(self, key: tuple[str, str]) -> Kept | None:
-        """Mark as used; the turns before it in a chain are used later, so they stay longer."""
-        kept, now = self._kept.get(key), self._now()
-        if kept is None or kept.expires <= now:
-            self._drop(key)
-            return None
-        del self._kept[key]
-        self._kept[key] = kept = kept._replace(expires=now + self._ttl_s)
-        return kept
-
-    def _drop(self, key: tuple[str, str]) -> None:
-        kept = self._kept.pop(key, None)
-        self._bytes -= kept.size if kept else 0
-
-    def _shrink(self) -> None:
-        """Make room; entries are in order of use, so the expired ones come first as well."""
-        now = self._now()
-        while self._kept:
-            key = next(iter(self._kept))
-            fits = len(self._kept) <= self._max_entries and self._bytes <= self._max_bytes
-            if fits and self._kept[key].expires > now:
-                return
-            self._drop(key)
-
-
-def stored_json(value: object) -> bytes:
-    return dump_text(value).encode("utf-8", "replace")
-
-
-def unknown_response(own: str) -> BadRequest:
-    """As OpenAI says it, for an id nobody stored, of another caller, or forgotten since."""
-    message = f"Previous response with id '{own}' not found."
-    return BadRequest(message, param="previous_response_id", code="previous_response_not_found")
-
-
 # =============================================================================
-# 18. Responses out
+# 22. Responses out
 # =============================================================================
 
 # OpenAI's Responses API and Codex (the same wire under a ChatGPT plan), as providers.
@@ -12958,7 +12863,7 @@ def is_sealed_item(item: object) -> bool:
 
 
 # =============================================================================
-# 19. Completions
+# 23. Completions
 # =============================================================================
 
 # The legacy endpoint, for clients that still ask for text_completion: the prompt becomes one
@@ -13100,7 +13005,7 @@ class CompletionsWriter:
 
 
 # =============================================================================
-# 20. Dialects
+# 24. Dialects
 # =============================================================================
 
 
@@ -13127,6 +13032,9 @@ def only_content(block: bytes) -> bool:
         and count(b"{") == count(b"}")
         and not count(b'"') & 1
     )
+
+
+BROKEN: Final = Outcome(0, "an answer that cannot be used", "garbled")
 
 
 class Sight(NamedTuple):
@@ -13602,6 +13510,10 @@ def compact_surface(earlier: Sequence[Json]) -> Surface:
     )
 
 
+# =============================================================================
+# 25. Passages
+# =============================================================================
+
 NOBODY: Final = ("", "", "")  # no target, dialect and origin
 
 
@@ -13702,6 +13614,11 @@ class Ask:
     def opening(self) -> Opening:
         model = self.body.get("model") or "hermes-router"
         return Opening(secrets.token_hex(12), model, int(time.time()), self.tokens, self.body)
+
+
+def masked(data: bytes, secret: bytes) -> bytes:
+    """`data` without the provider's key: some repeat it in their errors."""
+    return data.replace(secret, b"[redacted]") if secret and secret in data else data
 
 
 class Whole(NamedTuple):
@@ -14365,16 +14282,8 @@ def overlap(said: str, text: str, least: int) -> int:
     return 0
 
 
-BROKEN: Final = Outcome(0, "an answer that cannot be used", "garbled")
-
-
-def masked(data: bytes, secret: bytes) -> bytes:
-    """`data` without the provider's key: some repeat it in their errors."""
-    return data.replace(secret, b"[redacted]") if secret and secret in data else data
-
-
 # =============================================================================
-# 21. Database
+# 26. Database
 # =============================================================================
 
 
@@ -14538,7 +14447,7 @@ class Database:
 
 
 # =============================================================================
-# 22. Keys
+# 27. Keys
 # =============================================================================
 
 # Rests that a last round may overlook when nothing else is left: guesses about health,
@@ -14807,7 +14716,7 @@ class KeyPool:
 
 
 # =============================================================================
-# 23. Accounts
+# 28. Accounts
 # =============================================================================
 
 # ChatGPT accounts that Codex runs on, signed in elsewhere (`codex login`): an access token
@@ -15090,7 +14999,7 @@ def finite_number(value: object) -> float | None:
 
 
 # =============================================================================
-# 24. Breakers
+# 29. Breakers
 # =============================================================================
 
 
@@ -15270,7 +15179,7 @@ class Breakers:
 
 
 # =============================================================================
-# 25. Ledger
+# 30. Ledger
 # =============================================================================
 
 Unit = Literal["requests", "tokens", "input tokens", "output tokens", "percent"]
@@ -16470,7 +16379,7 @@ class Claim:
 
 
 # =============================================================================
-# 26. State
+# 31. State
 # =============================================================================
 
 STATE_MARK: Final = "hermes_router_state"  # a member that holds the version of the file's form
@@ -16739,7 +16648,7 @@ class StateFile:
 
 
 # =============================================================================
-# 27. Usage
+# 32. Usage
 # =============================================================================
 
 
@@ -17082,7 +16991,7 @@ class Prices:
 
 
 # =============================================================================
-# 28. Limits
+# 33. Limits
 # =============================================================================
 
 MINUTE_S: Final = 60.0
@@ -17486,7 +17395,7 @@ def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | N
 
 
 # =============================================================================
-# 29. Traces
+# 34. Traces
 # =============================================================================
 
 LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -17587,7 +17496,7 @@ def trace_line(trace: Trace) -> str:
 
 
 # =============================================================================
-# 30. Sessions
+# 35. Sessions
 # =============================================================================
 
 # Headers that name a conversation, the first that is there counts: ours, Claude Code's (2.1, seen
@@ -17677,7 +17586,7 @@ def has_answers(chat: Json) -> bool:
 
 
 # =============================================================================
-# 31. Cache
+# 36. Cache
 # =============================================================================
 
 CACHE_FORM: Final = 1  # of what is kept; another one is not read
@@ -18291,7 +18200,132 @@ def cosine(one: array[float], other: array[float]) -> float:
 
 
 # =============================================================================
-# 32. Lessons
+# 37. Turns
+# =============================================================================
+
+
+class Kept(NamedTuple):
+    """One stored response as JSON bytes, so that its size is known and nobody can change it."""
+
+    items: bytes  # the input of this turn
+    response: bytes
+    previous: str
+    expires: float  # on the store's clock
+
+    @property
+    def size(self) -> int:
+        return len(self.items) + len(self.response)
+
+
+class ResponseStore:
+    """Responses that previous_response_id may refer to, each caller's own.
+
+    Bounded by entries and bytes; the least recently used goes first, and each is forgotten
+    `ttl_s` seconds after its last use. One lock, held for dictionary work only. `now` is a
+    monotonic clock in seconds.
+    """
+
+    def __init__(
+        self,
+        max_entries: int = 10_000,
+        max_bytes: int = 256 << 20,
+        ttl_s: float = 30 * 86_400.0,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_entries, self._max_bytes, self._ttl_s = max_entries, max_bytes, ttl_s
+        self._now = now
+        self._lock = threading.Lock()
+        self._kept: dict[tuple[str, str], Kept] = {}  # the least recently used first
+        self._bytes = 0
+
+    def put(self, caller: str, own: str, items: Sequence[Json], response: Json) -> None:
+        """Keep one turn: the items of its input and its Response, unless store is false."""
+        if response.get("store") is False:
+            return
+        previous = str(response.get("previous_response_id") or "")
+        expires = self._now() + self._ttl_s
+        kept = Kept(stored_json(list(items)), stored_json(response), previous, expires)
+        if kept.size > self._max_bytes:
+            return
+        with self._lock:
+            self._drop((caller, own))
+            self._kept[caller, own] = kept
+            self._bytes += kept.size
+            self._shrink()
+
+    def get(self, caller: str, own: str) -> Json | None:
+        """The Response, or None when there is none (any more) of this caller."""
+        with self._lock:
+            kept = self._touch((caller, own))
+        return cast(Json, json.loads(kept.response)) if kept else None
+
+    def items(self, caller: str, own: str) -> list[Json] | None:
+        """The input items of one stored turn, or None."""
+        with self._lock:
+            kept = self._touch((caller, own))
+        return cast("list[Json]", json.loads(kept.items)) if kept else None
+
+    def delete(self, caller: str, own: str) -> bool:
+        """Was there anything to delete?"""
+        with self._lock:
+            there = self._touch((caller, own)) is not None
+            self._drop((caller, own))
+            return there
+
+    def chain(self, caller: str, own: str) -> list[Json]:
+        """All items up to and with the answer `own`, oldest first; BadRequest if one is gone."""
+        turns: list[Kept] = []
+        with self._lock:
+            at = own
+            while at:
+                kept = self._touch((caller, at))
+                if kept is None:
+                    raise unknown_response(own)
+                turns.append(kept)
+                at = kept.previous
+        items: list[Json] = []
+        for kept in reversed(turns):
+            items += json.loads(kept.items)
+            items += json.loads(kept.response)["output"]
+        return items
+
+    def _touch(self, key: tuple[str, str]) -> Kept | None:
+        """Mark as used; the turns before it in a chain are used later, so they stay longer."""
+        kept, now = self._kept.get(key), self._now()
+        if kept is None or kept.expires <= now:
+            self._drop(key)
+            return None
+        del self._kept[key]
+        self._kept[key] = kept = kept._replace(expires=now + self._ttl_s)
+        return kept
+
+    def _drop(self, key: tuple[str, str]) -> None:
+        kept = self._kept.pop(key, None)
+        self._bytes -= kept.size if kept else 0
+
+    def _shrink(self) -> None:
+        """Make room; entries are in order of use, so the expired ones come first as well."""
+        now = self._now()
+        while self._kept:
+            key = next(iter(self._kept))
+            fits = len(self._kept) <= self._max_entries and self._bytes <= self._max_bytes
+            if fits and self._kept[key].expires > now:
+                return
+            self._drop(key)
+
+
+def stored_json(value: object) -> bytes:
+    return dump_text(value).encode("utf-8", "replace")
+
+
+def unknown_response(own: str) -> BadRequest:
+    """As OpenAI says it, for an id nobody stored, of another caller, or forgotten since."""
+    message = f"Previous response with id '{own}' not found."
+    return BadRequest(message, param="previous_response_id", code="previous_response_not_found")
+
+
+# =============================================================================
+# 38. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -19126,7 +19160,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 33. Difficulty
+# 39. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -19255,7 +19289,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 34. Plan
+# 40. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -19646,7 +19680,7 @@ class Directory:
 
 
 # =============================================================================
-# 35. Verdicts
+# 41. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -20008,7 +20042,7 @@ def rest_seconds(verdict: Verdict, outcome: Outcome, clock: Clock, wall: float) 
 
 
 # =============================================================================
-# 36. Transport
+# 42. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -20626,7 +20660,7 @@ class Transport:
 
 
 # =============================================================================
-# 37. Upstream
+# 43. Upstream
 # =============================================================================
 
 ANSWERED: Final = frozenset({200, 201, 202, 203})  # web frameworks answer a POST with 201
@@ -21225,7 +21259,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 38. Checks
+# 44. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -21438,7 +21472,7 @@ class KeyChecks:
 
 
 # =============================================================================
-# 39. Sharing
+# 45. Sharing
 # =============================================================================
 
 MAX_TURNS: Final = 3  # in which a request waits for another one; then it asks for itself
@@ -21869,7 +21903,7 @@ class Sharing:
 
 
 # =============================================================================
-# 40. Router
+# 46. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -22822,7 +22856,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 41. Reload
+# 47. Reload
 # =============================================================================
 
 
@@ -22944,7 +22978,7 @@ def file_mark(path: Path) -> tuple[int, int, int] | None:
 
 
 # =============================================================================
-# 42. Configuration
+# 48. Configuration
 # =============================================================================
 
 # -- features --------------------------------------------------------------------
@@ -23241,15 +23275,8 @@ def only(body: Json, *names: str) -> None:
             raise BadValue(shown_name(name), f"unknown member: {shown_name(name)}")
 
 
-def some_provider(name: str) -> Provider:
-    row = provider_named(name)
-    if row is None:
-        raise BadValue("provider", "unknown provider: " + shown_name(name))
-    return row
-
-
 def list_providers(desk: Desk, _body: Json) -> Json:
-    services = {service.name: service for service in desk.config.services}
+    services = configured(desk.config)
     takers = [row.name for row in PROVIDERS if not row.accounts]
     return {
         "key_settable": takers,
@@ -23262,7 +23289,7 @@ def list_providers(desk: Desk, _body: Json) -> Json:
         "keys": {
             name: [
                 {"key_tail": key_tail(key), "id": caller_id(key), "source": source}
-                for key, source in zip(service.keys, service.key_sources, strict=True)
+                for key, source in service.found_keys
                 if key
             ]
             for name, service in services.items()
@@ -23291,8 +23318,8 @@ def add_key(desk: Desk, body: Json, provider: str) -> Json:
 
 def remove_key(desk: Desk, _body: Json, provider: str, which: str) -> Json:
     row = key_provider(provider)
-    service = next((s for s in desk.config.services if s.name == row.name), None)
-    sources = dict(zip(service.keys, service.key_sources, strict=True)) if service else {}
+    service = configured(desk.config).get(row.name)
+    sources = dict(service.found_keys) if service else {}
     key = find_secret(sources, which, f"{row.name} key")
     if sources[key] != desk.config.auth_path.name and sources[key] != "auth.json":
         raise Conflict(f"this key stands in {sources[key]}: take it out there", param="key")
@@ -23308,15 +23335,19 @@ def remove_key(desk: Desk, _body: Json, provider: str, which: str) -> Json:
     }
 
 
+def check_models(names: Sequence[str]) -> None:
+    for name in names:
+        if not re.fullmatch(r"[\w.\-:/@+]{1,200}", name, re.ASCII):
+            raise BadValue("model", f"{shown_name(name)} is not a model id")
+
+
 def set_model(desk: Desk, body: Json, provider: str) -> Json:
     only(body, "model")
     row = some_provider(provider)
     models = split_list(env_value("model", body.get("model")))
     if not models:
         raise BadValue("model", "model must be a model id, or several with commas between them")
-    for model in models:
-        if not re.fullmatch(r"[\w.\-:/@+]{1,200}", model, re.ASCII):
-            raise BadValue("model", f"{shown_name(model)} is not a model id")
+    check_models(models)
     told = desk.store({f"{row.name.upper()}_MODEL": ",".join(models)})
     return {"provider": row.name, "model": ",".join(models), **told}
 
@@ -23554,7 +23585,7 @@ def run_errand(desk: Desk, errand: Errand, body: Json, names: Mapping[str, str])
 
 
 # =============================================================================
-# 43. Status
+# 49. Status
 # =============================================================================
 
 
@@ -24123,7 +24154,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 44. Dashboard
+# 50. Dashboard
 # =============================================================================
 
 # One static page: what it shows it asks the endpoints for, with the key that was typed into it.
@@ -24442,7 +24473,7 @@ def dashboard_headers() -> dict[str, str]:
 
 
 # =============================================================================
-# 45. Endpoints
+# 51. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -25235,7 +25266,7 @@ def http_error(router: Router, request: flask.Request, error: HTTPException) -> 
 
 
 # =============================================================================
-# 46. Server
+# 52. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -25778,7 +25809,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 47. Crash test
+# 53. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -26571,7 +26602,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 48. Documents
+# 54. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -26746,7 +26777,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 49. Terminal
+# 55. Terminal
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -26766,6 +26797,12 @@ class Trouble(Exception):
 def say(text: str = "") -> None:
     """A message for the person; data goes to stdout."""
     print(text, file=sys.stderr, flush=True)
+
+
+def show_json(value: object) -> int:
+    """What a command found, for programs; the exit status of a command that is done."""
+    print(json.dumps(value, indent=2))
+    return DONE_OK
 
 
 def has_colour(stream: Any) -> bool:
@@ -26900,6 +26937,10 @@ class Owner:
             return False
 
 
+def how_to_start() -> str:
+    return "hr start -d" if os.name == "posix" else "python router.py serve"
+
+
 def address(host: str, port: int | str) -> str:
     """Where people on this machine reach a router bound to `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -26918,7 +26959,7 @@ def noted_address(config: Config) -> str:
 
 
 # =============================================================================
-# 50. Views
+# 56. Views
 # =============================================================================
 
 DEGRADED: Final = 0.1  # share of errors from which a provider is called so
@@ -27056,8 +27097,7 @@ def cmd_logs(args: argparse.Namespace) -> int:
     query = urlencode({name: value for name, value in asked.items() if value})
     answer = Owner(Config.from_env(), args.url).get(f"/v1/logs?{query}")
     if args.json:
-        print(json.dumps(answer, indent=2))
-        return DONE_OK
+        return show_json(answer)
     rows = objects_in(answer.get("entries"))
     if not rows:
         say("no request is remembered")
@@ -27094,7 +27134,7 @@ def cmd_why(args: argparse.Namespace) -> int:
     except NotThere as trouble:
         name = shown_name(args.request)
         raise Trouble(f"nothing is remembered of {name}: {trouble.message}") from None
-    print(json.dumps(answer, indent=2) if args.json else "\n".join(tree(answer)))
+    show_tree(answer, args.json)
     return DONE_OK
 
 
@@ -27110,6 +27150,10 @@ def tree(value: Any, indent: str = "") -> Iterator[str]:
         else:
             yield label
             yield from tree(inner, indent + "  ")
+
+
+def show_tree(value: Any, as_json: bool) -> None:
+    print(json.dumps(value, indent=2) if as_json else "\n".join(tree(value)))
 
 
 def inner_values(value: Any) -> Iterable[Any]:
@@ -27138,8 +27182,7 @@ def cmd_config_show(args: argparse.Namespace) -> int:
     services = [service_row(service) for service in config.services]
     if args.json:
         files = {"home": str(config.home), "env_file": str(config.env_file)}
-        print(json.dumps({**files, "settings": rows, "providers": services}, indent=2))
-        return DONE_OK
+        return show_json({**files, "settings": rows, "providers": services})
     chosen = [row for row in rows if args.all or row["source"] != "default"]
     lines = [(row["name"], shown_value(row), row["source"]) for row in chosen]
     print(f"HR_HOME {config.home}")
@@ -27170,8 +27213,76 @@ def service_row(service: Service) -> dict[str, str]:
     }
 
 
+class Shot(NamedTuple):
+    """One request of a bench: seconds until the first event and until the end, who answered."""
+
+    first_s: float
+    whole_s: float
+    provider: str
+    problem: str = ""
+
+
+def shoot(owner: Owner, model: str) -> Shot:
+    """One short streamed chat."""
+    words = f"Answer with the word ok. ({secrets.token_hex(4)})"  # or the cache would answer
+    messages = [{"role": "user", "content": words}]
+    body = {"model": model, "messages": messages, "stream": True, "max_tokens": 16}
+    began = time.monotonic()
+    first = 0.0
+    try:
+        with owner.post("/v1/chat/completions", body, 120) as answer:
+            if answer.status_code != 200:
+                text = f"{answer.status_code}: {error_text(answer.raw.read(65_536))}"
+                return Shot(0, time.monotonic() - began, "", text)
+            for line in answer.iter_lines():
+                if line.startswith(b"data:") and not first:
+                    first = time.monotonic() - began
+            provider = answer.headers.get("X-Provider", "")
+    except requests.RequestException as error:
+        return Shot(0, time.monotonic() - began, "", scrub(str(error), 200))
+    return Shot(first, time.monotonic() - began, provider, "" if first else "an empty stream")
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that so large a share of all does not exceed; 0 of none."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
+
+
+def cmd_bench(args: argparse.Namespace) -> int:
+    """Time a few short answers through the running router."""
+    owner = Owner(Config.from_env(), args.url)
+    if not owner.answers():
+        raise owner.absent(f"start it with: {how_to_start()}")
+    say(f"{args.requests} requests, {args.parallel} at a time; they count against your quotas")
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
+        shots = list(pool.map(lambda _: shoot(owner, args.model), range(args.requests)))
+    told = bench_figures(shots, time.monotonic() - began)
+    show_tree(told, args.json)
+    return FAILED if told["failed"] else DONE_OK
+
+
+def bench_figures(shots: Sequence[Shot], seconds: float) -> Json:
+    good = [shot for shot in shots if not shot.problem]
+    firsts, wholes = [shot.first_s for shot in good], [shot.whole_s for shot in good]
+    return {
+        "requests": len(shots),
+        "failed": len(shots) - len(good),
+        "seconds": round(seconds, 2),
+        "first_event_ms": milliseconds(firsts),
+        "whole_answer_ms": milliseconds(wholes),
+        "answered_by": dict(Counter(shot.provider for shot in good)),
+        "problems": dict(Counter(shot.problem for shot in shots if shot.problem).most_common(5)),
+    }
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
+    return {f"p{share}": round(1000 * percentile(seconds, share / 100)) for share in (50, 95)}
+
+
 # =============================================================================
-# 51. Connect
+# 57. Connect
 # =============================================================================
 
 # What clients keep in their settings files, merged into what stands there. A place in a file is
@@ -27800,7 +27911,7 @@ def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None
 
 
 # =============================================================================
-# 52. Changes
+# 58. Changes
 # =============================================================================
 
 # Commands that change auth.json and .env, through section Files. A running router reads both
@@ -27817,10 +27928,6 @@ def change_env(config: Config, changes: Mapping[str, str | None]) -> None:
     say(f"{file}: {TAKEN}" if changed else f"{file} says so already")
     for name in (name for name in changes if config.given.get(name, "").strip()):
         say(paint(f"! {name} is also set in the environment, which wins", "yellow", sys.stderr))
-
-
-def configured(config: Config) -> dict[str, Service]:
-    return {service.name: service for service in config.services}
 
 
 def known_provider(name: str) -> Provider:
@@ -27979,7 +28086,7 @@ class KeyDesk:
         rows = [
             (service, key, source)
             for service in services
-            for key, source in zip(service.keys, service.key_sources, strict=True)
+            for key, source in service.found_keys
             if not service.resting
         ]
         with concurrent.futures.ThreadPoolExecutor(self.AT_ONCE) as pool:
@@ -28013,11 +28120,10 @@ def cmd_auth_list(args: argparse.Namespace) -> int:
     rows = [
         {"provider": service.name, "key": f"…{key_tail(key)}" if key else "-", "from": source}
         for service in config.services
-        for key, source in zip(service.keys, service.key_sources, strict=True)
+        for key, source in service.found_keys
     ]
     if args.json:
-        print(json.dumps(rows, indent=2))
-        return DONE_OK
+        return show_json(rows)
     if not rows:
         say("no provider has a key yet; `auth add <provider>` stores one")
         return DONE_OK
@@ -28050,7 +28156,7 @@ def cmd_auth_remove(args: argparse.Namespace) -> int:
             f"{row.name} has {len(service.keys)} keys: say which by its last characters", USAGE
         )
     key = find_secret(service.keys, which or service.keys[0], f"{row.name} key")
-    source = dict(zip(service.keys, service.key_sources, strict=True))[key]
+    source = dict(service.found_keys)[key]
     if row.accounts:
         edit_json(config.auth_path, lambda document: drop_account(document, key))
     elif source == "auth.json":
@@ -28068,9 +28174,7 @@ def first_line() -> str:
 
 def drop_account(document: Json, id: str) -> None:
     """Take an account out of an auth.json."""
-    providers = document.get("providers")
-    named = providers.get("codex") if isinstance(providers, dict) else None
-    for rows in (document.get("codex_accounts"), named):
+    for rows in account_places(document):
         if isinstance(rows, list):
             rows[:] = [r for r in rows if not isinstance(r, dict) or account_id_of(r) != id]
 
@@ -28098,7 +28202,7 @@ def cmd_auth_check(args: argparse.Namespace) -> int:
     if args.json:
         names = ("provider", "key_tail", "from", "standing", "text")
         rows = [dict(zip(names, (*row[:3], *row[3]), strict=True)) for row in found]
-        print(json.dumps(rows, indent=2))
+        show_json(rows)
     else:
         shades = [{"valid": "green", "dead": "red"}.get(row[3].standing, "yellow") for row in found]
         head = ("PROVIDER", "KEY", "FROM", "VERDICT", "IN WORDS")
@@ -28144,8 +28248,7 @@ def cmd_model_list(args: argparse.Namespace) -> int:
             source = "override" if own else "default"
             rows.append({"provider": row.name, "models": list(models), "source": source})
     if args.json:
-        print(json.dumps(rows, indent=2))
-        return DONE_OK
+        return show_json(rows)
     if not rows:
         say("no provider is configured; --all lists the defaults of every one")
         return DONE_OK
@@ -28157,9 +28260,7 @@ def cmd_model_list(args: argparse.Namespace) -> int:
 def cmd_model_set(args: argparse.Namespace) -> int:
     config, row = Config.from_env(), known_provider(args.provider)
     names = [name for text in args.model for name in split_list(text)]
-    for name in names:
-        if not re.fullmatch(r"[\w.\-:/@+]+", name):
-            raise Trouble(f"{shown_name(name)} is not a model id")
+    check_models(names)
     if not names:
         raise Trouble("name at least one model", USAGE)
     facts = {(known.provider, known.id) for known in model_rows()}
@@ -28209,8 +28310,7 @@ def cmd_mode(args: argparse.Namespace) -> int:
 def cmd_features_list(args: argparse.Namespace) -> int:
     report = feature_report(Config.from_env())
     if args.json:
-        print(json.dumps(report, indent=2))
-        return DONE_OK
+        return show_json(report)
     rows = [
         (row["name"], "on" if row["enabled"] else "off", row.get("desc") or row["manage"])
         for row in report["addons"]
@@ -28298,8 +28398,7 @@ def cmd_limit_list(args: argparse.Namespace) -> int:
             {"key_tail": key_tail(caller.key), "name": caller.name, **asdict(caller.quota)}
             for caller in config.callers
         ]
-        print(json.dumps({"keys": rows, "usual": asdict(config.quota)}, indent=2))
-        return DONE_OK
+        return show_json({"keys": rows, "usual": asdict(config.quota)})
     for caller in config.callers:
         print(f"…{key_tail(caller.key)} ({caller.name}): {limits_text(caller.quota)}")
     print(f"usual (PROXY_LIMIT_...): {limits_text(config.quota)}")
@@ -28343,8 +28442,7 @@ def cmd_keys_list(args: argparse.Namespace) -> int:
         for caller in config.callers
     ]
     if args.json:
-        print(json.dumps(rows, indent=2))
-        return DONE_OK
+        return show_json(rows)
     if not rows:
         say("there is no key yet; the first start makes one")
         return DONE_OK
@@ -28398,7 +28496,7 @@ def cmd_keys_revoke(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 53. Doctor
+# 59. Doctor
 # =============================================================================
 
 Health = Literal["ok", "note", "bad"]
@@ -28594,10 +28692,6 @@ def look_at_port(exam: Exam) -> Iterator[Finding]:
         yield Finding("note", "the router is not running", how_to_start())
 
 
-def how_to_start() -> str:
-    return "hr start -d" if os.name == "posix" else "python router.py serve"
-
-
 def is_taken(host: str, port: int) -> bool:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     try:
@@ -28684,7 +28778,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     bad = sum(finding.health == "bad" for _, finding in found)
     if args.json:
         rows = [{"check": name, **finding._asdict()} for name, finding in found]
-        print(json.dumps({"ok": not bad, "findings": rows}, indent=2))
+        show_json({"ok": not bad, "findings": rows})
     else:
         for name, finding in found:
             mark, colour = MARKS[finding.health]
@@ -28696,80 +28790,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 54. Bench
-# =============================================================================
-
-
-class Shot(NamedTuple):
-    """One request of a bench: seconds until the first event and until the end, who answered."""
-
-    first_s: float
-    whole_s: float
-    provider: str
-    problem: str = ""
-
-
-def shoot(owner: Owner, model: str) -> Shot:
-    """One short streamed chat."""
-    words = f"Answer with the word ok. ({secrets.token_hex(4)})"  # or the cache would answer
-    messages = [{"role": "user", "content": words}]
-    body = {"model": model, "messages": messages, "stream": True, "max_tokens": 16}
-    began = time.monotonic()
-    first = 0.0
-    try:
-        with owner.post("/v1/chat/completions", body, 120) as answer:
-            if answer.status_code != 200:
-                text = f"{answer.status_code}: {error_text(answer.raw.read(65_536))}"
-                return Shot(0, time.monotonic() - began, "", text)
-            for line in answer.iter_lines():
-                if line.startswith(b"data:") and not first:
-                    first = time.monotonic() - began
-            provider = answer.headers.get("X-Provider", "")
-    except requests.RequestException as error:
-        return Shot(0, time.monotonic() - began, "", scrub(str(error), 200))
-    return Shot(first, time.monotonic() - began, provider, "" if first else "an empty stream")
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that so large a share of all does not exceed; 0 of none."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
-
-
-def cmd_bench(args: argparse.Namespace) -> int:
-    """Time a few short answers through the running router."""
-    owner = Owner(Config.from_env(), args.url)
-    if not owner.answers():
-        raise owner.absent(f"start it with: {how_to_start()}")
-    say(f"{args.requests} requests, {args.parallel} at a time; they count against your quotas")
-    began = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
-        shots = list(pool.map(lambda _: shoot(owner, args.model), range(args.requests)))
-    told = bench_figures(shots, time.monotonic() - began)
-    print(json.dumps(told, indent=2) if args.json else "\n".join(tree(told)))
-    return FAILED if told["failed"] else DONE_OK
-
-
-def bench_figures(shots: Sequence[Shot], seconds: float) -> Json:
-    good = [shot for shot in shots if not shot.problem]
-    firsts, wholes = [shot.first_s for shot in good], [shot.whole_s for shot in good]
-    return {
-        "requests": len(shots),
-        "failed": len(shots) - len(good),
-        "seconds": round(seconds, 2),
-        "first_event_ms": milliseconds(firsts),
-        "whole_answer_ms": milliseconds(wholes),
-        "answered_by": dict(Counter(shot.provider for shot in good)),
-        "problems": dict(Counter(shot.problem for shot in shots if shot.problem).most_common(5)),
-    }
-
-
-def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
-    return {f"p{share}": round(1000 * percentile(seconds, share / 100)) for share in (50, 95)}
-
-
-# =============================================================================
-# 55. Setup
+# 60. Setup
 # =============================================================================
 
 # The wizard: a row per step. Every step may be skipped and all of it be run again: each looks
@@ -29012,7 +29033,7 @@ def cmd_setup(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 56. Command line
+# 61. Command line
 # =============================================================================
 
 Arguments = tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
@@ -29227,7 +29248,7 @@ def cmd_crashtest(args: argparse.Namespace) -> int:
             "counts": dict(Counter(run.result for run in runs)),
             "runs": [run.told(config) for run in runs],
         }
-        print(json.dumps(told, indent=2))
+        show_json(told)
     else:
         print(crash_table(runs, config) + f", {seconds:.0f} s")
     return FAILED if any(run.result == "fail" for run in runs) else DONE_OK

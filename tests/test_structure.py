@@ -30,6 +30,13 @@ def test_router_reads_from_top_to_bottom() -> None:
     assert [str(finding) for finding in layers.check(SOURCE)] == []
 
 
+def test_the_architecture_lists_every_section() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [A-Z]+ \| ([^|]+) \|", text, re.MULTILINE)
+    told = [title for row in rows for title in row.split(", ")]
+    assert told == [section.title for section in layers.House.of(SOURCE).sections]
+
+
 def test_few_lines_ask_to_be_let_through() -> None:
     assert len(layers.pardons(SOURCE)) < 5
 
