@@ -9,62 +9,68 @@ failures after it are told, never faked.
 Contents (each section uses only the ones above it):
 
   FACTS        1. Errors           what can go wrong, and the HTTP status of each
-               2. Providers        the provider table, and base URLs
-               3. Models           rating, window, price and abilities of known models
-               4. Config           every setting, read once from the environment
-               5. Files            auth.json and .env: locked, read anew, written in one step
-               6. Tokens           how large a request is
-  LANGUAGES    7. Events           server-sent events as bytes, and where they end
-               8. Chat             the one shape used inside: parse, check, look at it
-               9. Replies          what a provider's answer holds: useful, empty, error, usage
-              10. Outgoing         the body a provider gets: the client's bytes with few edits
-              11. Hub              what every translation shares: an answer's opening, sealed values
-              12. Accents          chat answers of every provider made canonical
-              13. Quirks           chat bodies fitted to what each provider accepts
-              14. Messages in      Anthropic Messages as clients speak it
-              15. Messages out     Anthropic Messages as providers speak it
-              16. Responses in     OpenAI Responses as clients speak it
-              17. Responses out    OpenAI Responses as providers speak it
-              18. Completions      the older completions endpoint
-              19. Dialects         which dialect is read how, and events on their way to the client
-  MEMORY      20. Database         SQLite files: written in batches by a thread, read by anybody
-              21. Keys             which key may be used, per (key, model)
-              22. Accounts         subscriptions whose tokens are renewed
-              23. Breakers         which provider is resting
-              24. Ledger           what is left of each quota, and when it returns
-              25. State            what of it survives a restart
-              26. Usage            what was asked, answered, failed and spent
-              27. Limits           what each caller may still use
-              28. Traces           what became of the latest requests, for logs, metrics and why
-              29. Sessions         who answered a conversation before
-              30. Cache            answers worth giving twice: exactly the same, or nearly
-              31. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   32. Difficulty       how hard is this request?
-              33. Plan             which candidates, in what order, and why
-              34. Verdicts         what an outcome means, and what rests for how long
-  ACTION      35. Transport        connections to providers, cut when nobody waits any more
-              36. Upstream         one attempt: send, wait for something useful, judge
-              37. Checks           keys that a provider called dead, asked again in the background
-              38. Sharing          one answer for identical requests: from memory, or from one call
-              39. Router           plan, try, learn, answer
-              40. Reload           changed settings taken over while requests go on
-  SURFACE     41. Configuration    what admins see and change over HTTP
-              42. Status           what /v1/status, /v1/models and /metrics say
-              43. Dashboard        one page to see it all
-              44. Endpoints        Flask: routes, auth, errors
-              45. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              46. Crash test       how these settings fare when providers misbehave
-              47. Documents        .env.example and the printed pages of docs/
-              48. Command line     the table of commands, and what comes from it
-              49. Views            status, logs, why and config for people
-              50. Connect          clients whose settings are written, shown and taken back
-              51. Changes          commands that change keys, models, limits
-              52. Doctor           what may be wrong, and what to do about it
-              53. Bench            a few timed answers
-              54. Setup            the wizard, from nothing to the first answer
-              55. Command line     the table of commands, and what comes from it
+               2. Values           JSON read, written, and looked at without tripping
+               3. Providers        the provider table, and base URLs
+               4. Models           rating, window, price and abilities of known models
+               5. Config           every setting, read once from the environment
+               6. Files            auth.json and .env: locked, read anew, written in one step
+               7. Tokens           how large a request is
+  LANGUAGES    8. Events           server-sent events as bytes, and where they end
+               9. Chat             the one shape used inside: parse, check, look at it
+              10. Replies          what a provider's answer holds: useful, empty, error, usage
+              11. Outgoing         the body a provider gets: the client's bytes with few edits
+              12. Hub              what every translation shares: an answer's opening, sealed values
+              13. Accents          chat answers of every provider made canonical
+              14. Quirks           what each provider, or a family of its models, asks of a chat
+              15. Schemas          JSON Schema in the words that a provider knows
+              16. Histories        earlier turns in order: a result for each call, whose turn it is
+              17. Fits             chat bodies fitted to one provider and model
+              18. Messages in      Anthropic Messages as clients speak it
+              19. Messages out     Anthropic Messages as providers speak it
+              20. Responses in     OpenAI Responses as clients ask
+              21. Responses told   OpenAI Responses as clients are answered
+              22. Responses out    OpenAI Responses as providers speak it
+              23. Completions      the older completions endpoint
+              24. Dialects         which dialect is read, judged and written how
+              25. Passages         a request, its trace, and how its answer gets to the client
+  MEMORY      26. Database         SQLite files: written in batches by a thread, read by anybody
+              27. Keys             which key may be used, per (key, model)
+              28. Accounts         subscriptions whose tokens are renewed
+              29. Breakers         which provider is resting
+              30. Ledger           what is left of each quota, and when it returns
+              31. State            what of it survives a restart
+              32. Usage            what was asked, answered, failed and spent
+              33. Limits           what each caller may still use
+              34. Traces           what became of the latest requests, for logs, metrics and why
+              35. Sessions         who answered a conversation before
+              36. Cache            answers worth giving twice: exactly the same, or nearly
+              37. Turns            stored answers that previous_response_id may go on from
+              38. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   39. Difficulty       how hard is this request?
+              40. Plan             which candidates, in what order, and why
+              41. Verdicts         what an outcome means, and what rests for how long
+  ACTION      42. Transport        connections to providers, cut when nobody waits any more
+              43. Upstream         one attempt: send, wait for something useful, judge
+              44. Checks           keys that a provider called dead, asked again in the background
+              45. Sharing          one answer for identical requests: from memory, or from one call
+              46. Router           plan, try, learn, answer
+              47. Reload           changed settings taken over while requests go on
+  SURFACE     48. Configuration    what admins see and change over HTTP
+              49. Status           what /v1/status, /v1/models and /metrics say
+              50. Dashboard        one page to see it all
+              51. Endpoints        Flask: routes, auth, errors
+              52. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              53. Crash test       how these settings fare when providers misbehave
+              54. Documents        .env.example and the printed pages of docs/
+              55. Terminal         what commands print and ask; the running router
+              56. Views            status, logs, why, config and a few timed answers for people
+              57. Connect          clients whose settings are written, shown and taken back
+              58. Changes          commands that change keys, models, limits
+              59. Doctor           what may be wrong, and what to do about it
+              60. Setup            the wizard, from nothing to the first answer
+              61. Command line     the table of commands, and what comes from it
 
-Rooms that later releases open: Registry after Limits, Catalog after Router, Dashboard after Status.
+docs/architecture.md tells how a request walks through them, and what each word means.
 """
 
 from __future__ import annotations
@@ -316,7 +322,89 @@ def error_body(error: RouterError) -> Json:
 
 
 # =============================================================================
-# 2. Providers
+# 2. Values
+# =============================================================================
+
+
+def refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def finite_float(digits: str) -> float:
+    """float(), but a number too large for one is refused: it would be sent on as Infinity."""
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
+
+
+def strict_json(text: str) -> Any:
+    """The JSON value of a text, None for one that strict readers would refuse."""
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_json(body: bytes | str) -> Any:
+    """The JSON value in `body`, or None. A gateway's padding in front is tolerated."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+# The compact JSON text of a value; one encoder for all, as making one costs more than a chunk.
+dump_text = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def dump_json(value: object) -> bytes:
+    """Compact UTF-8 JSON; half a surrogate pair, which is not UTF-8, stays the escape it was."""
+    return dump_text(value).encode("utf-8", "backslashreplace")
+
+
+def short_json(value: object) -> str:
+    """At most 80 characters of a value, for people."""
+    text = dump_json(value).decode()
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def same_json(one: object, other: object) -> bool:
+    return type(one) is type(other) and one == other  # True == 1
+
+
+def as_text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def as_dict(value: object) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def objects_in(value: object) -> list[Json]:
+    """The objects of a list; [] for what is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def natural(value: object) -> int:
+    """A whole number above 0, else 0."""
+    return value if type(value) is int and value > 0 else 0
+
+
+def count_in(counts: object, name: str) -> int:
+    """A member of an object that counts something; 0 for all that is no such number."""
+    return natural(counts.get(name)) if isinstance(counts, dict) else 0
+
+
+# =============================================================================
+# 3. Providers
 # =============================================================================
 
 
@@ -1137,7 +1225,7 @@ def host_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | N
 
 
 # =============================================================================
-# 3. Models
+# 4. Models
 # =============================================================================
 
 MODELS_AS_OF: Final = "2026-11-20"
@@ -1445,8 +1533,6 @@ VISION_FAMILIES = (
     "claude", "pixtral", "llava", "vl", "llama-4", "grok", "vision", "gemma-4",
 )  # fmt: skip
 
-RATING_LABELS = {1: "Outstanding", 2: "Best", 3: "Good", 4: "Fair", 5: "Basic"}
-
 # `:free` picks an offer and `:cheapest` a host; `:20b` is part of the name.
 OFFER_SUFFIX = re.compile(r"(?::[a-z][a-z0-9_-]*|-free)$")
 DATE_SUFFIX = re.compile(r"-(?:latest|\d{4}-\d{2}-\d{2}|\d{2}-\d{4}|\d{8}|\d{6}|\d{4})$")
@@ -1668,7 +1754,7 @@ def checked_override(key: str, row: Mapping[str, object]) -> dict[str, Any]:
 
 
 # =============================================================================
-# 4. Config
+# 5. Config
 # =============================================================================
 
 PLACEHOLDER_KEYS: Final = frozenset({"sk-router-1", "sk-my-router-key-1"})
@@ -1723,6 +1809,11 @@ class Service:
     @functools.cached_property
     def name(self) -> str:
         return self.provider.name
+
+    @property
+    def found_keys(self) -> tuple[tuple[str, str], ...]:
+        """(key, where it stands) of each."""
+        return tuple(zip(self.keys, self.key_sources, strict=True))
 
 
 @dataclass(frozen=True)
@@ -2263,6 +2354,10 @@ def as_running(running: Config, wanted: Config) -> Config:
     return replace(wanted, **{name: getattr(running, name) for name in fixed})
 
 
+def configured(config: Config) -> dict[str, Service]:
+    return {service.name: service for service in config.services}
+
+
 def staying(old: Config, new: Config) -> frozenset[str]:
     """The providers that both have at the same URL: what was learnt of them holds on."""
     places = {(service.name, service.url) for service in old.services}
@@ -2497,11 +2592,14 @@ def read_accounts(document: Json) -> tuple[Account, ...]:
     return tuple(accounts.values())
 
 
+def account_places(document: Json) -> tuple[Any, Any]:
+    """What stands in an auth.json where its accounts may stand: a list, one object, or nothing."""
+    return document.get("codex_accounts"), as_dict(document.get("providers")).get("codex")
+
+
 def account_rows(document: Json) -> list[Json]:
     """The objects in an auth.json that may be accounts; they are its own, not copies."""
-    providers = document.get("providers")
-    named = providers.get("codex") if isinstance(providers, dict) else None
-    places = (document.get("codex_accounts"), named, document)
+    places = (*account_places(document), document)
     rows = [row for place in places for row in (place if isinstance(place, list) else [place])]
     return [row for row in rows if isinstance(row, dict) and "refresh_token" in token_holder(row)]
 
@@ -2532,24 +2630,21 @@ def jwt_claims(token: str) -> Json:
         return {}
     try:
         text = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
-        claims = json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return {}
-    return claims if isinstance(claims, dict) else {}
+    return as_dict(read_json(text))
 
 
 def claimed_account(token: str) -> str:
-    claim = jwt_claims(token).get(CODEX_CLAIM)
-    found = claim.get("chatgpt_account_id") if isinstance(claim, dict) else ""
-    return found if isinstance(found, str) else ""
+    claim = as_dict(jwt_claims(token).get(CODEX_CLAIM))
+    return as_text(claim.get("chatgpt_account_id"))
 
 
 def read_services(
     reader: SettingsReader, auth: Json, port: int, accounts: Sequence[Account]
 ) -> tuple[Service, ...]:
     """Every provider that has what it needs: a key, or, where none is needed, being asked for."""
-    stored = auth.get("providers")
-    stored = stored if isinstance(stored, dict) else {}
+    stored = as_dict(auth.get("providers"))
     made = (read_service(reader, row, stored, port, accounts) for row in PROVIDERS)
     return tuple(service for service in made if service)
 
@@ -2727,7 +2822,7 @@ def service_with_key(config: Config, row: Provider, key: str) -> Service | None:
 
 
 # =============================================================================
-# 5. Files
+# 6. Files
 # =============================================================================
 
 # auth.json and .env are written by the router, by `hr` and by people. Whoever writes holds the
@@ -3059,11 +3154,17 @@ class Added(NamedTuple):
     total: int  # keys of the provider in the file
 
 
-def key_provider(name: object) -> Provider:
-    """The provider of this name or alias, which takes keys; BadValue for any other."""
+def some_provider(name: object) -> Provider:
+    """The provider of this name or alias; BadValue if there is none."""
     row = provider_named(name) if isinstance(name, str) else None
     if row is None:
         raise BadValue("provider", "unknown provider: " + shown_name(name))
+    return row
+
+
+def key_provider(name: object) -> Provider:
+    """The same, if it takes keys."""
+    row = some_provider(name)
     if row.accounts:
         raise BadValue("provider", f"{row.name} has no keys: import its accounts instead")
     return row
@@ -3098,8 +3199,7 @@ def member_of(document: Json, name: str, kind: type[Made], place: str = "auth.js
 
 def key_lists(document: Json, row: Provider) -> list[list[Any]]:
     """The lists of an auth.json that hold a provider's keys, under its name and its aliases."""
-    stored = document.get("providers")
-    stored = stored if isinstance(stored, dict) else {}
+    stored = as_dict(document.get("providers"))
     found = (stored.get(name) for name in (row.name, *row.aliases))
     return [keys for keys in found if isinstance(keys, list)]
 
@@ -3195,12 +3295,9 @@ def check_providers(field: str, value: object) -> list[str]:
 
 
 def check_limit(field: str, value: object) -> int | float:
-    kind, word = (
-        CALLER_LIMITS[field],
-        "a whole number" if CALLER_LIMITS[field] is int else "a number",
-    )
-    fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not fits or not 0 <= cast(float, value) <= MAX_LIMIT:
+    kind = CALLER_LIMITS[field]
+    if not is_allowance(value, kind()) or cast(float, value) > MAX_LIMIT:
+        word = "a whole number" if kind is int else "a number"
         raise BadValue(field, f"{field} must be {word} from 0 (no limit) to {MAX_LIMIT}")
     return cast(float, value)
 
@@ -3325,7 +3422,7 @@ def usable_keys(text: str | None) -> tuple[str, ...]:
 
 
 # =============================================================================
-# 6. Tokens
+# 7. Tokens
 # =============================================================================
 
 # Bytes of JSON body per token of o200k_base: dense scripts and base64-like text, English prose with
@@ -3470,7 +3567,7 @@ class Encoder:
 
 
 # =============================================================================
-# 7. Events
+# 8. Events
 # =============================================================================
 
 # WHATWG server-sent events: lines end in LF, CRLF or CR; a blank line ends an event; the
@@ -3556,14 +3653,8 @@ def encode_event(payload: object) -> bytes:
     return b"data: " + dump_json(payload) + b"\n\n"
 
 
-def dump_json(value: object) -> bytes:
-    """Compact UTF-8 JSON; half a surrogate pair, which is not UTF-8, stays the escape it was."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
-
-
 # =============================================================================
-# 8. Chat
+# 9. Chat
 # =============================================================================
 
 MAX_NESTING = 100  # lists and objects inside one another; real requests stay below 20
@@ -3576,21 +3667,6 @@ HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 LONE_HALF = re.compile(
     rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|[c-fC-F](?<!\\u[dD][89abAB]..\\u[dD].))"
 )
-
-
-def refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def finite_float(digits: str) -> float:
-    """float(), but a number too large for one is refused: it would be sent on as Infinity."""
-    value = float(digits)
-    if math.isinf(value):
-        raise ValueError("a number is too large")
-    return value
-
-
-DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
@@ -3978,8 +4054,7 @@ def message_text(message: Mapping[str, Any]) -> str:
 
 def chat_messages(chat: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages that are objects, for code that must not trip over a chat nobody validated."""
-    messages = chat.get("messages")
-    return [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    return objects_in(chat.get("messages"))
 
 
 def last_user_text(chat: Mapping[str, Any]) -> str:
@@ -4028,7 +4103,7 @@ def wants_json(chat: Mapping[str, Any]) -> bool:
 
 
 # =============================================================================
-# 9. Replies
+# 10. Replies
 # =============================================================================
 
 # Where a chat message or a delta may carry something worth having (docs/architecture.md:
@@ -4087,14 +4162,6 @@ class Outcome(NamedTuple):
     retry_after: float | None = None  # seconds, as stated
     code: str = ""  # the provider's machine-readable words for it
     resets_at: float | None = None  # unix seconds, where a date is stated inside a 200
-
-
-def read_json(body: bytes | str) -> Any:
-    """The JSON value in `body`, or None. A gateway's padding in front is tolerated."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
 
 
 def scrub(text: str, limit: int = 600) -> str:
@@ -4643,7 +4710,7 @@ def chunks_from_reply(reply: Json) -> list[Json]:
 
 
 # =============================================================================
-# 10. Outgoing
+# 11. Outgoing
 # =============================================================================
 
 DROP: Final = object()  # an edit that removes a member
@@ -4712,7 +4779,7 @@ def output_wish(body: Json) -> int:
 
 
 # =============================================================================
-# 11. Hub
+# 12. Hub
 # =============================================================================
 
 SEAL: Final = "hr1."
@@ -4771,7 +4838,7 @@ def custom_input(text: str) -> str:
 
 
 # =============================================================================
-# 12. Accents
+# 13. Accents
 # =============================================================================
 
 # Every OpenAI-compatible provider speaks Chat with an accent. A ChatReader takes all of them;
@@ -4946,7 +5013,7 @@ class ToolCall:
     def _is_whole(self) -> bool:
         if not self.pieces or self.pieces[-1].rstrip()[-1:] != "}":
             return False
-        return isinstance(json_or_none("".join(self.pieces)), dict)
+        return isinstance(strict_json("".join(self.pieces)), dict)
 
     def add(self, piece: str, repeats: bool = False) -> str:
         """Keep a piece of the arguments; "" for one that `repeats` what is there as a whole."""
@@ -5452,15 +5519,10 @@ def error_chunk(event: Any) -> Json | None:
     if not found:
         return None
     holder = event[0] if isinstance(event, list) else event
-    error = holder.get("error")
-    error = error if isinstance(error, dict) else {}
+    error = as_dict(holder.get("error"))
     code = error.get("code") or found.status
     kind = as_text(error.get("type")) or "upstream_error"
     return {"error": {"message": found.text, "type": kind, "code": id_text(code) or None}}
-
-
-def as_text(value: object) -> str:
-    return value if isinstance(value, str) else ""
 
 
 def id_text(value: object) -> str:
@@ -5483,17 +5545,9 @@ def count_of(value: object) -> int | None:
     return int(number) if 0 <= number < 1e18 else None
 
 
-def json_or_none(text: str) -> Any:
-    """The JSON value of a text, None for one that strict readers would refuse."""
-    try:
-        return DECODER.decode(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def json_text(value: object) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return dump_text(value)
     except RecursionError:
         return ""
 
@@ -5552,8 +5606,7 @@ def thinking_text(value: object) -> str:
 
 
 def details_of(delta: Json) -> list[Json]:
-    details = delta.get("reasoning_details")
-    return [d for d in details if isinstance(d, dict)] if isinstance(details, list) else []
+    return objects_in(delta.get("reasoning_details"))
 
 
 def details_text(delta: Json) -> str:
@@ -5623,9 +5676,7 @@ def find_usage(value: Any) -> Json | None:
     """The usage object of a reply or chunk: its own, groq's, or that of a choice (moonshot)."""
     if not isinstance(value, dict):
         return None
-    choices = value.get("choices")
-    inner = choices if isinstance(choices, list) else []
-    for place in (value, value.get("x_groq"), *inner):
+    for place in (value, value.get("x_groq"), *as_list(value.get("choices"))):
         usage = place.get("usage") if isinstance(place, dict) else None
         if usage and isinstance(usage, dict):
             return usage
@@ -5687,7 +5738,7 @@ def repaired_arguments(text: str) -> str | None:
     What was cut off stays broken: half a command must not be run.
     """
     text = text.strip()
-    if isinstance(json_or_none(text), dict):
+    if isinstance(strict_json(text), dict):
         return text
     if text in ("", "null", "None"):
         return "{}"
@@ -5769,7 +5820,7 @@ def is_odd_call(call: Any, whole: bool) -> bool:
 
 
 # =============================================================================
-# 13. Quirks
+# 14. Quirks
 # =============================================================================
 
 
@@ -6078,7 +6129,9 @@ def laid_over(below: Quirk, row: Quirk) -> dict[str, Any]:
     return changed
 
 
-# --- schemas ------------------------------------------------------------------
+# =============================================================================
+# 15. Schemas
+# =============================================================================
 
 
 @dataclass(frozen=True)
@@ -6283,18 +6336,9 @@ class SchemaFitter:
         return self._merged(node, (*trail, ""))
 
 
-def as_list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
 def without(members: Json, names: Iterable[str]) -> Json:
     """A copy without some members."""
     return {name: value for name, value in members.items() if name not in names}
-
-
-def short_json(value: object) -> str:
-    text = dump_json(value).decode()
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def all_of(node: Json, branches: list[Json]) -> Json:
@@ -6339,10 +6383,6 @@ def is_in_all(name: object, sets: list[set[str]]) -> bool:
     return all(str(name) in names for names in sets)
 
 
-def as_dict(value: object) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
 def plain_types(node: Json, notes: list[str]) -> Json:
     """One type, null as `nullable`, and an enum of strings that are not empty."""
     node, kinds = dict(node), node.get("type")
@@ -6376,7 +6416,9 @@ def likely_type(node: Json) -> str:
     return "array" if "items" in node or "prefixItems" in node else "string"
 
 
-# --- the history, for every provider ------------------------------------------
+# =============================================================================
+# 16. Histories
+# =============================================================================
 
 NO_RESULT: Final = "[no result]"
 BRIDGE: Final = "OK."  # Mistral takes no empty assistant message
@@ -6682,7 +6724,9 @@ def with_ids(message: Json, ids: Mapping[str, str]) -> Json:
     return message
 
 
-# --- one provider and model -----------------------------------------------------
+# =============================================================================
+# 17. Fits
+# =============================================================================
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # thinking.budget_tokens up to this many is the effort beside it
@@ -7410,7 +7454,7 @@ def named_choice(choice: Json, custom: bool) -> object:
 
 
 # =============================================================================
-# 14. Messages in
+# 18. Messages in
 # =============================================================================
 
 # The client's side of Anthropic Messages (platform.claude.com/docs/en/api/messages and what Claude
@@ -7518,7 +7562,7 @@ def asked_effort(body: Json) -> str:
     if effort is not None and not isinstance(effort, str):
         raise invalid("output_config.effort", "a string", effort)
     thinking = body.get("thinking") or {}
-    budget = count_or_zero(thinking.get("budget_tokens"))
+    budget = natural(thinking.get("budget_tokens"))
     if effort or thinking.get("type") != "enabled" or not budget:
         return effort or ""
     return next(word for least, word in EFFORT_BUDGETS if budget >= least)
@@ -8193,22 +8237,6 @@ def read_arguments(text: str) -> Json:
     return value if isinstance(value, dict) and at >= 0 else {}
 
 
-def dump_text(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def text_of(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def object_of(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def list_of(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
 class MessageEvents:
     """Canonical chunks to the events of one Messages stream, as objects.
 
@@ -8257,14 +8285,14 @@ class MessageEvents:
 
     def feed(self, chunk: Json) -> list[Json]:
         """Events that this chunk completes. A chunk may hold anything at once, or nothing."""
-        self._usage = object_of(chunk.get("usage")) or self._usage
+        self._usage = as_dict(chunk.get("usage")) or self._usage
         events = self.start()
-        for choice in list_of(chunk.get("choices"))[:1]:
+        for choice in as_list(chunk.get("choices"))[:1]:
             if not isinstance(choice, dict) or choice.get("index"):
                 continue
-            self._take(object_of(choice.get("delta") or choice.get("message")))
-            self._finish = text_of(choice.get("finish_reason")) or self._finish
-            self._stop_sequence = text_of(choice.get("stop_sequence")) or self._stop_sequence
+            self._take(as_dict(choice.get("delta") or choice.get("message")))
+            self._finish = as_text(choice.get("finish_reason")) or self._finish
+            self._stop_sequence = as_text(choice.get("stop_sequence")) or self._stop_sequence
         return events + self._advance()
 
     def finish(self) -> list[Json]:
@@ -8294,25 +8322,25 @@ class MessageEvents:
     # what comes in
 
     def _take(self, delta: Json) -> None:
-        thought = text_of(delta.get("reasoning_content")) or text_of(delta.get("reasoning"))
-        self.reason(thought, list_of(delta.get("reasoning_details")))
+        thought = as_text(delta.get("reasoning_content")) or as_text(delta.get("reasoning"))
+        self.reason(thought, as_list(delta.get("reasoning_details")))
         content = delta.get("content")
         if isinstance(content, str):
             self._say(content)
-        for part in list_of(content):
-            self._take_part(object_of(part))
-        self._say(text_of(delta.get("refusal")))
-        for call in list_of(delta.get("tool_calls")):
+        for part in as_list(content):
+            self._take_part(as_dict(part))
+        self._say(as_text(delta.get("refusal")))
+        for call in as_list(delta.get("tool_calls")):
             if isinstance(call, dict):
                 self._take_call(call)
 
     def _take_part(self, part: Json) -> None:
         """One part of content that is a list (Mistral: thinking holds a list of texts)."""
         if part.get("type") == "thinking":
-            texts = (text_of(object_of(t).get("text")) for t in list_of(part.get("thinking")))
+            texts = (as_text(as_dict(t).get("text")) for t in as_list(part.get("thinking")))
             self.reason("".join(texts), [])
         else:
-            self._say(text_of(part.get("text")))
+            self._say(as_text(part.get("text")))
 
     def _say(self, text: str) -> None:
         """Text of the answer. White space alone opens no block: Anthropic refuses it later."""
@@ -8353,7 +8381,7 @@ class MessageEvents:
             block.unclaimed.append(text)
             self.chars += len(text)
         for piece in pieces:
-            self._origin = text_of(piece.get("origin")) or self._origin
+            self._origin = as_text(piece.get("origin")) or self._origin
             self._take_piece(piece)
 
     def end_piece(self) -> None:
@@ -8362,7 +8390,7 @@ class MessageEvents:
             block.complete = True
 
     def _take_piece(self, piece: Json) -> None:
-        origin, text = text_of(piece.get("origin")), piece_text(piece)
+        origin, text = as_text(piece.get("origin")), piece_text(piece)
         if piece["type"] == "reasoning.encrypted":
             self._push(encrypted_block(origin, piece))
             return
@@ -8393,10 +8421,10 @@ class MessageEvents:
         return True
 
     def _take_call(self, delta: Json) -> None:
-        function, custom = object_of(delta.get("function")), object_of(delta.get("custom"))
+        function, custom = as_dict(delta.get("function")), as_dict(delta.get("custom"))
         is_custom = any(custom.values()) and not any(function.values())  # snowflake has both
         named = custom if is_custom else function
-        id, name = text_of(delta.get("id")), text_of(named.get("name"))
+        id, name = as_text(delta.get("id")), as_text(named.get("name"))
         value = named.get("input" if is_custom else "arguments")
         arguments = value if isinstance(value, str) else dump_text(value) if value else ""
         call = self._call_for(delta.get("index"), id, name, arguments)
@@ -8405,7 +8433,7 @@ class MessageEvents:
         if isinstance(value, str) or not call.begun:
             self.chars += len(arguments)
             call.add(arguments)
-        call.extra = object_of(delta.get("extra_content")) or call.extra
+        call.extra = as_dict(delta.get("extra_content")) or call.extra
         is_new = bool(name) and not call.name
         call.name = call.name or name
         if is_new:
@@ -8471,7 +8499,7 @@ def block_deltas(block: Block, deltas: list[Json]) -> list[Json]:
 
 
 def piece_text(piece: Json) -> str:
-    return text_of(piece.get("text")) or text_of(piece.get("summary"))
+    return as_text(piece.get("text")) or as_text(piece.get("summary"))
 
 
 def encrypted_block(origin: str, piece: Json) -> Block:
@@ -8485,46 +8513,31 @@ def encrypted_block(origin: str, piece: Json) -> Block:
 
 def request_call_ids(request: Json) -> set[str]:
     """Ids of the calls that a Messages request tells of."""
-    contents = (object_of(message).get("content") for message in list_of(request.get("messages")))
-    blocks = (object_of(block) for content in contents for block in list_of(content))
+    contents = (as_dict(message).get("content") for message in as_list(request.get("messages")))
+    blocks = (as_dict(block) for content in contents for block in as_list(content))
     return {str(block.get("id")) for block in blocks if block.get("type") == "tool_use"}
 
 
 def messages_usage(usage: Json, input_tokens: int = 0) -> Json:
     """Canonical usage as Anthropic counts: input without what was cached."""
-    prompt = count_or_zero(usage.get("prompt_tokens")) or input_tokens
-    details = object_of(usage.get("prompt_tokens_details"))
-    read, made = (count_or_zero(details.get(n)) for n in ("cached_tokens", "cache_creation_tokens"))
+    prompt = natural(usage.get("prompt_tokens")) or input_tokens
+    details = as_dict(usage.get("prompt_tokens_details"))
+    read, made = (natural(details.get(n)) for n in ("cached_tokens", "cache_creation_tokens"))
     found: Json = {
         "input_tokens": max(prompt - read - made, 0),
-        "output_tokens": count_or_zero(usage.get("completion_tokens")),
+        "output_tokens": natural(usage.get("completion_tokens")),
         "cache_creation_input_tokens": made,
         "cache_read_input_tokens": read,
     }
-    thought = object_of(usage.get("completion_tokens_details")).get("reasoning_tokens")
-    if count_or_zero(thought):
+    thought = as_dict(usage.get("completion_tokens_details")).get("reasoning_tokens")
+    if natural(thought):
         found["output_tokens_details"] = {"thinking_tokens": thought}
     return {**found, **ESTIMATED} if "hermes" in usage else found
 
 
-def count_or_zero(value: Any) -> int:
-    return value if type(value) is int and value > 0 else 0
-
-
 def messages_event(event: Json) -> bytes:
     """One event of a Messages stream, named by its type."""
-    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), json_bytes(event))
-
-
-def json_bytes(value: object) -> bytes:
-    """JSON in UTF-8; in ASCII if a provider cut a character in half, so that halves can meet."""
-    try:
-        return JSON_ENCODER.encode(value).encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode()
-
-
-JSON_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+    return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), dump_json(event))
 
 
 class MessagesWriter:
@@ -8548,7 +8561,7 @@ class MessagesWriter:
             self._events.chars += len(text)
             if index != self._prefix_index:
                 self._prefix, self._prefix_index = text_prefix(index), index
-            return self._prefix + json_bytes(text) + b"}}\n\n"
+            return self._prefix + dump_json(text) + b"}}\n\n"
         if chunk.get("error"):
             self._ended = True
             return messages_event(chunk_error(chunk))
@@ -8600,10 +8613,10 @@ def plain_text(chunk: Json) -> str:
 def chat_reply_to_messages(reply: Json, opening: Opening, origin: str = "") -> Json:
     """A whole canonical reply as a message: what a client would collect from its stream."""
     events = MessageEvents(opening, origin)
-    choice = next((c for c in list_of(reply.get("choices")) if isinstance(c, dict)), {})
-    message = dict(object_of(choice.get("message")))
-    thought = text_of(message.pop("reasoning_content", "")) or text_of(message.pop("reasoning", ""))
-    take_reasoning(events, thought, list_of(message.pop("reasoning_details", [])))
+    choice = next((c for c in as_list(reply.get("choices")) if isinstance(c, dict)), {})
+    message = dict(as_dict(choice.get("message")))
+    thought = as_text(message.pop("reasoning_content", "")) or as_text(message.pop("reasoning", ""))
+    take_reasoning(events, thought, as_list(message.pop("reasoning_details", [])))
     choice = {**choice, "index": 0, "delta": indexed(message)}
     chunk = {"choices": [choice], "usage": reply.get("usage")}
     return assembled([*events.feed(chunk), *events.finish()])
@@ -8620,7 +8633,7 @@ def take_reasoning(events: MessageEvents, text: str, pieces: list[Any]) -> None:
 
 
 def indexed(message: Json) -> Json:
-    calls = [c for c in list_of(message.get("tool_calls")) if isinstance(c, dict)]
+    calls = [c for c in as_list(message.get("tool_calls")) if isinstance(c, dict)]
     return {**message, "tool_calls": [{**call, "index": at} for at, call in enumerate(calls)]}
 
 
@@ -8693,7 +8706,7 @@ def error_event(status: int, message: str, code: str = "", sizes: tuple[int, int
 
 def chunk_error(chunk: Json) -> Json:
     """An error inside a stream of canonical chunks."""
-    error = object_of(chunk.get("error"))
+    error = as_dict(chunk.get("error"))
     found = error_event(embedded_status(chunk), dig_message(chunk) or "the stream failed")
     if error.get("code") == OVERFLOW_CODE:
         return error_event(400, dig_message(chunk), OVERFLOW_CODE)
@@ -8724,7 +8737,7 @@ def count_messages_tokens(body: Json, encoder: Encoder | None = None) -> int:
 
 def count_all_tokens(chat: Json, encoder: Encoder | None = None) -> int:
     """Input tokens of everything in a chat: text, results, calls, reasoning, tools, media."""
-    texts = [chat_text(chat), *(text_of(m.get("reasoning_content")) for m in chat_messages(chat))]
+    texts = [chat_text(chat), *(as_text(m.get("reasoning_content")) for m in chat_messages(chat))]
     if wanted := chat.get("response_format"):
         texts.append(dump_text(wanted))
     text = "\n".join(filter(None, texts))
@@ -8736,7 +8749,7 @@ def count_all_tokens(chat: Json, encoder: Encoder | None = None) -> int:
 
 
 # =============================================================================
-# 15. Messages out
+# 19. Messages out
 # =============================================================================
 
 # The provider side of Anthropic Messages. What the API answers 400 to is written down as an
@@ -8864,11 +8877,6 @@ def output_limit(chat: Json, traits: ClaudeTraits) -> int:
         if asked := natural(chat.get(name)):
             return min(asked, traits.max_output)
     return traits.max_output
-
-
-def natural(value: object) -> int:
-    """A whole number above 0, else 0."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
 def plain(content: list[Json]) -> str | list[Json]:
@@ -9055,8 +9063,7 @@ def append_text(blocks: list[Json], block: Json, joins: bool) -> None:
 
 def calls_of(message: Json) -> list[Json]:
     """Tool calls of an assistant message; the older function_call is one without an id."""
-    calls = message.get("tool_calls")
-    found = [c for c in calls if isinstance(c, dict)] if isinstance(calls, list) else []
+    found = objects_in(message.get("tool_calls"))
     old = message.get("function_call")
     if not found and isinstance(old, dict):
         found = [{"type": "function", "function": old}]
@@ -9064,13 +9071,11 @@ def calls_of(message: Json) -> list[Json]:
 
 
 def made_call(call: Json) -> Json:
-    made = call.get("custom" if call.get("type") == "custom" else "function")
-    return made if isinstance(made, dict) else {}
+    return as_dict(call.get("custom" if call.get("type") == "custom" else "function"))
 
 
 def call_name(call: Json) -> str:
-    name = made_call(call).get("name")
-    return name if isinstance(name, str) else ""
+    return as_text(made_call(call).get("name"))
 
 
 def call_input(call: Json) -> Json:
@@ -9078,8 +9083,7 @@ def call_input(call: Json) -> Json:
     made = made_call(call)
     if call.get("type") != "custom":
         return parse_arguments(made.get("arguments"))
-    given = made.get("input")
-    return {"input": given if isinstance(given, str) else ""}
+    return {"input": as_text(made.get("input"))}
 
 
 def parse_arguments(text: object) -> Json:
@@ -9299,10 +9303,8 @@ class ToolNames:
 
 def offered_tools(chat: Json) -> list[Json]:
     """Tools with a name, the first of each name."""
-    tools = chat.get("tools")
-    found = [t for t in tools if isinstance(t, dict)] if isinstance(tools, list) else []
     by_name: dict[str, Json] = {}
-    for tool in found:
+    for tool in objects_in(chat.get("tools")):
         if name := tool_name(tool):
             by_name.setdefault(name, tool)
     return list(by_name.values())
@@ -9315,8 +9317,7 @@ def tool_name(tool: Json) -> str:
     holder = tool if own else tool.get("custom" if kind == "custom" else "function")
     if kind not in ("function", "custom") and not own:
         return ""
-    name = holder.get("name") if isinstance(holder, dict) else None
-    return name if isinstance(name, str) else ""
+    return as_text(as_dict(holder).get("name"))
 
 
 def set_tools(
@@ -9433,8 +9434,7 @@ def object_schema(schema: Any) -> tuple[Json, str]:
 
 
 def branches_of(whole: Json, how: str) -> list[Json]:
-    listed = whole.get(how)
-    found = [b for b in listed if isinstance(b, dict)] if isinstance(listed, list) else []
+    found = objects_in(whole.get(how))
     if how == "allOf" and isinstance(whole.get("$ref"), str):
         found.append({"$ref": whole["$ref"]})
     return [resolved(branch, whole) for branch in found]
@@ -9455,11 +9455,9 @@ def resolved(branch: Json, whole: Json) -> Json:
 
 def parts_of(schema: Json) -> tuple[Json, list[str]]:
     """Properties and required names, if they are what they must be."""
-    properties, required = schema.get("properties"), schema.get("required")
-    found = properties if isinstance(properties, dict) else {}
-    names = required if isinstance(required, list) else []
-    kept = {k: v for k, v in found.items() if isinstance(v, (dict, bool))}
-    return kept, [name for name in names if isinstance(name, str)]
+    properties, required = as_dict(schema.get("properties")), as_list(schema.get("required"))
+    kept = {k: v for k, v in properties.items() if isinstance(v, (dict, bool))}
+    return kept, [name for name in required if isinstance(name, str)]
 
 
 # -- the request: output, thinking, sampling -------------------------------------
@@ -9658,9 +9656,7 @@ def loses_thought(body: Json) -> bool:
 
 
 def block_types(turn: Json) -> set[str]:
-    content = turn.get("content")
-    blocks = content if isinstance(content, list) else []
-    return {str(block.get("type")) for block in blocks if isinstance(block, dict)}
+    return {str(block.get("type")) for block in objects_in(turn.get("content"))}
 
 
 def starts_with_thought(turn: Json) -> bool:
@@ -9791,8 +9787,7 @@ def own_thinking(body: Json, origin: str) -> Json | None:
 
 
 def blocks_of(turn: Any) -> list[Json]:
-    content = turn.get("content") if isinstance(turn, dict) else None
-    return [b for b in content if isinstance(b, dict)] if isinstance(content, list) else []
+    return objects_in(turn.get("content")) if isinstance(turn, dict) else []
 
 
 def opaque_member(block: Json) -> str:
@@ -10245,7 +10240,7 @@ class MessagesReader:
     def end_call(self, block: OpenBlock) -> list[Json]:
         """A block without input sends none: its arguments are {}."""
         whole = block.start.get("input")
-        given = block.text or dump_json(whole if isinstance(whole, dict) else {}).decode()
+        given = block.text or dump_json(as_dict(whole)).decode()
         name = block.start["name"]
         if name in self.names.custom:
             custom = {"name": name, "input": custom_input(given)}
@@ -10265,8 +10260,7 @@ def index_of(event: Json) -> int:
 
 
 def refusal_text(details: object) -> str:
-    details = details if isinstance(details, dict) else {}
-    told = (details.get(name) for name in ("explanation", "category"))
+    told = (as_dict(details).get(name) for name in ("explanation", "category"))
     text = next((t for t in told if isinstance(t, str) and t), "")
     return text or "The model declined to answer."
 
@@ -10317,10 +10311,8 @@ def events_of(reply: Json) -> Iterator[Json]:
 
 
 # =============================================================================
-# 16. Responses in
+# 20. Responses in
 # =============================================================================
-
-JSON_TEXT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 # A client speaks OpenAI Responses; the hub speaks chat. Wire facts: recorded traffic of OpenAI,
 # DeepSeek and Bedrock Mantle, and the openai SDK 3.54 (seen 2026-11). Codex CLI 0.159 builds its
@@ -10564,7 +10556,7 @@ def users_items(items: Sequence[Json], stem: str) -> list[Json]:
     kept: list[Json] = []
     left = MAX_KEPT_USER_BYTES
     for at, item in reversed([(n, i) for n, i in enumerate(items) if i.get("role") == "user"]):
-        left -= len(stored_json(item))
+        left -= len(dump_json(item))
         if left < 0:
             break
         content = item.get("content")
@@ -11098,8 +11090,7 @@ def call_id_of(item: Json, where: str) -> str:
 
 
 def namespace_of(item: Json) -> str:
-    namespace = item.get("namespace")
-    return namespace if isinstance(namespace, str) else ""
+    return as_text(item.get("namespace"))
 
 
 def read_call_item(history: ItemHistory, item: Json, where: str) -> None:
@@ -11192,7 +11183,7 @@ def read_nothing(history: ItemHistory, item: Json, where: str) -> None:
 
 
 def carrier(origin: str, kind: str, tag: str, data: object) -> str:
-    return seal(origin, f"{kind}.{tag}.{JSON_TEXT.encode(data)}")
+    return seal(origin, f"{kind}.{tag}.{dump_text(data)}")
 
 
 # The readable member of a piece of reasoning.
@@ -11283,7 +11274,9 @@ ITEM_READERS: Mapping[str, Callable[[ItemHistory, Json, str], None]] = {
 }
 
 
-# ----- the answer -----
+# =============================================================================
+# 21. Responses told
+# =============================================================================
 
 
 # Members of a Response that repeat the request, and what they are when it does not say.
@@ -11342,27 +11335,22 @@ def response_head(opening: Opening, codex: bool) -> Json:
 
 def response_usage(usage: Mapping[str, Any]) -> Json:
     """Complete counts, as Codex wants them, of a canonical usage."""
-    prompt = usage_count(usage, "prompt_tokens")
-    completion = usage_count(usage, "completion_tokens")
+    prompt = count_in(usage, "prompt_tokens")
+    completion = count_in(usage, "completion_tokens")
     read, made = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
     cached = {
-        "cached_tokens": usage_count(read, "cached_tokens"),
-        "cache_write_tokens": usage_count(read, "cache_creation_tokens"),
+        "cached_tokens": count_in(read, "cached_tokens"),
+        "cache_write_tokens": count_in(read, "cache_creation_tokens"),
     }
     total = usage.get("total_tokens")
     return {
         "input_tokens": prompt,
         "input_tokens_details": cached,
         "output_tokens": completion,
-        "output_tokens_details": {"reasoning_tokens": usage_count(made, "reasoning_tokens")},
+        "output_tokens_details": {"reasoning_tokens": count_in(made, "reasoning_tokens")},
         "total_tokens": total if isinstance(total, int) else prompt + completion,
         **(ESTIMATED if "hermes" in usage else {}),
     }
-
-
-def usage_count(counts: Any, name: str) -> int:
-    value = counts.get(name) if isinstance(counts, dict) else None
-    return value if isinstance(value, int) else 0
 
 
 def failure_of(error: RouterError) -> Json:
@@ -11387,7 +11375,7 @@ class EventLog:
         self._events: list[bytes] = []
 
     def emit(self, kind: str, members: Json) -> None:
-        self.emit_text(kind, JSON_TEXT.encode(members)[1:-1])
+        self.emit_text(kind, dump_text(members)[1:-1])
 
     def emit_text(self, kind: str, members: str) -> None:
         """`members`: JSON text without its braces."""
@@ -11412,7 +11400,7 @@ class EventLog:
 
 
 def delta_head(kind: str, **members: object) -> str:
-    inner = JSON_TEXT.encode(members)[1:-1]
+    inner = dump_text(members)[1:-1]
     return f'event: {kind}\ndata: {{"type":"{kind}",{inner},"delta":'
 
 
@@ -11460,7 +11448,7 @@ class OpenMessage(OpenItem):
         if kind != self._kind:
             self._open_part(kind)
         self._texts.append(text)
-        self.log.emit_delta(self._head, JSON_TEXT.encode(text))
+        self.log.emit_delta(self._head, dump_text(text))
 
     def annotate(self, note: Json) -> None:
         at = {"annotation_index": len(self._notes), "annotation": note}
@@ -11519,7 +11507,7 @@ class OpenThought(OpenItem):
             self.log.emit("response.reasoning_summary_part.added", {**at, "part": part})
             self._head = delta_head("response.reasoning_summary_text.delta", **at)
         self._texts.append(text)
-        self.log.emit_delta(self._head, JSON_TEXT.encode(text))
+        self.log.emit_delta(self._head, dump_text(text))
 
     def takes(self, piece: Json) -> bool:
         """Does this piece ({}: a bare text) belong to the item? A signature or a key ends one."""
@@ -11589,7 +11577,7 @@ class OpenCall(OpenItem):
 
     def add(self, text: str) -> None:
         if self._head and text:
-            self.log.emit_delta(self._head, JSON_TEXT.encode(text))
+            self.log.emit_delta(self._head, dump_text(text))
 
     def close(self) -> None:
         kind, text = self.call.tool.kind, self.call.text
@@ -11755,7 +11743,7 @@ class ResponsesWriter:
         if self._head_text:
             return
         self._head["model"] = self._head["model"] or str(chunk.get("model") or "")
-        self._head_text = f'"response":{JSON_TEXT.encode(self._head)}'
+        self._head_text = f'"response":{dump_text(self._head)}'
         self._log.emit_text("response.created", self._head_text)
         self._log.emit_text("response.in_progress", self._head_text)
 
@@ -12009,134 +11997,8 @@ def compacted_context(reply: Json, opening: Opening, earlier: Sequence[Json]) ->
     return {**head, "object": "response.compaction", "output": [*said, *made["output"]]}
 
 
-# ----- the store -----
-
-
-class Kept(NamedTuple):
-    """One stored response as JSON bytes, so that its size is known and nobody can change it."""
-
-    items: bytes  # the input of this turn
-    response: bytes
-    previous: str
-    expires: float  # on the store's clock
-
-    @property
-    def size(self) -> int:
-        return len(self.items) + len(self.response)
-
-
-class ResponseStore:
-    """Responses that previous_response_id may refer to, each caller's own.
-
-    Bounded by entries and bytes; the least recently used goes first, and each is forgotten
-    `ttl_s` seconds after its last use. One lock, held for dictionary work only. `now` is a
-    monotonic clock in seconds.
-    """
-
-    def __init__(
-        self,
-        max_entries: int = 10_000,
-        max_bytes: int = 256 << 20,
-        ttl_s: float = 30 * 86_400.0,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._max_entries, self._max_bytes, self._ttl_s = max_entries, max_bytes, ttl_s
-        self._now = now
-        self._lock = threading.Lock()
-        self._kept: dict[tuple[str, str], Kept] = {}  # the least recently used first
-        self._bytes = 0
-
-    def put(self, caller: str, own: str, items: Sequence[Json], response: Json) -> None:
-        """Keep one turn: the items of its input and its Response, unless store is false."""
-        if response.get("store") is False:
-            return
-        previous = str(response.get("previous_response_id") or "")
-        expires = self._now() + self._ttl_s
-        kept = Kept(stored_json(list(items)), stored_json(response), previous, expires)
-        if kept.size > self._max_bytes:
-            return
-        with self._lock:
-            self._drop((caller, own))
-            self._kept[caller, own] = kept
-            self._bytes += kept.size
-            self._shrink()
-
-    def get(self, caller: str, own: str) -> Json | None:
-        """The Response, or None when there is none (any more) of this caller."""
-        with self._lock:
-            kept = self._touch((caller, own))
-        return cast(Json, json.loads(kept.response)) if kept else None
-
-    def items(self, caller: str, own: str) -> list[Json] | None:
-        """The input items of one stored turn, or None."""
-        with self._lock:
-            kept = self._touch((caller, own))
-        return cast("list[Json]", json.loads(kept.items)) if kept else None
-
-    def delete(self, caller: str, own: str) -> bool:
-        """Was there anything to delete?"""
-        with self._lock:
-            there = self._touch((caller, own)) is not None
-            self._drop((caller, own))
-            return there
-
-    def chain(self, caller: str, own: str) -> list[Json]:
-        """All items up to and with the answer `own`, oldest first; BadRequest if one is gone.
-
-        One is gone too where a provider gave two turns of a conversation the same id.
-        """
-        turns: dict[str, Kept] = {}
-        with self._lock:
-            at = own
-            while at:
-                kept = None if at in turns else self._touch((caller, at))
-                if kept is None:
-                    raise unknown_response(own)
-                turns[at] = kept
-                at = kept.previous
-        items: list[Json] = []
-        for kept in reversed(turns.values()):
-            items += json.loads(kept.items)
-            items += json.loads(kept.response)["output"]
-        return items
-
-    def _touch(self, key: tuple[str, str]) -> Kept | None:
-        """Mark as used; the turns before it in a chain are used later, so they stay longer."""
-        kept, now = self._kept.get(key), self._now()
-        if kept is None or kept.expires <= now:
-            self._drop(key)
-            return None
-        del self._kept[key]
-        self._kept[key] = kept = kept._replace(expires=now + self._ttl_s)
-        return kept
-
-    def _drop(self, key: tuple[str, str]) -> None:
-        kept = self._kept.pop(key, None)
-        self._bytes -= kept.size if kept else 0
-
-    def _shrink(self) -> None:
-        """Make room; entries are in order of use, so the expired ones come first as well."""
-        now = self._now()
-        while self._kept:
-            key = next(iter(self._kept))
-            fits = len(self._kept) <= self._max_entries and self._bytes <= self._max_bytes
-            if fits and self._kept[key].expires > now:
-                return
-            self._drop(key)
-
-
-def stored_json(value: object) -> bytes:
-    return JSON_TEXT.encode(value).encode("utf-8", "replace")
-
-
-def unknown_response(own: str) -> BadRequest:
-    """As OpenAI says it, for an id nobody stored, of another caller, or forgotten since."""
-    message = f"Previous response with id '{own}' not found."
-    return BadRequest(message, param="previous_response_id", code="previous_response_not_found")
-
-
 # =============================================================================
-# 17. Responses out
+# 22. Responses out
 # =============================================================================
 
 # OpenAI's Responses API and Codex (the same wire under a ChatGPT plan), as providers.
@@ -12335,7 +12197,7 @@ def message_parts(message: Json) -> list[Json]:
     content = message.get("content")
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    return content if isinstance(content, list) else []
+    return as_list(content)
 
 
 def item_part(part: Json) -> Json:
@@ -12622,7 +12484,7 @@ class ResponsesReader:
         """The chunks that one event makes; an error becomes [{"error": {...}}]."""
         if self.finished or not isinstance(event, dict):
             return []
-        kind = text_or_empty(event.get("type"))
+        kind = as_text(event.get("type"))
         stem, _, end = kind.rpartition(".")
         if stem in ITEM_TEXTS and end in ("delta", "done"):
             return self._piece(ITEM_TEXTS[stem], event, end == "done")
@@ -12644,8 +12506,8 @@ class ResponsesReader:
     def _note(self, response: object) -> None:
         """Who answers: known from the first events, or only from the last."""
         if isinstance(response, dict):
-            self._head["id"] = text_or_empty(response.get("id")) or self._head["id"]
-            self._head["model"] = text_or_empty(response.get("model")) or self._head["model"]
+            self._head["id"] = as_text(response.get("id")) or self._head["id"]
+            self._head["model"] = as_text(response.get("model")) or self._head["model"]
             created = response.get("created_at")
             if isinstance(created, (int, float)) and is_number(created):
                 self._head["created"] = int(created)
@@ -12661,15 +12523,15 @@ class ResponsesReader:
         text = event.get(flow.whole if whole else "delta")
         if not isinstance(text, str):
             return []
-        item = self._find(flow.item, text_or_empty(event.get("item_id")), event.get("output_index"))
+        item = self._find(flow.item, as_text(event.get("item_id")), event.get("output_index"))
         part = event.get(flow.part)
         return self._say(item, flow.field, part if type(part) is int else 0, text, whole)
 
     def _item_event(self, event: Json, done: bool) -> list[Json]:
         raw = event.get("item")
-        if not isinstance(raw, dict) or text_or_empty(raw.get("type")) not in READ_ITEMS:
+        if not isinstance(raw, dict) or as_text(raw.get("type")) not in READ_ITEMS:
             return []
-        id, at = text_or_empty(raw.get("id")), event.get("output_index")
+        id, at = as_text(raw.get("id")), event.get("output_index")
         item = self._find(raw["type"], id, at, done)
         # A call that only begins may show arguments which its deltas then repeat.
         return self._settle(item, raw) if done else self._open(item, raw)
@@ -12741,11 +12603,11 @@ class ResponsesReader:
 
     def _open(self, item: OutputItem, raw: Json) -> list[Json]:
         """The first delta of a call: its number, id, name, and arguments that came too early."""
-        name = text_or_empty(raw.get("name"))
+        name = as_text(raw.get("name"))
         if item.kind not in CALL_ITEMS or item.call >= 0 or not name:
             return []
         item.call, self._calls = self._calls, self._calls + 1
-        id = text_or_empty(raw.get("call_id")) or text_or_empty(raw.get("id"))
+        id = as_text(raw.get("call_id")) or as_text(raw.get("id"))
         kind, member = CALL_ITEMS[item.kind]
         call = {
             "index": item.call,
@@ -12759,12 +12621,12 @@ class ResponsesReader:
         """What a finished item holds beyond what was sent of it."""
         if item.kind in CALL_ITEMS:
             text = raw.get(CALL_ITEMS[item.kind][1])
-            text = dump_json(text).decode() if isinstance(text, dict) else text_or_empty(text)
+            text = dump_json(text).decode() if isinstance(text, dict) else as_text(text)
             return self._open(item, raw) + self._say(item, "call", 0, text, True)
         chunks: list[Json] = []
         for name in ("summary", "content"):
             for at, part in enumerate(objects_in(raw.get(name))):
-                place = PART_FIELDS.get(text_or_empty(part.get("type")), "")
+                place = PART_FIELDS.get(as_text(part.get("type")), "")
                 text = part.get("refusal") if place == "refusal" else part.get("text")
                 if place and isinstance(text, str):
                     chunks += self._say(item, place, at, text, True)
@@ -12784,7 +12646,7 @@ class ResponsesReader:
         """The end: what only the final response holds, the finish reason, usage."""
         response = response if isinstance(response, dict) else {}
         self._note(response)
-        status = status or text_or_empty(response.get("status"))
+        status = status or as_text(response.get("status"))
         if status in ("failed", "cancelled") or response.get("error"):
             return self._fail(response.get("error") or {"code": status or "failed"})
         chunks: list[Json] = []
@@ -12802,17 +12664,17 @@ class ResponsesReader:
         By id; where the ids are all new ones, the n-th of a kind is the n-th that came.
         """
         output = objects_in(response.get("output"))
-        raws = [raw for raw in output if text_or_empty(raw.get("type")) in READ_ITEMS]
+        raws = [raw for raw in output if as_text(raw.get("type")) in READ_ITEMS]
         by_id = {i.id: i for i in self._items if i.id}
-        same_ids = any(text_or_empty(raw.get("id")) in by_id for raw in raws)
+        same_ids = any(as_text(raw.get("id")) in by_id for raw in raws)
         left = list(self._items)
         for raw in raws:
-            item = by_id.pop(text_or_empty(raw.get("id")), None)
+            item = by_id.pop(as_text(raw.get("id")), None)
             if item is None and not same_ids:
                 item = next((i for i in left if i.kind == raw["type"]), None)
             if item in left:
                 left.remove(item)
-            yield item or self._new(raw["type"], text_or_empty(raw.get("id")), None), raw
+            yield item or self._new(raw["type"], as_text(raw.get("id")), None), raw
 
     def _finish_reason(self, response: Json, status: str) -> str:
         if status == "incomplete":
@@ -12826,29 +12688,20 @@ class ResponsesReader:
         return [{"error": stream_error(error)}]
 
 
-def text_or_empty(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def objects_in(value: object) -> list[Json]:
-    """The objects of a list; [] for what is no list."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
 def item_reasoning(raw: Json, origin: str) -> list[Json]:
     """A reasoning item as pieces to send back: readable ones first, then the encrypted one.
 
     Parts after the first are numbered, so that nobody takes them for one text.
     """
-    id = {"id": raw["id"]} if text_or_empty(raw.get("id")) else {}
+    id = {"id": raw["id"]} if as_text(raw.get("id")) else {}
     pieces: list[Json] = []
     for part in objects_in(raw.get("summary")) + objects_in(raw.get("content")):
         name = "summary" if part.get("type") == "summary_text" else "text"
-        if text := text_or_empty(part.get("text")):
+        if text := as_text(part.get("text")):
             index = {"index": len(pieces)} if pieces else {}
             piece = {"type": f"reasoning.{name}", name: text, **id, **index, "origin": origin}
             pieces.append(piece)
-    if data := text_or_empty(raw.get("encrypted_content")):
+    if data := as_text(raw.get("encrypted_content")):
         pieces.append({"type": "reasoning.encrypted", "data": data, **id, "origin": origin})
     return pieces
 
@@ -12858,7 +12711,7 @@ def message_annotations(raw: Json) -> list[Json]:
     made = []
     for part in objects_in(raw.get("content")):
         for note in objects_in(part.get("annotations")):
-            kind = text_or_empty(note.get("type"))
+            kind = as_text(note.get("type"))
             inner = {name: value for name, value in note.items() if name != "type"}
             if kind == "url_citation":
                 made.append({"type": kind, kind: inner})
@@ -12884,18 +12737,13 @@ def responses_usage(usage: object) -> Json | None:
     }
 
 
-def count_in(counts: object, name: str) -> int:
-    value = counts.get(name) if isinstance(counts, dict) else 0
-    return value if type(value) is int and value > 0 else 0
-
-
 def stream_error(error: object) -> Json:
     """{message, type, code} of an error event, with the `status` that its code stands for."""
     inner = error if isinstance(error, dict) else {"message": error}
-    kind = text_or_empty(inner.get("type"))
+    kind = as_text(inner.get("type"))
     kind = "" if kind == "error" else kind
-    code = text_or_empty(inner.get("code")) or kind
-    text = text_or_empty(inner.get("message")) or text_or_empty(inner.get("detail"))
+    code = as_text(inner.get("code")) or kind
+    text = as_text(inner.get("message")) or as_text(inner.get("detail"))
     made: Json = {
         "message": scrub(text or code or "the provider failed without a reason"),
         "type": kind or "server_error",
@@ -12974,7 +12822,7 @@ def unsealed_item(item: Json, origin: str) -> Json | None:
     if not isinstance(pieces, list):
         return {**item, "encrypted_content": value}
     parts = objects_in(item.get("summary"))
-    shown = "\n\n".join(text for part in parts if (text := text_or_empty(part.get("text"))))
+    shown = "\n\n".join(text for part in parts if (text := as_text(part.get("text"))))
     blank = {"reasoning.summary": {"summary": shown}, "reasoning.text": {"text": shown}}
     told = ({k: v for k, v in piece.items() if v is not None} for piece in objects_in(pieces))
     details = [{**blank.get(str(p.get("type")), {}), **p, "origin": origin} for p in told]
@@ -13011,7 +12859,7 @@ def own_items(items: list[Json]) -> list[Json] | None:
 
 
 def call_id_in(item: Json) -> str:
-    return text_or_empty(item.get("call_id"))
+    return as_text(item.get("call_id"))
 
 
 def stray_output(item: Json) -> Json:
@@ -13028,7 +12876,7 @@ def is_sealed_item(item: object) -> bool:
 
 
 # =============================================================================
-# 18. Completions
+# 23. Completions
 # =============================================================================
 
 # The legacy endpoint, for clients that still ask for text_completion: the prompt becomes one
@@ -13170,7 +13018,7 @@ class CompletionsWriter:
 
 
 # =============================================================================
-# 19. Dialects
+# 24. Dialects
 # =============================================================================
 
 
@@ -13197,6 +13045,9 @@ def only_content(block: bytes) -> bool:
         and count(b"{") == count(b"}")
         and not count(b'"') & 1
     )
+
+
+BROKEN: Final = Outcome(0, "an answer that cannot be used", "garbled")
 
 
 class Sight(NamedTuple):
@@ -13672,6 +13523,10 @@ def compact_surface(earlier: Sequence[Json]) -> Surface:
     )
 
 
+# =============================================================================
+# 25. Passages
+# =============================================================================
+
 NOBODY: Final = ("", "", "")  # no target, dialect and origin
 
 
@@ -13773,6 +13628,11 @@ class Ask:
     def opening(self) -> Opening:
         model = self.body.get("model") or "hermes-router"
         return Opening(secrets.token_hex(12), model, int(time.time()), self.tokens, self.body)
+
+
+def masked(data: bytes, secret: bytes) -> bytes:
+    """`data` without the provider's key: some repeat it in their errors."""
+    return data.replace(secret, b"[redacted]") if secret and secret in data else data
 
 
 class Whole(NamedTuple):
@@ -14436,16 +14296,8 @@ def overlap(said: str, text: str, least: int) -> int:
     return 0
 
 
-BROKEN: Final = Outcome(0, "an answer that cannot be used", "garbled")
-
-
-def masked(data: bytes, secret: bytes) -> bytes:
-    """`data` without the provider's key: some repeat it in their errors."""
-    return data.replace(secret, b"[redacted]") if secret and secret in data else data
-
-
 # =============================================================================
-# 20. Database
+# 26. Database
 # =============================================================================
 
 
@@ -14609,7 +14461,7 @@ class Database:
 
 
 # =============================================================================
-# 21. Keys
+# 27. Keys
 # =============================================================================
 
 # Rests that a last round may overlook when nothing else is left: guesses about health,
@@ -14878,7 +14730,7 @@ class KeyPool:
 
 
 # =============================================================================
-# 22. Accounts
+# 28. Accounts
 # =============================================================================
 
 # ChatGPT accounts that Codex runs on, signed in elsewhere (`codex login`): an access token
@@ -15090,7 +14942,7 @@ def is_row_of(row: Json, id: str, refresh_token: str) -> bool:
 
 def token_refusal(status: int, answer: object, account: Account) -> str:
     """Why no token came, without any token in it."""
-    body = answer if isinstance(answer, dict) else {}
+    body = as_dict(answer)
     code, text = error_code(dump_json(body)), dig_message(body)
     why = scrub(f"{text} {code}", 200)
     for secret in (account.refresh_token, account.access_token):
@@ -15145,9 +14997,7 @@ def codex_window(headers: Mapping[str, str], name: str, wall: float) -> tuple[fl
 
 def codex_body_wait(body: bytes, wall: float) -> float | None:
     """`resets_in_seconds`, or `resets_at` in unix seconds, of the error."""
-    value = read_json(body)
-    error = value.get("error") if isinstance(value, dict) else None
-    error = error if isinstance(error, dict) else {}
+    error = as_dict(as_dict(read_json(body)).get("error"))
     wait = finite_number(error.get("resets_in_seconds"))
     at = finite_number(error.get("resets_at"))
     return wait if wait is not None or at is None else at - wall
@@ -15163,7 +15013,7 @@ def finite_number(value: object) -> float | None:
 
 
 # =============================================================================
-# 23. Breakers
+# 29. Breakers
 # =============================================================================
 
 
@@ -15343,7 +15193,7 @@ class Breakers:
 
 
 # =============================================================================
-# 24. Ledger
+# 30. Ledger
 # =============================================================================
 
 Unit = Literal["requests", "tokens", "input tokens", "output tokens", "percent"]
@@ -16543,7 +16393,7 @@ class Claim:
 
 
 # =============================================================================
-# 25. State
+# 31. State
 # =============================================================================
 
 STATE_MARK: Final = "hermes_router_state"  # a member that holds the version of the file's form
@@ -16812,7 +16662,7 @@ class StateFile:
 
 
 # =============================================================================
-# 26. Usage
+# 32. Usage
 # =============================================================================
 
 
@@ -17155,7 +17005,7 @@ class Prices:
 
 
 # =============================================================================
-# 27. Limits
+# 33. Limits
 # =============================================================================
 
 MINUTE_S: Final = 60.0
@@ -17568,7 +17418,7 @@ def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | N
 
 
 # =============================================================================
-# 28. Traces
+# 34. Traces
 # =============================================================================
 
 LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -17681,7 +17531,7 @@ def trace_line(trace: Trace) -> str:
 
 
 # =============================================================================
-# 29. Sessions
+# 35. Sessions
 # =============================================================================
 
 # Headers that name a conversation, the first that is there counts: ours, Claude Code's (2.1, seen
@@ -17771,7 +17621,7 @@ def has_answers(chat: Json) -> bool:
 
 
 # =============================================================================
-# 30. Cache
+# 36. Cache
 # =============================================================================
 
 CACHE_FORM: Final = 1  # of what is kept; another one is not read
@@ -17868,11 +17718,6 @@ WORDS_ONLY: Final = {
 }
 
 
-def objects(value: object) -> list[Json]:
-    """The objects in a list of JSON; of anything else none."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
 def ended_well(dialect: str, answer: Json) -> bool:
     """Whether a whole answer is text alone, said to its end: no call, no refusal, not cut."""
     if dialect == "embeddings":
@@ -17881,12 +17726,12 @@ def ended_well(dialect: str, answer: Json) -> bool:
         stopped = str(answer.get("stop_reason")) in WELL[dialect]
         return stopped and holds_words_only(dialect, answer.get("content"))
     if dialect == "responses":
-        items = objects(answer.get("output"))
-        parts = [part for item in items for part in objects(item.get("content"))]
+        items = objects_in(answer.get("output"))
+        parts = [part for item in items for part in objects_in(item.get("content"))]
         refused = any(part.get("type") == "refusal" for part in parts)
         whole = answer.get("status") == "completed" and not refused
         return whole and holds_words_only(dialect, items)
-    choices = objects(answer.get("choices"))
+    choices = objects_in(answer.get("choices"))
     return bool(choices) and all(
         str(choice.get("finish_reason")) in WELL[dialect] and not acts_or_refuses(choice)
         for choice in choices
@@ -17894,12 +17739,11 @@ def ended_well(dialect: str, answer: Json) -> bool:
 
 
 def holds_words_only(dialect: str, parts: object) -> bool:
-    return {str(part.get("type")) for part in objects(parts)} <= WORDS_ONLY[dialect]
+    return {str(part.get("type")) for part in objects_in(parts)} <= WORDS_ONLY[dialect]
 
 
 def acts_or_refuses(choice: Json) -> bool:
-    message = choice.get("message")
-    told = message if isinstance(message, dict) else {}
+    told = as_dict(choice.get("message"))
     return any(map(told.get, ("tool_calls", "function_call", "refusal", "audio")))
 
 
@@ -17917,7 +17761,7 @@ def stream_ended_well(dialect: str, body: bytes, final: Json | None) -> bool:
 
 def finish_of(event: Json) -> str:
     """How the answer ended, if this event of Chat or Messages says so; else ""."""
-    holders = objects([event.get("delta")]) + objects(event.get("choices"))
+    holders = objects_in([event.get("delta")]) + objects_in(event.get("choices"))
     told = (holder.get("finish_reason") or holder.get("stop_reason") for holder in holders)
     return str(next(filter(None, told), ""))
 
@@ -18394,7 +18238,135 @@ def cosine(one: array[float], other: array[float]) -> float:
 
 
 # =============================================================================
-# 31. Lessons
+# 37. Turns
+# =============================================================================
+
+
+class Kept(NamedTuple):
+    """One stored response as JSON bytes, so that its size is known and nobody can change it."""
+
+    items: bytes  # the input of this turn
+    response: bytes
+    previous: str
+    expires: float  # on the store's clock
+
+    @property
+    def size(self) -> int:
+        return len(self.items) + len(self.response)
+
+
+class ResponseStore:
+    """Responses that previous_response_id may refer to, each caller's own.
+
+    Bounded by entries and bytes; the least recently used goes first, and each is forgotten
+    `ttl_s` seconds after its last use. One lock, held for dictionary work only. `now` is a
+    monotonic clock in seconds.
+    """
+
+    def __init__(
+        self,
+        max_entries: int = 10_000,
+        max_bytes: int = 256 << 20,
+        ttl_s: float = 30 * 86_400.0,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_entries, self._max_bytes, self._ttl_s = max_entries, max_bytes, ttl_s
+        self._now = now
+        self._lock = threading.Lock()
+        self._kept: dict[tuple[str, str], Kept] = {}  # the least recently used first
+        self._bytes = 0
+
+    def put(self, caller: str, own: str, items: Sequence[Json], response: Json) -> None:
+        """Keep one turn: the items of its input and its Response, unless store is false."""
+        if response.get("store") is False:
+            return
+        previous = str(response.get("previous_response_id") or "")
+        expires = self._now() + self._ttl_s
+        kept = Kept(stored_json(list(items)), stored_json(response), previous, expires)
+        if kept.size > self._max_bytes:
+            return
+        with self._lock:
+            self._drop((caller, own))
+            self._kept[caller, own] = kept
+            self._bytes += kept.size
+            self._shrink()
+
+    def get(self, caller: str, own: str) -> Json | None:
+        """The Response, or None when there is none (any more) of this caller."""
+        with self._lock:
+            kept = self._touch((caller, own))
+        return cast(Json, json.loads(kept.response)) if kept else None
+
+    def items(self, caller: str, own: str) -> list[Json] | None:
+        """The input items of one stored turn, or None."""
+        with self._lock:
+            kept = self._touch((caller, own))
+        return cast("list[Json]", json.loads(kept.items)) if kept else None
+
+    def delete(self, caller: str, own: str) -> bool:
+        """Was there anything to delete?"""
+        with self._lock:
+            there = self._touch((caller, own)) is not None
+            self._drop((caller, own))
+            return there
+
+    def chain(self, caller: str, own: str) -> list[Json]:
+        """All items up to and with the answer `own`, oldest first; BadRequest if one is gone.
+
+        One is gone too where a provider gave two turns of a conversation the same id.
+        """
+        turns: dict[str, Kept] = {}
+        with self._lock:
+            at = own
+            while at:
+                kept = None if at in turns else self._touch((caller, at))
+                if kept is None:
+                    raise unknown_response(own)
+                turns[at] = kept
+                at = kept.previous
+        items: list[Json] = []
+        for kept in reversed(turns.values()):
+            items += json.loads(kept.items)
+            items += json.loads(kept.response)["output"]
+        return items
+
+    def _touch(self, key: tuple[str, str]) -> Kept | None:
+        """Mark as used; the turns before it in a chain are used later, so they stay longer."""
+        kept, now = self._kept.get(key), self._now()
+        if kept is None or kept.expires <= now:
+            self._drop(key)
+            return None
+        del self._kept[key]
+        self._kept[key] = kept = kept._replace(expires=now + self._ttl_s)
+        return kept
+
+    def _drop(self, key: tuple[str, str]) -> None:
+        kept = self._kept.pop(key, None)
+        self._bytes -= kept.size if kept else 0
+
+    def _shrink(self) -> None:
+        """Make room; entries are in order of use, so the expired ones come first as well."""
+        now = self._now()
+        while self._kept:
+            key = next(iter(self._kept))
+            fits = len(self._kept) <= self._max_entries and self._bytes <= self._max_bytes
+            if fits and self._kept[key].expires > now:
+                return
+            self._drop(key)
+
+
+def stored_json(value: object) -> bytes:
+    return dump_text(value).encode("utf-8", "replace")
+
+
+def unknown_response(own: str) -> BadRequest:
+    """As OpenAI says it, for an id nobody stored, of another caller, or forgotten since."""
+    message = f"Previous response with id '{own}' not found."
+    return BadRequest(message, param="previous_response_id", code="previous_response_not_found")
+
+
+# =============================================================================
+# 38. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -18533,10 +18505,6 @@ def may_go(value: object, mend: Mend) -> bool:
     if fine is not None and not any(same_json(value, other) for other in fine):
         return False
     return not mend.value or short_json(value) == mend.value
-
-
-def same_json(one: object, other: object) -> bool:
-    return type(one) is type(other) and one == other  # True == 1
 
 
 def rename_member(body: Json, mend: Mend) -> bool:
@@ -19233,7 +19201,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 32. Difficulty
+# 39. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -19362,7 +19330,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 33. Plan
+# 40. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -19753,7 +19721,7 @@ class Directory:
 
 
 # =============================================================================
-# 34. Verdicts
+# 41. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -20115,7 +20083,7 @@ def rest_seconds(verdict: Verdict, outcome: Outcome, clock: Clock, wall: float) 
 
 
 # =============================================================================
-# 35. Transport
+# 42. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -20733,7 +20701,7 @@ class Transport:
 
 
 # =============================================================================
-# 36. Upstream
+# 43. Upstream
 # =============================================================================
 
 ANSWERED: Final = frozenset({200, 201, 202, 203})  # web frameworks answer a POST with 201
@@ -21346,7 +21314,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 37. Checks
+# 44. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -21559,7 +21527,7 @@ class KeyChecks:
 
 
 # =============================================================================
-# 38. Sharing
+# 45. Sharing
 # =============================================================================
 
 MAX_TURNS: Final = 3  # in which a request waits for another one; then it asks for itself
@@ -21800,7 +21768,7 @@ class Embedder:
             self._rests[caller.id] = self._now() + self.REST_S
             log.warning("questions are not compared for a while: %s", error.message[:200])
             return None
-        made = objects(read_json(cast(bytes, answer.body))["data"])
+        made = objects_in(read_json(cast(bytes, answer.body))["data"])
         return embedding_family(answer.model), made[0].get("embedding") if made else None
 
     def _here(self, text: str) -> tuple[str, object] | None:
@@ -22000,7 +21968,7 @@ class Sharing:
 
 
 # =============================================================================
-# 39. Router
+# 46. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -22953,7 +22921,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 40. Reload
+# 47. Reload
 # =============================================================================
 
 
@@ -23077,7 +23045,7 @@ def file_mark(path: Path) -> tuple[int, int, int] | None:
 
 
 # =============================================================================
-# 41. Configuration
+# 48. Configuration
 # =============================================================================
 
 # -- features --------------------------------------------------------------------
@@ -23376,15 +23344,8 @@ def only(body: Json, *names: str) -> None:
             raise BadValue(shown_name(name), f"unknown member: {shown_name(name)}")
 
 
-def some_provider(name: str) -> Provider:
-    row = provider_named(name)
-    if row is None:
-        raise BadValue("provider", "unknown provider: " + shown_name(name))
-    return row
-
-
 def list_providers(desk: Desk, _body: Json) -> Json:
-    services = {service.name: service for service in desk.config.services}
+    services = configured(desk.config)
     takers = [row.name for row in PROVIDERS if not row.accounts]
     return {
         "key_settable": takers,
@@ -23397,7 +23358,7 @@ def list_providers(desk: Desk, _body: Json) -> Json:
         "keys": {
             name: [
                 {"key_tail": key_tail(key), "id": caller_id(key), "source": source}
-                for key, source in zip(service.keys, service.key_sources, strict=True)
+                for key, source in service.found_keys
                 if key
             ]
             for name, service in services.items()
@@ -23426,8 +23387,8 @@ def add_key(desk: Desk, body: Json, provider: str) -> Json:
 
 def remove_key(desk: Desk, _body: Json, provider: str, which: str) -> Json:
     row = key_provider(provider)
-    service = next((s for s in desk.config.services if s.name == row.name), None)
-    sources = dict(zip(service.keys, service.key_sources, strict=True)) if service else {}
+    service = configured(desk.config).get(row.name)
+    sources = dict(service.found_keys) if service else {}
     key = find_secret(sources, which, f"{row.name} key")
     if sources[key] != desk.config.auth_path.name and sources[key] != "auth.json":
         raise Conflict(f"this key stands in {sources[key]}: take it out there", param="key")
@@ -23443,15 +23404,19 @@ def remove_key(desk: Desk, _body: Json, provider: str, which: str) -> Json:
     }
 
 
+def check_models(names: Sequence[str]) -> None:
+    for name in names:
+        if not re.fullmatch(r"[\w.\-:/@+]{1,200}", name, re.ASCII):
+            raise BadValue("model", f"{shown_name(name)} is not a model id")
+
+
 def set_model(desk: Desk, body: Json, provider: str) -> Json:
     only(body, "model")
     row = some_provider(provider)
     models = split_list(env_value("model", body.get("model")))
     if not models:
         raise BadValue("model", "model must be a model id, or several with commas between them")
-    for model in models:
-        if not re.fullmatch(r"[\w.\-:/@+]{1,200}", model, re.ASCII):
-            raise BadValue("model", f"{shown_name(model)} is not a model id")
+    check_models(models)
     told = desk.store({f"{row.name.upper()}_MODEL": ",".join(models)})
     return {"provider": row.name, "model": ",".join(models), **told}
 
@@ -23689,7 +23654,7 @@ def run_errand(desk: Desk, errand: Errand, body: Json, names: Mapping[str, str])
 
 
 # =============================================================================
-# 42. Status
+# 49. Status
 # =============================================================================
 
 
@@ -24258,7 +24223,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 43. Dashboard
+# 50. Dashboard
 # =============================================================================
 
 # One static page: what it shows it asks the endpoints for, with the key that was typed into it.
@@ -24577,7 +24542,7 @@ def dashboard_headers() -> dict[str, str]:
 
 
 # =============================================================================
-# 44. Endpoints
+# 51. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -25390,7 +25355,7 @@ def http_error(router: Router, request: flask.Request, error: HTTPException) -> 
 
 
 # =============================================================================
-# 45. Server
+# 52. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -25933,7 +25898,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 46. Crash test
+# 53. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -26726,7 +26691,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 47. Documents
+# 54. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -26901,7 +26866,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 48. Command line
+# 55. Terminal
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -26932,6 +26897,12 @@ def program() -> str:
 def counted(number: int, noun: str) -> str:
     """`1 key`, `2 keys`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def show_json(value: object) -> int:
+    """What a command found, for programs; the exit status of a command that is done."""
+    print(json.dumps(value, indent=2))
+    return DONE_OK
 
 
 def has_colour(stream: Any) -> bool:
@@ -27071,6 +27042,10 @@ class Owner:
             return False
 
 
+def how_to_start() -> str:
+    return "hr start -d" if os.name == "posix" else "python router.py serve"
+
+
 def address(host: str, port: int | str) -> str:
     """Where people on this machine reach a router bound to `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -27089,7 +27064,7 @@ def noted_address(config: Config) -> str:
 
 
 # =============================================================================
-# 49. Views
+# 56. Views
 # =============================================================================
 
 DEGRADED: Final = 0.1  # share of errors from which a provider is called so
@@ -27228,11 +27203,9 @@ def cmd_logs(args: argparse.Namespace) -> int:
     asked = {"limit": args.limit, "provider": args.provider, "status": args.status}
     query = urlencode({name: value for name, value in asked.items() if value})
     answer = Owner(Config.from_env(), args.url).get(f"/v1/logs?{query}")
-    entries = answer.get("entries")
     if args.json:
-        print(json.dumps(answer, indent=2))
-        return DONE_OK
-    rows = [row for row in entries if isinstance(row, dict)] if isinstance(entries, list) else []
+        return show_json(answer)
+    rows = objects_in(answer.get("entries"))
     if not rows:
         say("no request is remembered")
         return DONE_OK
@@ -27270,7 +27243,7 @@ def cmd_why(args: argparse.Namespace) -> int:
         hint = f"`{program()} logs --requests` lists those that are remembered"
         raise Trouble(f"nothing is remembered of {name}; {hint}") from None
     told = {name: value for name, value in answer.items() if value not in (None, "", [], {})}
-    print(json.dumps(answer, indent=2) if args.json else "\n".join(tree(told)))
+    show_tree(answer if args.json else told, args.json)
     return DONE_OK
 
 
@@ -27286,6 +27259,10 @@ def tree(value: Any, indent: str = "") -> Iterator[str]:
         else:
             yield label
             yield from tree(inner, indent + "  ")
+
+
+def show_tree(value: Any, as_json: bool) -> None:
+    print(json.dumps(value, indent=2) if as_json else "\n".join(tree(value)))
 
 
 def inner_values(value: Any) -> Iterable[Any]:
@@ -27314,8 +27291,7 @@ def cmd_config_show(args: argparse.Namespace) -> int:
     services = [service_row(service) for service in config.services]
     if args.json:
         files = {"home": str(config.home), "env_file": str(config.env_file)}
-        print(json.dumps({**files, "settings": rows, "providers": services}, indent=2))
-        return DONE_OK
+        return show_json({**files, "settings": rows, "providers": services})
     chosen = [row for row in rows if args.all or row["source"] != "default"]
     lines = [(row["name"], shown_value(row), row["source"]) for row in chosen]
     print(f"HR_HOME {config.home}")
@@ -27346,8 +27322,76 @@ def service_row(service: Service) -> dict[str, str]:
     }
 
 
+class Shot(NamedTuple):
+    """One request of a bench: seconds until the first event and until the end, who answered."""
+
+    first_s: float
+    whole_s: float
+    provider: str
+    problem: str = ""
+
+
+def shoot(owner: Owner, model: str) -> Shot:
+    """One short streamed chat."""
+    words = f"Answer with the word ok. ({secrets.token_hex(4)})"  # or the cache would answer
+    messages = [{"role": "user", "content": words}]
+    body = {"model": model, "messages": messages, "stream": True, "max_tokens": 16}
+    began = time.monotonic()
+    first = 0.0
+    try:
+        with owner.post("/v1/chat/completions", body, 120) as answer:
+            if answer.status_code != 200:
+                text = f"{answer.status_code}: {error_text(answer.raw.read(65_536))}"
+                return Shot(0, time.monotonic() - began, "", text)
+            for line in answer.iter_lines():
+                if line.startswith(b"data:") and not first:
+                    first = time.monotonic() - began
+            provider = answer.headers.get("X-Provider", "")
+    except requests.RequestException as error:
+        return Shot(0, time.monotonic() - began, "", scrub(str(error), 200))
+    return Shot(first, time.monotonic() - began, provider, "" if first else "an empty stream")
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that so large a share of all does not exceed; 0 of none."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
+
+
+def cmd_bench(args: argparse.Namespace) -> int:
+    """Time a few short answers through the running router."""
+    owner = Owner(Config.from_env(), args.url)
+    if not owner.answers():
+        raise owner.absent(f"start it with: {how_to_start()}")
+    say(f"{args.requests} requests, {args.parallel} at a time; they count against your quotas")
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
+        shots = list(pool.map(lambda _: shoot(owner, args.model), range(args.requests)))
+    told = bench_figures(shots, time.monotonic() - began)
+    show_tree(told, args.json)
+    return FAILED if told["failed"] else DONE_OK
+
+
+def bench_figures(shots: Sequence[Shot], seconds: float) -> Json:
+    good = [shot for shot in shots if not shot.problem]
+    firsts, wholes = [shot.first_s for shot in good], [shot.whole_s for shot in good]
+    return {
+        "requests": len(shots),
+        "failed": len(shots) - len(good),
+        "seconds": round(seconds, 2),
+        "first_event_ms": milliseconds(firsts),
+        "whole_answer_ms": milliseconds(wholes),
+        "answered_by": dict(Counter(shot.provider for shot in good)),
+        "problems": dict(Counter(shot.problem for shot in shots if shot.problem).most_common(5)),
+    }
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
+    return {f"p{share}": round(1000 * percentile(seconds, share / 100)) for share in (50, 95)}
+
+
 # =============================================================================
-# 50. Connect
+# 57. Connect
 # =============================================================================
 
 # What clients keep in their settings files, merged into what stands there. A place in a file is
@@ -27997,7 +28041,7 @@ def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None
 
 
 # =============================================================================
-# 51. Changes
+# 58. Changes
 # =============================================================================
 
 # Commands that change auth.json and .env, through section Files. A running router reads both
@@ -28014,10 +28058,6 @@ def change_env(config: Config, changes: Mapping[str, str | None]) -> None:
     say(f"{file}: {TAKEN}" if changed else f"{file} says so already")
     for name in (name for name in changes if config.given.get(name, "").strip()):
         say(paint(f"! {name} is also set in the environment, which wins", "yellow", sys.stderr))
-
-
-def configured(config: Config) -> dict[str, Service]:
-    return {service.name: service for service in config.services}
 
 
 def known_provider(name: str) -> Provider:
@@ -28178,7 +28218,7 @@ class KeyDesk:
         rows = [
             (service, key, source)
             for service in services
-            for key, source in zip(service.keys, service.key_sources, strict=True)
+            for key, source in service.found_keys
             if not service.resting
         ]
         with concurrent.futures.ThreadPoolExecutor(self.AT_ONCE) as pool:
@@ -28212,11 +28252,10 @@ def cmd_auth_list(args: argparse.Namespace) -> int:
     rows = [
         {"provider": service.name, "key": f"…{key_tail(key)}" if key else "-", "from": source}
         for service in config.services
-        for key, source in zip(service.keys, service.key_sources, strict=True)
+        for key, source in service.found_keys
     ]
     if args.json:
-        print(json.dumps(rows, indent=2))
-        return DONE_OK
+        return show_json(rows)
     if not rows:
         say(f"no provider has a key yet; `{program()} auth add <provider>` stores one")
         return DONE_OK
@@ -28249,7 +28288,7 @@ def cmd_auth_remove(args: argparse.Namespace) -> int:
             f"{row.name} has {len(service.keys)} keys: say which by its last characters", USAGE
         )
     key = find_secret(service.keys, which or service.keys[0], f"{row.name} key")
-    source = dict(zip(service.keys, service.key_sources, strict=True))[key]
+    source = dict(service.found_keys)[key]
     if row.accounts:
         edit_json(config.auth_path, lambda document: drop_account(document, key))
     elif source == "auth.json":
@@ -28267,9 +28306,7 @@ def first_line() -> str:
 
 def drop_account(document: Json, id: str) -> None:
     """Take an account out of an auth.json."""
-    providers = document.get("providers")
-    named = providers.get("codex") if isinstance(providers, dict) else None
-    for rows in (document.get("codex_accounts"), named):
+    for rows in account_places(document):
         if isinstance(rows, list):
             rows[:] = [r for r in rows if not isinstance(r, dict) or account_id_of(r) != id]
 
@@ -28297,7 +28334,7 @@ def cmd_auth_check(args: argparse.Namespace) -> int:
     if args.json:
         names = ("provider", "key_tail", "from", "standing", "text")
         rows = [dict(zip(names, (*row[:3], *row[3]), strict=True)) for row in found]
-        print(json.dumps(rows, indent=2))
+        show_json(rows)
     else:
         shades = [{"valid": "green", "dead": "red"}.get(row[3].standing, "yellow") for row in found]
         head = ("PROVIDER", "KEY", "FROM", "VERDICT", "IN WORDS")
@@ -28343,8 +28380,7 @@ def cmd_model_list(args: argparse.Namespace) -> int:
             source = "override" if own else "default"
             rows.append({"provider": row.name, "models": list(models), "source": source})
     if args.json:
-        print(json.dumps(rows, indent=2))
-        return DONE_OK
+        return show_json(rows)
     if not rows:
         say("no provider is configured; --all lists the defaults of every one")
         return DONE_OK
@@ -28356,9 +28392,7 @@ def cmd_model_list(args: argparse.Namespace) -> int:
 def cmd_model_set(args: argparse.Namespace) -> int:
     config, row = Config.from_env(), known_provider(args.provider)
     names = [name for text in args.model for name in split_list(text)]
-    for name in names:
-        if not re.fullmatch(r"[\w.\-:/@+]+", name):
-            raise Trouble(f"{shown_name(name)} is not a model id")
+    check_models(names)
     if not names:
         raise Trouble("name at least one model", USAGE)
     facts = {(known.provider, known.id) for known in model_rows()}
@@ -28408,8 +28442,7 @@ def cmd_mode(args: argparse.Namespace) -> int:
 def cmd_features_list(args: argparse.Namespace) -> int:
     report = feature_report(Config.from_env())
     if args.json:
-        print(json.dumps(report, indent=2))
-        return DONE_OK
+        return show_json(report)
     rows = [
         (row["name"], "on" if row["enabled"] else "off", row.get("desc") or row["manage"])
         for row in report["addons"]
@@ -28497,8 +28530,7 @@ def cmd_limit_list(args: argparse.Namespace) -> int:
             {"key_tail": key_tail(caller.key), "name": caller.name, **asdict(caller.quota)}
             for caller in config.callers
         ]
-        print(json.dumps({"keys": rows, "usual": asdict(config.quota)}, indent=2))
-        return DONE_OK
+        return show_json({"keys": rows, "usual": asdict(config.quota)})
     for caller in config.callers:
         print(f"…{key_tail(caller.key)} ({caller.name}): {limits_text(caller.quota)}")
     print(f"usual (PROXY_LIMIT_...): {limits_text(config.quota)}")
@@ -28542,8 +28574,7 @@ def cmd_keys_list(args: argparse.Namespace) -> int:
         for caller in config.callers
     ]
     if args.json:
-        print(json.dumps(rows, indent=2))
-        return DONE_OK
+        return show_json(rows)
     if not rows:
         say("there is no key yet; the first start makes one")
         return DONE_OK
@@ -28597,7 +28628,7 @@ def cmd_keys_revoke(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 52. Doctor
+# 59. Doctor
 # =============================================================================
 
 Health = Literal["ok", "note", "bad"]
@@ -28794,10 +28825,6 @@ def look_at_port(exam: Exam) -> Iterator[Finding]:
         yield Finding("note", "the router is not running", how_to_start())
 
 
-def how_to_start() -> str:
-    return "hr start -d" if os.name == "posix" else "python router.py serve"
-
-
 def is_taken(host: str, port: int) -> bool:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     try:
@@ -28884,7 +28911,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
     bad = sum(finding.health == "bad" for _, finding in found)
     if args.json:
         rows = [{"check": name, **finding._asdict()} for name, finding in found]
-        print(json.dumps({"ok": not bad, "findings": rows}, indent=2))
+        show_json({"ok": not bad, "findings": rows})
     else:
         for name, finding in found:
             mark, colour = MARKS[finding.health]
@@ -28896,80 +28923,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 53. Bench
-# =============================================================================
-
-
-class Shot(NamedTuple):
-    """One request of a bench: seconds until the first event and until the end, who answered."""
-
-    first_s: float
-    whole_s: float
-    provider: str
-    problem: str = ""
-
-
-def shoot(owner: Owner, model: str) -> Shot:
-    """One short streamed chat."""
-    words = f"Answer with the word ok. ({secrets.token_hex(4)})"  # or the cache would answer
-    messages = [{"role": "user", "content": words}]
-    body = {"model": model, "messages": messages, "stream": True, "max_tokens": 16}
-    began = time.monotonic()
-    first = 0.0
-    try:
-        with owner.post("/v1/chat/completions", body, 120) as answer:
-            if answer.status_code != 200:
-                text = f"{answer.status_code}: {error_text(answer.raw.read(65_536))}"
-                return Shot(0, time.monotonic() - began, "", text)
-            for line in answer.iter_lines():
-                if line.startswith(b"data:") and not first:
-                    first = time.monotonic() - began
-            provider = answer.headers.get("X-Provider", "")
-    except requests.RequestException as error:
-        return Shot(0, time.monotonic() - began, "", scrub(str(error), 200))
-    return Shot(first, time.monotonic() - began, provider, "" if first else "an empty stream")
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that so large a share of all does not exceed; 0 of none."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
-
-
-def cmd_bench(args: argparse.Namespace) -> int:
-    """Time a few short answers through the running router."""
-    owner = Owner(Config.from_env(), args.url)
-    if not owner.answers():
-        raise owner.absent(f"start it with: {how_to_start()}")
-    say(f"{args.requests} requests, {args.parallel} at a time; they count against your quotas")
-    began = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
-        shots = list(pool.map(lambda _: shoot(owner, args.model), range(args.requests)))
-    told = bench_figures(shots, time.monotonic() - began)
-    print(json.dumps(told, indent=2) if args.json else "\n".join(tree(told)))
-    return FAILED if told["failed"] else DONE_OK
-
-
-def bench_figures(shots: Sequence[Shot], seconds: float) -> Json:
-    good = [shot for shot in shots if not shot.problem]
-    firsts, wholes = [shot.first_s for shot in good], [shot.whole_s for shot in good]
-    return {
-        "requests": len(shots),
-        "failed": len(shots) - len(good),
-        "seconds": round(seconds, 2),
-        "first_event_ms": milliseconds(firsts),
-        "whole_answer_ms": milliseconds(wholes),
-        "answered_by": dict(Counter(shot.provider for shot in good)),
-        "problems": dict(Counter(shot.problem for shot in shots if shot.problem).most_common(5)),
-    }
-
-
-def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
-    return {f"p{share}": round(1000 * percentile(seconds, share / 100)) for share in (50, 95)}
-
-
-# =============================================================================
-# 54. Setup
+# 60. Setup
 # =============================================================================
 
 # The wizard: a row per step. Every step may be skipped and all of it be run again: each looks
@@ -29235,7 +29189,7 @@ def cmd_setup(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 55. Command line
+# 61. Command line
 # =============================================================================
 
 Arguments = tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
@@ -29457,7 +29411,7 @@ def cmd_crashtest(args: argparse.Namespace) -> int:
             "counts": dict(Counter(run.result for run in runs)),
             "runs": [run.told(config) for run in runs],
         }
-        print(json.dumps(told, indent=2))
+        show_json(told)
     else:
         print(crash_table(runs, config) + f", {seconds:.0f} s")
     return FAILED if any(run.result == "fail" for run in runs) else DONE_OK

@@ -2,7 +2,8 @@
 
 What is looked for in one long source file:
 
-  contents  the numbered list in the module docstring and the banners of the sections differ
+  contents  the numbered list in the module docstring and the banners of the sections differ,
+            or two sections have one title
   empty     a section defines nothing
   upward    code of one section uses a name that a later section defines
   import    the module level does something: a call, a loop, a thread, a file
@@ -10,6 +11,7 @@ What is looked for in one long source file:
   environ   the process environment is read outside the section Config
   long      a function has more than 60 lines, its docstring not counted
   deep      a function has more than 4 blocks inside one another
+  dead      a name of the module is used by nothing in it
 
 A finding on a line with the comment `# layer: <reason>` is let through.
 Global names are found in the compiled code, so a local of the same name is no finding.
@@ -25,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 MAX_LINES, MAX_DEPTH = 60, 4
 ENVIRON_SECTION = "Config"
@@ -119,7 +121,10 @@ def look_at_contents(house: House) -> Iterator[Finding]:
     elif promised != built:
         odd = sorted(set(promised) ^ set(built)) or "the order"
         yield Finding(1, "contents", f"list and banners differ in {odd}")
+    titles = [section.title for section in house.sections]
     for wanted, section in enumerate(house.sections, 1):
+        if section.title in titles[: wanted - 1]:
+            yield Finding(section.line, "contents", f"a second section {section.title}")
         if section.number != wanted:
             yield Finding(section.line, "contents", f"{section.title} should have number {wanted}")
 
@@ -180,6 +185,13 @@ def look_at_functions(house: House) -> Iterator[Finding]:
                 yield Finding(node.lineno, "deep", f"{node.name} has {levels} levels")
 
 
+def look_for_dead(house: House) -> Iterator[Finding]:
+    used = {node.id for node in ast.walk(house.tree) if is_read(node)}
+    for name, line in definitions(house.tree.body).items():
+        if name not in used and not name.startswith("__"):
+            yield Finding(line, "dead", f"nothing uses {name}")
+
+
 LOOKS = (
     look_at_contents,
     look_at_rooms,
@@ -188,6 +200,7 @@ LOOKS = (
     look_at_import,
     look_for_environ,
     look_at_functions,
+    look_for_dead,
 )
 
 
@@ -253,6 +266,10 @@ def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 def is_guard(test: ast.expr) -> bool:
     return ast.unparse(test) in ("__name__ == '__main__'", "TYPE_CHECKING")
+
+
+def is_read(node: ast.AST) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
 
 
 def is_data(node: ast.stmt) -> bool:
