@@ -1847,6 +1847,12 @@ class Caller:
     quota: Quota = Quota()
     privacy: str = ""  # one of PRIVACY; "" = none asked for
 
+    @functools.cached_property
+    def secret(self) -> bytes:
+        """What names of this caller's things are made with; it leaves the process in none."""
+        key = (self.key or self.id).encode("utf-8", "backslashreplace")
+        return hashlib.blake2b(key, digest_size=64, person=b"hermes caller").digest()
+
     def may_use(self, provider: str) -> bool:
         return not self.scope or provider in self.scope
 
@@ -5665,11 +5671,33 @@ def canonical_usage(value: Any) -> Json | None:
 
 def tokens_of(value: Any) -> Tokens | None:
     """Token counts in a Chat reply, a chunk or an embeddings answer."""
+    if plain := plain_tokens(value):
+        return plain
     usage = canonical_usage(value)
     if usage is None:
         return None
     cached = min(usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"])
     return Tokens(usage["prompt_tokens"], usage["completion_tokens"], cached, "hermes" in usage)
+
+
+PLAIN_USAGE: Final = frozenset({
+    "prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details",
+    "completion_tokens_details",
+})  # fmt: skip
+
+
+def plain_tokens(value: Any) -> Tokens | None:
+    """The same where a usage is as OpenAI's, as nearly all are; None where it has to be read."""
+    usage = value.get("usage") if isinstance(value, dict) else None
+    if not isinstance(usage, dict) or not usage.keys() <= PLAIN_USAGE:
+        return None
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    if not (type(prompt) is type(completion) is type(cached) is int):  # True is an int, too
+        return None
+    fits = prompt > 0 and completion > 0 and 0 <= cached <= prompt
+    return Tokens(prompt, completion, cached) if fits else None
 
 
 def find_usage(value: Any) -> Json | None:
@@ -13806,7 +13834,7 @@ class Flow:
         self.stirred = False  # more than a sign of life has come since this was last reset
         self._passed: list[bytes] = []  # blocks of events that the client got
         self._passed_bytes = 0
-        self._block = b""  # looked at now
+        self._arrived: list[bytes] = []  # what came and has not been passed on yet, while looked at
 
     @property
     def ready(self) -> bool:
@@ -13817,9 +13845,9 @@ class Flow:
         """What the client gets for a block of whole events."""
         block = block if block.isascii() else legible(block)
         self.stirred = self.stirred or stirs(block)
-        self._block = block
+        self._arrived = [*self._calls, block]
         made = self._sift(block)
-        self._block = b""
+        self._arrived = []
         self._passed_bytes += len(made)
         if made and self._passed_bytes <= MAX_PASSED_BYTES:
             self._passed.append(made)
@@ -13874,7 +13902,7 @@ class Flow:
         """The event with an estimate, where the client wants a usage and the provider has none."""
         if not self._passage.ask.wants_usage:
             return event
-        first = self._passed[0] if self._passed else self._block
+        first = (self._passed or self._arrived)[0]
         return self._dialect.with_usage(split_events(first)[0], event, self._estimated())
 
     def _estimated(self) -> Json:
@@ -13887,7 +13915,8 @@ class Flow:
 
     def _told_chunks(self) -> Sequence[Json]:
         """What has come, as canonical chunks."""
-        return self._read(split_events(b"".join([*self._passed, *self._calls, self._block])))
+        came = self._arrived or self._calls
+        return self._read(split_events(b"".join([*self._passed, *came])))
 
     def spent(self) -> Tokens | None:
         """The tokens of the answer, as far as it came; an estimate where none were stated."""
@@ -13957,6 +13986,7 @@ class Flow:
         data = event_data(rest)
         block = b""
         if data == b"[DONE]" or read_json(data) is not None:
+            self._arrived = [*self._calls, rest + b"\n\n"]
             block = self._look(rest + b"\n\n")
         if self.failure or self.done:
             return block
@@ -17670,11 +17700,10 @@ def in_tool_loop(chat: Json) -> bool:
 def digest(ask: Ask, *told: object) -> bytes:
     """The name of `told` for one caller; without the caller's key nobody can tell what it names."""
     caller = ask.caller
-    secret = (caller.key or caller.id).encode("utf-8", "backslashreplace")
     whose = (CACHE_FORM, caller.id, sorted(caller.scope), ask.surface.dialect)
     # Fast where texts are long, and the same for equal values: version 2 knows no references.
     data = marshal.dumps(cast(Any, (whose, ask.forward, ask.terms, told)), 2)
-    return hmac.digest(secret, data, "sha256")
+    return hashlib.blake2b(data, digest_size=32, key=caller.secret).digest()
 
 
 def answer_key(ask: Ask) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -191,3 +192,27 @@ def test_estimates_teach_nothing(upstream, make_app):
     got = app.test_client().post("/v1/chat/completions", json=told, headers=AUTH)
     assert got.status_code == 200 and got.json["usage"]["prompt_tokens"] > 500
     assert rt.lessons.window("groq", "m") == 1000
+
+
+def test_an_estimate_is_the_same_however_the_stream_is_cut():
+    head = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    calls = [{"index": n, "id": f"call_{n}", "type": "function",
+              "function": {"name": "get_time", "arguments": '{"zone": "Europe/Berlin"}'}}
+             for n in (0, 1)]  # fmt: skip
+    deltas = [{"content": "Let me look."}, *({"tool_calls": [call]} for call in calls)]
+    choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls"})
+    events = [router.encode_event({**head, "choices": [choice]}) for choice in choices]
+    events.append(router.DONE)
+    found = set()
+    for cuts in itertools.product((False, True), repeat=len(events) - 1):
+        ask = router.Ask(router.CHAT, b"{}", {}, {}, router.Guard(), True, True)
+        flow = router.Passage(router.DIALECTS["chat"], ask, "groq").flow()
+        told, block = b"", b""
+        for event, cut in zip(events, (*cuts, True), strict=True):
+            block += event
+            if cut:
+                told, block = told + flow.take(block), b""
+        (usage,) = re.findall(rb'"completion_tokens":\s*(\d+)', told)
+        found.add((int(usage), flow.spent().completion))
+    assert len(found) == 1 and min(found)[0] > 10
