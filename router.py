@@ -22286,7 +22286,7 @@ class Router:
         weak = target.facts.rating > traits.level and not ask.stays
         if why_not(target, traits, ask.tokens) or (lead and target not in lead):
             return None
-        if weak and not lead:
+        if not lead and (weak or served.model not in service.models):
             return None
         ask.favourite = (target.label, served.key)
         return target

@@ -501,6 +501,22 @@ def test_a_router_on_its_way_out_owes_nothing(serve, upstream):
     at_rest(live)
 
 
+def test_a_conversation_does_not_stay_with_a_model_that_was_taken_out(house):
+    here = house(CACHE_TTL_SECONDS="0", GROQ_MODEL="m1,m2")
+    said = {"role": "assistant", "content": "hello"}
+
+    def turn(model):
+        body = {"model": model, "messages": [*HELLO, said, *HELLO]}
+        return here.ask("POST", "/v1/chat/completions", json=body).headers["X-Hermes-Model"]
+
+    assert turn("groq/m2") == turn("auto") == "m2"
+    here.write({**here.lines, "GROQ_MODEL": "m1"})
+    assert here.reload() == ""
+    assert turn("auto") == "m1"
+    assert turn("groq/m2") == "m2", "who names it may have it"
+    assert turn("auto") == "m1"
+
+
 # --- nonsense for the settings ----------------------------------------------------------
 
 NONSENSE = (
