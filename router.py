@@ -24361,10 +24361,11 @@ async function api(path, method, body) {
 }
 function note(text, kind) { $("note").textContent = text; $("note").className = kind || ""; }
 async function attempt(run) {
-  try { await run(); await refresh(true); } catch (error) { note(error.message, "bad"); }
+  try { await run(); } catch (error) { note(error.message, "bad"); }
 }
 async function change(path, method, body, said) {
   const told = await api("/v1/config/" + path, method, body || {});
+  await refresh(true);  // first: what is typed once it is said would be drawn over
   note(said + (told.restart_required ? " It takes effect after a restart." : ""), "good");
   return told;
 }
