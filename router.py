@@ -1767,7 +1767,7 @@ def setting(default: Any, env: str, group: str, help: str, **extra: Any) -> Any:
 
     `also` names older variables that are read when `env` is unset, `low`/`high` bound a
     number, `choices` lists the words allowed, `blank` lets an empty text stand, `restart` says
-    that a running router cannot change it.
+    that a running router cannot change it, `path` that it names something on this machine.
     """
     shown = not extra.get("secret", False)
     row = {"env": env, "group": group, "help": help, **extra}
@@ -2162,7 +2162,7 @@ class Config:
         False, "CACHE_PERSIST", "Cache", "1 = CACHE_BACKEND=sqlite", restart=True
     )
     cache_db_path: str = setting(
-        "cache.db", "CACHE_DB_PATH", "Cache", "SQLite file (HR_HOME)", restart=True
+        "cache.db", "CACHE_DB_PATH", "Cache", "SQLite file (HR_HOME)", restart=True, path=True
     )
     redis_url: str = setting(
         "",
@@ -2195,6 +2195,7 @@ class Config:
         "sentence-transformers model that compares questions on this machine; empty = a provider's"
         " embeddings",
         restart=True,
+        path=True,  # or a name to download: whoever chooses it chooses code that is run here
     )
     semantic_max_entries: int = setting(
         512,
@@ -22315,7 +22316,7 @@ class Router:
         weak = target.facts.rating > traits.level and not ask.stays
         if why_not(target, traits, ask.tokens) or (lead and target not in lead):
             return None
-        if weak and not lead:
+        if not lead and (weak or served.model not in service.models):
             return None
         ask.favourite = (target.label, served.key)
         return target
@@ -23203,8 +23204,8 @@ def setting_text(name: str, value: object) -> str | None:
         raise BadValue(shown_name(name), f"{shown_name(name)} is not a setting")
     if meta.get("secret"):
         raise BadValue(name, f"{name} is set through /v1/config/proxy-keys or in .env")
-    if meta.get("group") == "Files":
-        raise BadValue(name, f"{name} is a path: set it in .env")
+    if is_path(meta):
+        raise BadValue(name, f"{name} names something on this machine: set it in .env")
     text = env_value(name, value)
     if text and name.endswith("_URL"):
         try:
@@ -23212,6 +23213,11 @@ def setting_text(name: str, value: object) -> str | None:
         except ValueError as error:
             raise BadValue(name, f"{name} {error}") from None
     return text
+
+
+def is_path(meta: Mapping[str, Any]) -> bool:
+    """Whether a setting names something on this machine."""
+    return meta.get("group") == "Files" or bool(meta.get("path"))
 
 
 def env_value(name: str, value: object) -> str | None:
@@ -23276,14 +23282,14 @@ def setting_states(config: Config) -> list[Json]:
         found.append(
             {
                 "name": name,
-                "value": [key_tail(key) for key in value] if secret else plain_json(value),
+                "value": secret_tails(value) if secret else plain_json(value),
                 "default": [] if secret else plain_json(row.default),
                 "source": source,
                 "group": meta["group"],
                 "help": meta["help"],
                 "secret": secret,
                 "restart_required": bool(meta.get("restart")),
-                "changeable": source != "environment" and not secret and meta["group"] != "Files",
+                "changeable": source != "environment" and not secret and not is_path(meta),
             }
         )
     return [*found, *provider_states(config, lines)]
@@ -23305,6 +23311,13 @@ def provider_states(config: Config, lines: Mapping[str, str]) -> Iterator[Json]:
                 "restart_required": False,
                 "changeable": source != "environment",
             }
+
+
+def secret_tails(value: tuple[str, ...] | str) -> list[str]:
+    """What people may see of keys, or of a text that holds a secret somewhere."""
+    if isinstance(value, str):
+        return ["***"] if value else []
+    return [key_tail(key) for key in value]
 
 
 def plain_json(value: object) -> object:
@@ -24377,10 +24390,11 @@ async function api(path, method, body) {
 }
 function note(text, kind) { $("note").textContent = text; $("note").className = kind || ""; }
 async function attempt(run) {
-  try { await run(); await refresh(true); } catch (error) { note(error.message, "bad"); }
+  try { await run(); } catch (error) { note(error.message, "bad"); }
 }
 async function change(path, method, body, said) {
   const told = await api("/v1/config/" + path, method, body || {});
+  await refresh(true);  // first: what is typed once it is said would be drawn over
   note(said + (told.restart_required ? " It takes effect after a restart." : ""), "good");
   return told;
 }

@@ -501,6 +501,41 @@ def test_a_router_on_its_way_out_owes_nothing(serve, upstream):
     at_rest(live)
 
 
+def test_a_conversation_does_not_stay_with_a_model_that_was_taken_out(house):
+    here = house(CACHE_TTL_SECONDS="0", GROQ_MODEL="m1,m2")
+    said = {"role": "assistant", "content": "hello"}
+
+    def turn(model):
+        body = {"model": model, "messages": [*HELLO, said, *HELLO]}
+        return here.ask("POST", "/v1/chat/completions", json=body).headers["X-Hermes-Model"]
+
+    assert turn("groq/m2") == turn("auto") == "m2"
+    here.write({**here.lines, "GROQ_MODEL": "m1"})
+    assert here.reload() == ""
+    assert turn("auto") == "m1"
+    assert turn("groq/m2") == "m2", "who names it may have it"
+    assert turn("auto") == "m1"
+
+
+def test_a_secret_that_is_no_list_shows_nothing(house):
+    here = house(REDIS_URL="redis://user:pass-word@127.0.0.1:1/0")
+    rows = here.ask("GET", "/v1/config/settings", ADMIN).json()["settings"]
+    assert [row["value"] for row in rows if row["name"] == "REDIS_URL"] == [["***"]]
+
+
+def test_nothing_on_this_machine_is_named_from_afar(house):
+    here = house()
+    rows = here.ask("GET", "/v1/config/settings", ADMIN).json()["settings"]
+    names = {
+        row["name"] for row in rows if re.search(r"_(PATH|FILE)$|SEMANTIC_MODEL$", row["name"])
+    }
+    assert {"CACHE_DB_PATH", "LLMROUTER_SEMANTIC_MODEL", "MODELS_FILE"} <= names
+    for name in names:
+        got = here.ask("POST", "/v1/config/settings", ADMIN, json={name: "elsewhere"})
+        assert got.status_code == 400 and got.json()["error"]["param"] == name
+    assert not any(row["changeable"] for row in rows if row["name"] in names)
+
+
 # --- nonsense for the settings ----------------------------------------------------------
 
 NONSENSE = (
