@@ -2001,7 +2001,7 @@ class Config:
         1000,
         "MAX_STREAMS",
         "Server",
-        "requests in flight at once; beyond it 503",
+        "requests under way at once; beyond it 503",
         low=1,
         high=10_000,
     )
@@ -22911,8 +22911,8 @@ def continuing(ask: Ask, said: Said, prefilled: bool) -> Ask:
 
 
 ECHO_HELP: Final = (
-    "This is hermes-router's built-in echo: no provider is configured yet. Add a key, for example"
-    " GEMINI_API_KEY=... or GROQ_API_KEY=..., to .env and start again. You said: "
+    "This is hermes-router's built-in echo: no provider is configured yet. Add a key with"
+    " `hr auth add <provider>`, or in .env, for example GEMINI_API_KEY=... You said: "
 )
 
 
@@ -24154,7 +24154,7 @@ METRICS: Final = (
         "uptime_seconds", "gauge", "Seconds since the start.", lambda r: [({}, r.usage.uptime_s)]
     ),
     Metric("providers", "gauge", "Providers in use.", lambda r: [({}, len(r.directory.services))]),
-    Metric("in_flight", "gauge", "Requests in flight.", lambda r: [({}, r.gate.inside)]),
+    Metric("in_flight", "gauge", "Requests under way.", lambda r: [({}, r.gate.inside)]),
     Metric(
         "circuit_breaker_open",
         "gauge",
@@ -24418,7 +24418,7 @@ function health(name, row) {
 function drawOverview() {
   const s = data.status, u = data.usage || {}, names = rows(s.providers);
   const failing = names.filter(([, p]) => p.breaker?.open).length, dry = names.flatMap(([name, p]) => list(p.quota).filter(q => q.dry_at).map(q => [name, q]));
-  return [h("h2", {}, "Overview"), cards([["mode", s.mode], ["up", span(s.uptime_s)], ["in flight", num(s.in_flight)],
+  return [h("h2", {}, "Overview"), cards([["mode", s.mode], ["up", span(s.uptime_s)], ["under way", num(s.in_flight)],
     ["providers", names.length - failing + " of " + names.length, failing ? "warn" : ""],
     ["tokens", num(u.totals?.tokens)], ["cost", usd(u.totals?.cost?.usd)],
     ["cache hits", s.cache?.enabled ? pct(s.cache.hit_rate) : "off"], ["version", s.version]]),
@@ -25382,11 +25382,21 @@ def envelope_for(environ: Mapping[str, Any], error: RouterError, request_id: str
     return error_body(error)
 
 
+def misplaced(path: str) -> str:
+    """What is wrong with a client's base URL, where a path tells: one /v1 too many or too few."""
+    if path.startswith("/v1/v1/"):
+        return "; the client adds /v1 itself: leave it out of its base URL"
+    if f"/v1{path}" in (*MODEL_CALLS, "/v1/models", "/v1/messages/count_tokens"):
+        return "; the client's base URL must end in /v1"
+    return ""
+
+
 def http_error(router: Router, request: flask.Request, error: HTTPException) -> Reply:
     """Flask's own errors (no such path, wrong method) in the same envelope."""
     status = error.code or 500
     text = {
-        404: f"there is no {request.method} {scrub(request.path, 200)} here",
+        404: f"there is no {request.method} {scrub(request.path, 200)} here"
+        + misplaced(request.path),
         405: f"{request.method} is not allowed on {scrub(request.path, 200)}",
     }.get(status, error.description or error.name)
     kind = HTTP_ERRORS.get(status, BadRequest if status < 500 else RouterError)
@@ -27086,7 +27096,7 @@ class Owner:
 
 
 def how_to_start() -> str:
-    return "hr start -d" if os.name == "posix" else "python router.py serve"
+    return "hr start -d" if program() == "hr" else f"{program()} serve"
 
 
 def address(host: str, port: int | str) -> str:
@@ -28880,8 +28890,8 @@ def is_taken(host: str, port: int) -> bool:
 def look_at_path(exam: Exam) -> Iterator[Finding]:
     found = shutil.which("hr")
     here = Path(__file__).resolve().parent
-    if os.name == "nt":
-        yield Finding("ok", "on Windows the command is: python router.py")
+    if program() != "hr":
+        yield Finding("ok", f"the command is: {program()}")
     elif found and Path(found).resolve().parent == here:
         yield Finding("ok", f"hr is on PATH: {found}")
     elif found:
@@ -28903,7 +28913,7 @@ def look_at_boot(exam: Exam) -> Iterator[Finding]:
         yield Finding("bad", f"there are two services: {' and '.join(found)}", remedy)
     elif found:
         yield Finding("ok", f"it starts at boot: {found[0]}")
-    else:
+    elif program() == "hr":
         yield Finding("note", "it does not start at boot", "hr service install")
 
 
@@ -29268,7 +29278,9 @@ def cmd_serve(_: argparse.Namespace) -> int:
     try:
         server = make_server(app, config)
     except (OSError, OverflowError, ValueError) as error:
-        say(f"cannot listen on {config.host}:{config.port}: {error}")
+        say(f"cannot listen on {config.host}:{config.port}: {told_failure(error)}")
+        if getattr(error, "errno", 0) == errno.EADDRINUSE:
+            say("another program has that port: stop it, or set PORT in .env")
         return FAILED
     router: Router = app.extensions["router"]
     threading.stack_size(4 << 20)  # Python 3.13 dies on deep JSON in a smaller one (musl, Windows)
@@ -29391,7 +29403,7 @@ def show_new_key(config: Config, key: str) -> None:
     """Tell of the generated key: itself only to a terminal, or where it could not be kept."""
     kept = read_dotenv(config.env_file).get("PROXY_API_KEYS") == key
     if kept and not sys.stderr.isatty():
-        say(f"a key for callers was written to {config.env_file.name}; `hr key` prints it")
+        say(f"a key for callers was written to {config.env_file.name}; `{program()} key` prints it")
         return
     rule = "-" * 72
     where = f"kept in {config.env_file.name}" if kept else "valid until the router stops"
