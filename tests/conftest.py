@@ -1,7 +1,12 @@
-"""Fixtures: `upstream` (scripted providers), `make_app` (in process), `serve` (over the wire)."""
+"""Fixtures: `upstream` (scripted providers), `make_app` (in process), `serve` (over the wire),
+`launch` (a process of its own), `clock` (time that goes on when told to)."""
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +20,7 @@ import requests
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(Path(__file__).parent)) if path not in sys.path]
 
-from upstream import AUTH, HELLO, KEY, Upstream  # noqa: E402
+from upstream import AUTH, HELLO, KEY, Clock, Upstream, until  # noqa: E402
 
 
 @pytest.fixture
@@ -121,3 +126,71 @@ def serve(upstreams: list[Upstream], tmp_path: Path) -> Iterator[Callable[..., L
         server.trigger.pull_trigger(server.close)  # in its own thread: at once
         thread.join(10)
         live.app.extensions["router"].close()
+
+
+class Running:
+    """router.py serve as a process: its address, and what it writes to stderr."""
+
+    LISTENING = re.compile(r"listening on (http://\S+)")
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.url = process, ""
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+        until(lambda: self.url or process.poll() is not None, 60)
+        assert self.url, self.text
+
+    def read(self) -> None:
+        for line in self.process.stderr or ():
+            self.lines.append(line)
+            if found := self.LISTENING.search(line):
+                self.url = found[1]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.lines)
+
+    def stop(self) -> int:
+        """Its exit status, once everything it wrote has been read."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+        self.reader.join(10)
+        return self.process.returncode
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """launch(word, ..., SETTING=value): router.py as a process of its own, which serves.
+
+    The settings are its whole environment beside HR_HOME, PORT and a caller's key; one that
+    is None is left out.
+    """
+    made: list[subprocess.Popen[str]] = []
+
+    def start(*words: str, preexec: Any = None, **settings: str | None) -> Running:
+        kept = {name: os.environ.get(name) for name in ("PATH", "SYSTEMROOT")}
+        usual = {"HR_HOME": str(tmp_path), "PORT": "0", "PROXY_API_KEYS": KEY}
+        env = {**kept, **usual, **settings}
+        process = subprocess.Popen(
+            [sys.executable, "-B", str(ROOT / "router.py"), *words],
+            env={name: text for name, text in env.items() if text is not None},
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=preexec,
+        )
+        made.append(process)
+        return Running(process)
+
+    yield start
+    for process in made:
+        with process:  # waited for, and its pipe closed
+            process.kill()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import anthropic
 import pytest
+from desk import Desk as BareDesk
+from desk import desks
 from pydantic import BaseModel
 from test_every_pair import (
     PIXEL,
@@ -23,7 +24,6 @@ from test_every_pair import (
     WEATHER,
     WIRES,
     Said,
-    asked,
     blocks,
     named,
     path_of,
@@ -42,15 +42,7 @@ THINKING = {"type": "enabled", "budget_tokens": 1024}
 STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
-@dataclass
-class Desk:
-    """An SDK client, the router it talks to, and the provider behind that."""
-
-    wire: str
-    up: Any
-    client: anthropic.Anthropic
-    live: Any
-
+class Desk(BareDesk):
     def ask(self, stream: bool = False, **options: Any) -> Any:
         """The final message, whichever way it came."""
         options = {"model": MODEL, "max_tokens": 2048, "messages": HELLO, **options}
@@ -59,32 +51,15 @@ class Desk:
         with self.client.messages.stream(**options) as events:
             return events.get_final_message()
 
-    @property
-    def sent(self) -> list[tuple[Any, ...]]:
-        """The conversation in the last request that reached the provider."""
-        return asked(self.up.requests[-1], WIRES[self.wire])
-
-    @property
-    def body(self) -> dict[str, Any]:
-        return self.up.requests[-1].json
-
 
 @pytest.fixture
 def open_desk(upstream, serve, tmp_path) -> Iterator[Any]:
     """open_desk(wire, script, SETTING=...): a desk."""
-    made: list[anthropic.Anthropic] = []
 
-    def make(wire: str, *script: Any, key: str = KEY, timeout: float = 30.0, **settings: Any):
-        up = upstream(*script)
-        rows = settings_of(WIRES[wire], f"{up.url}/v1", tmp_path)
-        live = serve(**{**rows, "TTFT_TIMEOUT": "5", **settings})
-        options = {"timeout": timeout, "max_retries": 0}
-        made.append(anthropic.Anthropic(base_url=live.url, api_key=key, **options))
-        return Desk(wire, up, made[-1], live)
+    def connect(url, **options):
+        return anthropic.Anthropic(base_url=url, **options)
 
-    yield make
-    for client in made:
-        client.close()
+    yield from desks(Desk, connect, upstream, serve, tmp_path)
 
 
 @pytest.fixture(params=["chat", "messages"])

@@ -8,27 +8,9 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from upstream import AUTH, HELLO, Hang, Reply, provider
+from upstream import AUTH, HELLO, Clock, Hang, Reply, provider
 
 from router import Breakers
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self):
-        self.time = 1000.0
-
-    def __call__(self):
-        return self.time
-
-    def pass_by(self, seconds):
-        self.time += seconds
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 @pytest.fixture

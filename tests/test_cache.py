@@ -282,19 +282,6 @@ def test_a_head_that_is_not_ours_is_nothing(head):
 # --- how much, how long ---------------------------------------------------------------
 
 
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 def cache_of(clock, most=3, most_bytes=1 << 20, ttl_s=300.0, shelf=None):
     return router.Cache(ttl_s, most, most_bytes, shelf or router.Shelf(), clock)
 
@@ -306,9 +293,9 @@ def saved_at(cache, text=b"x"):
 def test_an_answer_is_forgotten_after_its_time(clock):
     cache = cache_of(clock)
     cache.put(b"a", saved_at(cache))
-    clock.now += 299
+    clock.time += 299
     assert cache.get(b"a")
-    clock.now += 1
+    clock.time += 1
     assert cache.get(b"a") is None
     assert len(cache) == 0 and cache.stats()["bytes"] == 0
 
@@ -346,7 +333,7 @@ def test_stale_ones_make_room_by_themselves(clock):
     cache = cache_of(clock, most=100)
     for at in range(50):
         cache.put(b"%d" % at, saved_at(cache))
-    clock.now += 400
+    clock.time += 400
     cache.put(b"new", saved_at(cache))
     assert len(cache) == 1
 
@@ -385,9 +372,9 @@ def test_answers_survive_a_restart(clock, tmp_path):
     path = tmp_path / "cache.db"
     cache = disk(clock, path)
     for at in range(5):
-        clock.now += 1
+        clock.time += 1
         cache.put(b"%d" % at, saved_at(cache, b"text %d" % at))
-    clock.now += 10
+    clock.time += 10
     cache.close()
     assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o600}
     again = disk(clock, path)
@@ -395,7 +382,7 @@ def test_answers_survive_a_restart(clock, tmp_path):
         None, None, b"text 2", b"text 3", b"text 4",
     ]  # fmt: skip
     again.close()
-    clock.now += 289
+    clock.time += 289
     late = disk(clock, path)
     assert [bool(late.get(b"%d" % at)) for at in (2, 3, 4)] == [False, False, True]
     late.clear()
@@ -412,7 +399,7 @@ def test_a_smaller_limit_holds_for_the_file_too(clock, tmp_path):
     path = tmp_path / "cache.db"
     cache = disk(clock, path, most=10)
     for at in range(10):
-        clock.now += 1
+        clock.time += 1
         cache.put(b"%d" % at, saved_at(cache))
     cache.close()
     disk(clock, path, most=2).close()
@@ -421,11 +408,11 @@ def test_a_smaller_limit_holds_for_the_file_too(clock, tmp_path):
 
 def test_a_file_whose_clock_was_ahead_keeps_nothing_for_ever(clock, tmp_path):
     path = tmp_path / "cache.db"
-    clock.now += 1e6
+    clock.time += 1e6
     cache = disk(clock, path)
     cache.put(b"a", saved_at(cache))
     cache.close()
-    clock.now -= 1e6
+    clock.time -= 1e6
     late = disk(clock, path)
     assert late.get(b"a") is None
     late.close()
@@ -535,11 +522,11 @@ def test_a_redis_that_dies_is_one_warning_and_comes_back(redis_server, shelves, 
     cache._kept.clear()
     for _ in range(5):
         assert cache.get(b"a") is None
-        clock.now += 1
+        clock.time += 1
     assert caplog.text.count("Redis is away") == 1
     redis_server.start()
     assert cache.get(b"a") is None  # not asked yet
-    clock.now += 31
+    clock.time += 31
     cache.get(b"a")
     assert "Redis is back" in caplog.text
     cache.put(b"b", saved_at(cache, b"new"))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import re
-import signal
 import socket
 import stat
 import subprocess
@@ -18,12 +18,11 @@ from pathlib import Path
 import pytest
 import requests
 from conftest import ROOT
-from upstream import AUTH, HELLO, Reply, Stream, delta, good, provider, until
+from upstream import AUTH, HELLO, Reply, Stream, delta, good, provider
 
 import router
 
 COMMANDS = [command.name for command in router.COMMANDS if command.run]
-LISTENING = re.compile(r"listening on (http://\S+)")
 
 
 @pytest.fixture
@@ -54,57 +53,10 @@ def run(env, tmp_path):
     return start
 
 
-class Running:
-    """router.py serve as a process: its address, and what it writes to stderr."""
-
-    def __init__(self, process):
-        self.process, self.lines, self.url = process, [], ""
-        self.reader = threading.Thread(target=self.read, daemon=True)
-        self.reader.start()
-        until(lambda: self.url or process.poll() is not None, 60)
-        assert self.url, self.text
-
-    def read(self):
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if found := LISTENING.search(line):
-                self.url = found[1]
-
-    @property
-    def text(self):
-        return "".join(self.lines)
-
-    def stop(self):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        self.process.wait(30)
-        self.reader.join(10)
-        self.process.stderr.close()
-        return self.process.returncode
-
-
 @pytest.fixture
-def running(env, tmp_path):
-    """running(SETTING=value, ...): a router that serves; stopped at the end."""
-    started = []
-
-    def start(*words, **settings):
-        process = subprocess.Popen(
-            [sys.executable, "-B", str(ROOT / "router.py"), *words],
-            env=env(**settings),
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return Running(process)
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait(30)
+def running(launch):
+    """running(SETTING=value, ...): a router that serves, without a key for callers."""
+    return functools.partial(launch, PROXY_API_KEYS=None)
 
 
 @contextlib.contextmanager

@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import requests
-from upstream import HELLO, Hang, Stream, chat, delta, provider, text_of, until
+from upstream import HELLO, Hang, Stream, chat, delta, provider, text_of
 
 ROUTER = Path(__file__).parent.parent / "router.py"
 HEAD = {"Authorization": "Bearer sk-test"}
-
-
-@pytest.fixture
-def process(tmp_path):
-    """process(SETTING=value, ...): the router as a process of its own, and its address."""
-    made: list[subprocess.Popen] = []
-
-    def start(**settings: str) -> tuple[subprocess.Popen, str]:
-        env = {"PATH": os.environ["PATH"], "HR_HOME": str(tmp_path), "PORT": "0"}
-        env |= {"PROXY_API_KEYS": "sk-test", **settings}
-        log = tmp_path / f"log{len(made)}"
-        with log.open("w") as file:
-            run = [sys.executable, str(ROUTER), "serve"]
-            made.append(subprocess.Popen(run, env=env, stderr=file))
-        until(lambda: "listening on" in log.read_text(), 20)
-        return made[-1], re.search(r"listening on (\S+)", log.read_text())[1]
-
-    yield start
-    for child in made:
-        child.kill()
-        child.wait()
 
 
 def ask(url: str, got: list[requests.Response], **body: object) -> threading.Thread:
@@ -61,17 +36,18 @@ def refused(url: str) -> bool:
     return False
 
 
-def test_an_idle_router_stops_at_once(process):
-    child, _ = process()
+def test_an_idle_router_stops_at_once(launch):
+    child = launch().process
     start = time.monotonic()
     child.send_signal(signal.SIGTERM)
     assert child.wait(10) == 0 and time.monotonic() - start < 3
 
 
-def test_what_is_under_way_ends_and_what_is_new_is_refused(process, upstream):
+def test_what_is_under_way_ends_and_what_is_new_is_refused(launch, upstream):
     words = [delta(content=f"{n} ") for n in range(10)]
     up = upstream(Stream(chunks=[*words, delta("stop")], gap=0.2), Hang(1.0, chat("late")))
-    child, url = process(**provider("groq", up))
+    running = launch(**provider("groq", up))
+    child, url = running.process, running.url
     streams: list[requests.Response] = []
     wholes: list[requests.Response] = []
     first = ask(url, streams, stream=True)
@@ -89,9 +65,10 @@ def test_what_is_under_way_ends_and_what_is_new_is_refused(process, upstream):
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["deadline", "second-signal"])
-def test_it_does_not_wait_for_ever(process, upstream, again):
+def test_it_does_not_wait_for_ever(launch, upstream, again):
     up = upstream(Hang(60))
-    child, url = process(**provider("groq", up), DRAIN_TIMEOUT="60" if again else "1")
+    running = launch(**provider("groq", up), DRAIN_TIMEOUT="60" if again else "1")
+    child, url = running.process, running.url
     got: list[requests.Response] = []
     thread = threading.Thread(target=lambda: quietly(ask_now, url, got))
     thread.start()

@@ -10,24 +10,6 @@ import router
 from router import ANY, KeyPool
 
 
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self):
-        self.time = 1000.0
-
-    def __call__(self):
-        return self.time
-
-    def pass_by(self, seconds):
-        self.time += seconds
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 @pytest.fixture
 def pool(clock):
     return KeyPool({"p": ("k1", "k2", "k3"), "q": ("x",), "none": ()}, now=clock)

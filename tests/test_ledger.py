@@ -11,7 +11,7 @@ import pytest
 from conftest import config_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from upstream import AUTH, HELLO, Reply, completion, good, provider
+from upstream import AUTH, HELLO, Clock, Reply, completion, good, provider
 
 import router
 from router import Breakers, KeyPool, Lease, Ledger, StateFile
@@ -22,20 +22,9 @@ GROQ = "gsk_AbCdEf0123456789"
 OTHER = "gsk_ZyXwVu9876543210"
 
 
-class Clock:
-    def __init__(self, time=NOW):
-        self.time = time
-
-    def __call__(self):
-        return self.time
-
-    def pass_by(self, seconds):
-        self.time += seconds
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(NOW)
 
 
 def services(tmp_path, **env):
@@ -232,7 +221,7 @@ NAMES = [name for heads, _ in HEADS.values() for name in heads]
 @given(st.dictionaries(st.sampled_from(NAMES), st.text(max_size=30) | st.integers().map(str)))
 @settings(max_examples=150, deadline=None)
 def test_no_header_breaks_it(heads):
-    clock = Clock()
+    clock = Clock(NOW)
     ledger = Ledger((), clock)
     for name in ("openai", "codex", "groq"):
         lease = Lease(name, "key", "m")

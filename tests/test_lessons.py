@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from upstream import AUTH, HELLO, Reply, Request, Stream, chat, good, provider, until
+from upstream import AUTH, HELLO, Clock, Reply, Request, Stream, chat, good, provider, until
 
 import router
 from router import Lessons, Mend, Outcome, mended, remedy, stated_sizes
@@ -944,14 +944,6 @@ def test_nobody_else_is_suspected_of_cutting(only, caplog) -> None:
 # --- the memory itself ----------------------------------------------------------------
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 TOP_K, SEED = Mend("drop", ("top_k",)), Mend("drop", ("seed",))
 PLACE = ("groq", "m1", "chat")
 
@@ -962,11 +954,11 @@ def test_a_lesson_lasts_a_day() -> None:
     assert lessons.mends(*PLACE) == ()
     lessons.learn(*PLACE, [TOP_K])
     lessons.learn_window("groq", "m1", 8192)
-    clock.now += 86_399
+    clock.time += 86_399
     assert lessons.mends(*PLACE) == (TOP_K,)
     assert lessons.window("groq", "m1") == 8192
     assert [row["for_s"] for row in lessons.snapshot("groq")] == [1, 1]
-    clock.now += 2
+    clock.time += 2
     assert lessons.mends(*PLACE) == ()
     assert lessons.window("groq", "m1") == 0
     assert lessons.snapshot("groq") == []
@@ -978,9 +970,9 @@ def test_learning_again_lengthens_only_that_lesson() -> None:
     clock = Clock()
     lessons = Lessons(clock)
     lessons.learn(*PLACE, [TOP_K, SEED])
-    clock.now += 50_000
+    clock.time += 50_000
     lessons.learn(*PLACE, [SEED])
-    clock.now += 50_000
+    clock.time += 50_000
     assert lessons.mends(*PLACE) == (SEED,)
 
 

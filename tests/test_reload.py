@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from conftest import ROOT
 from upstream import AUTH, HELLO, KEY, Hang, Reply, Stream, chat, chunks, provider, text_of, until
 
 import router
@@ -430,41 +424,24 @@ def test_accounts_come_and_go_and_renewed_tokens_stay(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP")
-def test_sighup_and_polling_of_a_real_process(tmp_path, upstream):
+def test_sighup_and_polling_of_a_real_process(launch, tmp_path, upstream):
     up = upstream()
     (tmp_path / ".env").write_text(lines(provider("groq", up, keys="g1")))
-    kept = {name: os.environ[name] for name in ("PATH",) if name in os.environ}
-    env = {**kept, "HR_HOME": str(tmp_path), "PORT": "0", "PROXY_API_KEYS": KEY}
-    env["CACHE_TTL_SECONDS"] = "0"  # the same question again and again
-    process = subprocess.Popen(
-        [sys.executable, "-B", str(ROOT / "router.py")], env=env, stderr=subprocess.PIPE, text=True
-    )
-    seen: list[str] = []
-    thread = threading.Thread(target=lambda: seen.extend(iter(process.stderr.readline, "")))
-    thread.start()
-    try:
-        until(lambda: "listening on" in "".join(seen), 60)
-        url = re.search(r"listening on (\S+)", "".join(seen))[1]
-        assert "taken over" not in "".join(seen), "nothing changed yet"
+    running = launch(CACHE_TTL_SECONDS="0")  # the same question again and again
+    assert "taken over" not in running.text, "nothing changed yet"
 
-        def asked_with():
-            body = {"model": "auto", "messages": HELLO}
-            sent = requests.post(f"{url}/v1/chat/completions", json=body, headers=AUTH, timeout=30)
-            assert sent.status_code == 200
-            return up.requests[-1].key
+    def asked_with():
+        body = {"model": "auto", "messages": HELLO}
+        url = f"{running.url}/v1/chat/completions"
+        sent = requests.post(url, json=body, headers=AUTH, timeout=30)
+        assert sent.status_code == 200
+        return up.requests[-1].key
 
-        assert asked_with() == "g1"
-        (tmp_path / ".env").write_text(lines(provider("groq", up, keys="g2")))
-        os.kill(process.pid, signal.SIGHUP)
-        until(lambda: asked_with() == "g2", SOON_S)
-        (tmp_path / ".env").write_text(lines(provider("groq", up, keys="g3")))
-        until(lambda: asked_with() == "g3", SOON_S)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.wait(30)
-        thread.join(10)
-        process.stderr.close()
-    assert "".join(seen).count("settings taken over") == 2
+    assert asked_with() == "g1"
+    (tmp_path / ".env").write_text(lines(provider("groq", up, keys="g2")))
+    running.process.send_signal(signal.SIGHUP)
+    until(lambda: asked_with() == "g2", SOON_S)
+    (tmp_path / ".env").write_text(lines(provider("groq", up, keys="g3")))
+    until(lambda: asked_with() == "g3", SOON_S)
+    assert running.stop() == 0
+    assert running.text.count("settings taken over") == 2

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import select
-from upstream import events_of
+from upstream import Clock, events_of
 
 import router
 from router import BadRequest, Opening, ResponsesWriter
@@ -1048,14 +1048,6 @@ def test_the_whole_is_what_the_sdk_models() -> None:
 # ----- the store -----
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def __call__(self) -> float:
-        return self.time
-
-
 def kept(
     store: router.ResponseStore, own: str, previous: str | None = None, text: str = ""
 ) -> None:
@@ -1106,7 +1098,7 @@ def test_the_store_is_bounded() -> None:
 
 
 def test_the_store_forgets() -> None:
-    clock = Clock()
+    clock = Clock(0)
     store = router.ResponseStore(ttl_s=10, now=clock)
     kept(store, "r1")
     kept(store, "r2")

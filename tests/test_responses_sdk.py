@@ -10,24 +10,22 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import openai
 import pytest
+from desk import Desk as BareDesk
+from desk import desks
 from pydantic import BaseModel
 from test_every_pair import (
     PIXEL,
     SCHEMA,
     USED,
     WEATHER,
-    WIRES,
     Said,
-    asked,
     named,
     path_of,
     responses_collect,
-    settings_of,
     speak,
 )
 from upstream import AUTH, KEY, Reply, Request, Stream, chunks
@@ -43,15 +41,7 @@ WEATHER_TOOL = {
 STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
-@dataclass
-class Desk:
-    """An SDK client, the router it talks to, and the provider behind that."""
-
-    wire: str
-    up: Any
-    client: openai.OpenAI
-    live: Any
-
+class Desk(BareDesk):
     def ask(self, input: Any = "hello there", *, stream: bool = False, **options: Any) -> Any:
         """The final response, whichever way it came."""
         options = {"model": MODEL, "input": input, **options}
@@ -68,32 +58,15 @@ class Desk:
         except openai.APIError as error:
             return error
 
-    @property
-    def sent(self) -> list[tuple[Any, ...]]:
-        """The conversation in the last request that reached the provider."""
-        return asked(self.up.requests[-1], WIRES[self.wire])
-
-    @property
-    def body(self) -> dict[str, Any]:
-        return self.up.requests[-1].json
-
 
 @pytest.fixture
 def open_desk(upstream, serve, tmp_path) -> Iterator[Any]:
     """open_desk(wire, script, SETTING=...): a desk."""
-    made: list[openai.OpenAI] = []
 
-    def make(wire: str, *script: Any, key: str = KEY, **settings: Any) -> Desk:
-        up = upstream(*script)
-        rows = settings_of(WIRES[wire], f"{up.url}/v1", tmp_path)
-        live = serve(**{**rows, "TTFT_TIMEOUT": "5", **settings})
-        options = {"timeout": 30.0, "max_retries": 0}
-        made.append(openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, **options))
-        return Desk(wire, up, made[-1], live)
+    def connect(url, **options):
+        return openai.OpenAI(base_url=f"{url}/v1", **options)
 
-    yield make
-    for client in made:
-        client.close()
+    yield from desks(Desk, connect, upstream, serve, tmp_path)
 
 
 @pytest.fixture(params=["chat", "messages", "responses"])

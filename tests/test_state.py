@@ -19,8 +19,19 @@ import time
 import pytest
 import requests
 from conftest import ROOT
-from test_command_line import Running
-from upstream import AUTH, HELLO, KEY, Hang, Reply, Upstream, completion, good, provider, until
+from upstream import (
+    AUTH,
+    HELLO,
+    KEY,
+    Clock,
+    Hang,
+    Reply,
+    Upstream,
+    completion,
+    good,
+    provider,
+    until,
+)
 
 import router
 from router import ANY, Breakers, KeyChecks, KeyPool, StateFile
@@ -28,19 +39,6 @@ from router import ANY, Breakers, KeyChecks, KeyPool, StateFile
 LONG = "sk-proj-AbCdEf0123456789-the-end-of-a-key"
 OTHER = "gsk_ZyXwVu9876543210-another-key-0815"
 DAY = 86_400.0
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self, start=1000.0):
-        self.time = start
-
-    def __call__(self):
-        return self.time
-
-    def pass_by(self, seconds):
-        self.time += seconds
 
 
 class Life:
@@ -566,38 +564,6 @@ def test_it_may_be_turned_off(tmp_path):
 # --- a real process ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def launch(tmp_path):
-    """launch(SETTING=value, ...): router.py serve as a process, in the test's folder."""
-    started = []
-
-    def start(preexec=None, **settings):
-        base = {
-            "PATH": os.environ["PATH"],
-            "HR_HOME": str(tmp_path),
-            "PORT": "0",
-            "PROXY_API_KEYS": KEY,
-        }
-        process = subprocess.Popen(
-            [sys.executable, "-B", str(ROOT / "router.py")],
-            env={**base, **settings},
-            cwd=tmp_path,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=preexec,
-        )
-        started.append(process)
-        return Running(process)
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait(30)
-        process.stderr.close()
-
-
 def ask(running):
     url = f"{running.url}/v1/chat/completions"
     body = {"model": "hermes-router", "messages": HELLO}
@@ -709,12 +675,12 @@ def test_a_process_lives_on_a_full_disk(upstream, launch, tmp_path):
     env.write_text("LOG_LEVEL=INFO\n")
     up = upstream(by_key({LONG: REVOKED, OTHER: Reply(200, completion())}))
     rows = provider("groq", up, "m1", keys=f"{LONG},{OTHER}")
-    running = launch(full_disk, **rows, PROXY_API_KEYS="", AUTH_MODE="keys")
+    running = launch(preexec=full_disk, **rows, PROXY_API_KEYS="", AUTH_MODE="keys")
     until(lambda: "listening on" in running.text, 20)
     assert ".env cannot be written" in running.text, "the new key lives in memory"
     until(lambda: requests.get(f"{running.url}/health", timeout=10).status_code == 200, 20)
     assert running.stop() == 0
-    running = launch(full_disk, **rows)
+    running = launch(preexec=full_disk, **rows)
     assert [ask(running).status_code for _ in range(3)] == [200, 200, 200]
     until(lambda: "router_state.json cannot be written" in running.text, 20)
     assert running.stop() == 0

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import requests
-from test_drain import process  # noqa: F401  (a fixture)
-from upstream import AUTH, HELLO, KEY, Reply, chat, completion, good, provider, until
+from upstream import AUTH, HELLO, KEY, Clock, Reply, chat, completion, good, provider, until
 
 import router
 
@@ -19,17 +18,9 @@ TODAY = calendar.timegm((2026, 11, 21, 12, 0, 0)) // 86_400
 NOON = TODAY * 86_400 + 43_200
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.wall = float(NOON)
-
-    def __call__(self) -> float:
-        return self.wall
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(NOON)
 
 
 @pytest.fixture
@@ -135,7 +126,7 @@ def test_days_before_yesterday_leave_memory_but_not_the_totals(begin, clock):
     usage = begin()
     for n in range(5):
         spend(usage, day=TODAY + n)
-        clock.wall += 86_400
+        clock.time += 86_400
         usage.database.flush()
         usage.database.flush()
     assert {p.day for p, _ in usage.places()} == {0, TODAY + 3, TODAY + 4}
@@ -359,10 +350,11 @@ def ask(url: str) -> int:
 
 
 @pytest.mark.parametrize("killed", [True, False], ids=["kill -9", "stopped"])
-def test_a_days_limit_survives_a_restart(process, upstream, killed):  # noqa: F811
+def test_a_days_limit_survives_a_restart(launch, upstream, killed):
     settings = {**provider("groq", upstream(good())), "PROXY_LIMIT_REQ_DAY": "3"}
     settings["CACHE_TTL_SECONDS"] = "0"  # each answer is paid for
-    child, url = process(**settings)
+    running = launch(**settings)
+    child, url = running.process, running.url
     assert [ask(url), ask(url)] == [200, 200]
     if killed:
         last = uptime(url)
@@ -371,7 +363,7 @@ def test_a_days_limit_survives_a_restart(process, upstream, killed):  # noqa: F8
     else:
         child.terminate()
     child.wait(30)
-    _, url = process(**settings)
+    url = launch(**settings).url
     told = requests.get(f"{url}/v1/usage", headers=AUTH, timeout=9).json()
     assert told["keys"][0]["req_today"] == 2 and told["keys"][0]["tokens_today"] == 20
     assert told["totals"]["tokens"] == 20 and told["providers"]["groq"]["requests"] == 2

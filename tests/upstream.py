@@ -480,6 +480,19 @@ def provider(name: str, up: Upstream | str, *models: str, keys: str = "") -> dic
     return settings
 
 
+class Clock:
+    """A clock, in seconds, that goes on when told to."""
+
+    def __init__(self, time: float = 1000.0) -> None:
+        self.time = time
+
+    def __call__(self) -> float:
+        return self.time
+
+    def pass_by(self, seconds: float) -> None:
+        self.time += seconds
+
+
 def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     """Wait for a condition; AssertionError when it does not come true in time."""
     deadline = time.monotonic() + seconds
