@@ -22910,8 +22910,8 @@ def continuing(ask: Ask, said: Said, prefilled: bool) -> Ask:
 
 
 ECHO_HELP: Final = (
-    "This is hermes-router's built-in echo: no provider is configured yet. Add a key, for example"
-    " GEMINI_API_KEY=... or GROQ_API_KEY=..., to .env and start again. You said: "
+    "This is hermes-router's built-in echo: no provider is configured yet. Add a key with"
+    " `hr auth add <provider>`, or in .env, for example GEMINI_API_KEY=... You said: "
 )
 
 
@@ -25368,11 +25368,21 @@ def envelope_for(environ: Mapping[str, Any], error: RouterError, request_id: str
     return error_body(error)
 
 
+def misplaced(path: str) -> str:
+    """What is wrong with a client's base URL, where a path tells: one /v1 too many or too few."""
+    if path.startswith("/v1/v1/"):
+        return "; the client adds /v1 itself: leave it out of its base URL"
+    if f"/v1{path}" in (*MODEL_CALLS, "/v1/models", "/v1/messages/count_tokens"):
+        return "; the client's base URL must end in /v1"
+    return ""
+
+
 def http_error(router: Router, request: flask.Request, error: HTTPException) -> Reply:
     """Flask's own errors (no such path, wrong method) in the same envelope."""
     status = error.code or 500
     text = {
-        404: f"there is no {request.method} {scrub(request.path, 200)} here",
+        404: f"there is no {request.method} {scrub(request.path, 200)} here"
+        + misplaced(request.path),
         405: f"{request.method} is not allowed on {scrub(request.path, 200)}",
     }.get(status, error.description or error.name)
     kind = HTTP_ERRORS.get(status, BadRequest if status < 500 else RouterError)
@@ -27072,7 +27082,7 @@ class Owner:
 
 
 def how_to_start() -> str:
-    return "hr start -d" if os.name == "posix" else "python router.py serve"
+    return "hr start -d" if program() == "hr" else f"{program()} serve"
 
 
 def address(host: str, port: int | str) -> str:
@@ -28866,8 +28876,8 @@ def is_taken(host: str, port: int) -> bool:
 def look_at_path(exam: Exam) -> Iterator[Finding]:
     found = shutil.which("hr")
     here = Path(__file__).resolve().parent
-    if os.name == "nt":
-        yield Finding("ok", "on Windows the command is: python router.py")
+    if program() != "hr":
+        yield Finding("ok", f"the command is: {program()}")
     elif found and Path(found).resolve().parent == here:
         yield Finding("ok", f"hr is on PATH: {found}")
     elif found:
@@ -28889,7 +28899,7 @@ def look_at_boot(exam: Exam) -> Iterator[Finding]:
         yield Finding("bad", f"there are two services: {' and '.join(found)}", remedy)
     elif found:
         yield Finding("ok", f"it starts at boot: {found[0]}")
-    else:
+    elif program() == "hr":
         yield Finding("note", "it does not start at boot", "hr service install")
 
 
@@ -29254,7 +29264,9 @@ def cmd_serve(_: argparse.Namespace) -> int:
     try:
         server = make_server(app, config)
     except (OSError, OverflowError, ValueError) as error:
-        say(f"cannot listen on {config.host}:{config.port}: {error}")
+        say(f"cannot listen on {config.host}:{config.port}: {told_failure(error)}")
+        if getattr(error, "errno", 0) == errno.EADDRINUSE:
+            say("another program has that port: stop it, or set PORT in .env")
         return FAILED
     router: Router = app.extensions["router"]
     threading.stack_size(4 << 20)  # Python 3.13 dies on deep JSON in a smaller one (musl, Windows)
@@ -29377,7 +29389,7 @@ def show_new_key(config: Config, key: str) -> None:
     """Tell of the generated key: itself only to a terminal, or where it could not be kept."""
     kept = read_dotenv(config.env_file).get("PROXY_API_KEYS") == key
     if kept and not sys.stderr.isatty():
-        say(f"a key for callers was written to {config.env_file.name}; `hr key` prints it")
+        say(f"a key for callers was written to {config.env_file.name}; `{program()} key` prints it")
         return
     rule = "-" * 72
     where = f"kept in {config.env_file.name}" if kept else "valid until the router stops"

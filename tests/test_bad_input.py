@@ -254,6 +254,20 @@ def test_a_wrong_method_is_405(door: Door, method: str, path: str, allowed: str)
     assert allowed in reply.headers["Allow"]
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/chat/completions", "base URL must end in /v1"),
+        ("/responses", "base URL must end in /v1"),
+        ("/v1/v1/messages", "leave it out of its base URL"),
+        ("/chat", "there is no POST /chat here"),
+    ],
+)
+def test_a_wrong_base_url_is_told(door: Door, path: str, told: str) -> None:
+    message = door.app.test_client().post(path, json={}, headers=AUTH).json["error"]["message"]
+    assert message.endswith(told)
+
+
 # --- keys ---------------------------------------------------------------------
 
 BAD_KEYS: dict[str, dict[str, str]] = {

@@ -284,6 +284,28 @@ def test_percentiles(values, share, expected):
     assert router.percentile(values, share) == expected
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """router.py without the script hr beside it, as in a container: alone("word", ...)."""
+    shutil.copy2(ROOT / "router.py", tmp_path / "router.py")
+
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, "-B", str(tmp_path / "router.py"), *words],
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PORT": "1"},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    return run
+
+
+def test_without_hr_beside_it_nobody_is_sent_to_hr(alone):
+    for words in (("doctor",), ("auth", "list"), ("bench",), ("nonsense",), ("status",)):
+        done = alone(*words)
+        assert not re.search(r"\bhr\b", done.stdout + done.stderr), done
+    assert "python router.py auth add <provider>" in alone("doctor").stdout
+
+
 # --- the table of commands ----------------------------------------------------
 
 

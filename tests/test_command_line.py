@@ -333,7 +333,8 @@ def test_a_busy_port_is_told(run):
         port = str(taken.getsockname()[1])
         done = calm(run("serve", PORT=port, PROXY_API_KEYS="k"))
     assert done.returncode == 1
-    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert f"cannot listen on 127.0.0.1:{port}: address already in use" in done.stderr
+    assert "set PORT" in done.stderr
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "999.1.1.1", "203.0.113.7"])
