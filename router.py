@@ -2001,7 +2001,7 @@ class Config:
         1000,
         "MAX_STREAMS",
         "Server",
-        "requests in flight at once; beyond it 503",
+        "requests under way at once; beyond it 503",
         low=1,
         high=10_000,
     )
@@ -24141,7 +24141,7 @@ METRICS: Final = (
         "uptime_seconds", "gauge", "Seconds since the start.", lambda r: [({}, r.usage.uptime_s)]
     ),
     Metric("providers", "gauge", "Providers in use.", lambda r: [({}, len(r.directory.services))]),
-    Metric("in_flight", "gauge", "Requests in flight.", lambda r: [({}, r.gate.inside)]),
+    Metric("in_flight", "gauge", "Requests under way.", lambda r: [({}, r.gate.inside)]),
     Metric(
         "circuit_breaker_open",
         "gauge",
@@ -24404,7 +24404,7 @@ function health(name, row) {
 function drawOverview() {
   const s = data.status, u = data.usage || {}, names = rows(s.providers);
   const failing = names.filter(([, p]) => p.breaker?.open).length, dry = names.flatMap(([name, p]) => list(p.quota).filter(q => q.dry_at).map(q => [name, q]));
-  return [h("h2", {}, "Overview"), cards([["mode", s.mode], ["up", span(s.uptime_s)], ["in flight", num(s.in_flight)],
+  return [h("h2", {}, "Overview"), cards([["mode", s.mode], ["up", span(s.uptime_s)], ["under way", num(s.in_flight)],
     ["providers", names.length - failing + " of " + names.length, failing ? "warn" : ""],
     ["tokens", num(u.totals?.tokens)], ["cost", usd(u.totals?.cost?.usd)],
     ["cache hits", s.cache?.enabled ? pct(s.cache.hit_rate) : "off"], ["version", s.version]]),

@@ -15,10 +15,11 @@ FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PRINTED = ("configuration.md", "providers.md", "commands.md")
 # Variables of other programs, and those that no setting reads.
-ELSEWHERE = """
-    ANTHROPIC_AUTH_TOKEN ANTHROPIC_BASE_URL ANTHROPIC_MODEL OPENAI_BASE_URL CODEX_HOME
-    CLAUDE_CONFIG_DIR ROUTER_KEY HR_PYTHON HR_HOME NO_COLOR TIKTOKEN_CACHE_DIR
-""".split()
+ELSEWHERE = (
+    "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL", "ANTHROPIC_MODEL", "OPENAI_BASE_URL",
+    "CLAUDE_CONFIG_DIR", "CODEX_HOME", "ROUTER_KEY", "HR_PYTHON", "HR_HOME", "NO_COLOR",
+    "TIKTOKEN_CACHE_DIR",
+)  # fmt: skip
 
 
 def anchors(page: Path) -> set[str]:
