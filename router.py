@@ -27063,7 +27063,9 @@ class Owner:
             answer = self._session.get(url, timeout=self.LIMIT_S, allow_redirects=False)
             body = answer.json() if answer.status_code == 200 else None
         except (requests.RequestException, OSError, ValueError) as error:
-            raise self.absent(told_failure(error)) from None
+            away = isinstance(error, requests.ConnectionError)
+            hint = f"; start it with: {how_to_start()}" if away else ""
+            raise self.absent(told_failure(error) + hint) from None
         if answer.status_code == 404:
             raise NotThere(f"{self.url} has none: {error_text(answer.content)}")
         if answer.status_code != 200:
