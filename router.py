@@ -21026,10 +21026,14 @@ class Upstream:
         reworded = ask.custom and not target.fit.quirk.custom_tools
         origin = origin_of(target, lease)
         passage = Passage(dialects[0], ask, origin, secret.encode(), reworded)
-        if ask.stream:
-            attempt = first_useful(response, passage, self._keep_waiting(ask.guard))
-        else:
-            attempt = whole_answer(response, passage)
+        try:
+            if ask.stream:
+                attempt = first_useful(response, passage, self._keep_waiting(ask.guard))
+            else:
+                attempt = whole_answer(response, passage)
+        except BaseException:  # its connection is nobody's then
+            response.close()
+            raise
         attempt.left_out = () if passage.native else ask.left_out
         attempt.headers = response.headers
         if self._config.content_filter_failover:
