@@ -478,7 +478,6 @@ class Provider:
     dialects: tuple[str, ...] = ("chat",)  # what it speaks, the usual one first
     responses_only: str = ""  # regular expression of models that answer nothing but Responses
     embed_model: str = ""
-    embed_dims: int = 0
     skip_tokens_over: int = 0  # larger requests are never sent; 0 = no ceiling
     max_output_tokens: int = 0  # larger wishes are lowered to this; 0 = no ceiling
     context_window: int = 0  # tokens, for models without a row of their own; 0 = unknown
@@ -516,7 +515,6 @@ PROVIDERS = (
         ("gemini-3.5-flash-lite", "gemini-3.1-flash-lite", "gemini-3.8-flash", "gemma-4-31b-it"),
         "free",
         embed_model="gemini-embedding-001",
-        embed_dims=3072,
         context_window=1_048_576,
         free=FreeLimits(
             text="per model and project, until midnight Pacific; Flash-Lite 15 RPM and 500 RPD, "
@@ -670,7 +668,6 @@ PROVIDERS = (
         ("mistral-small-latest", "mistral-large-4", "ministral-14b-latest"),
         "free",
         embed_model="mistral-embed",
-        embed_dims=1024,
         free=FreeLimits(
             rpm=60,
             tpm=500_000,
@@ -691,7 +688,6 @@ PROVIDERS = (
         ("command-a-plus-05-2026", "command-a-03-2025", "command-r7b-12-2024"),
         "free",
         embed_model="embed-v4.0",
-        embed_dims=1536,
         max_output_tokens=8_192,
         free=FreeLimits(
             rpm=20,
@@ -848,7 +844,6 @@ PROVIDERS = (
         # answered on /responses only (OpenAI's model pages, 2026-11)
         responses_only=r"codex|deep-research|computer-use|^(?:o\d|gpt-[\d.]+)-pro",
         embed_model="text-embedding-3-small",
-        embed_dims=1536,
         free=FreeLimits(text="none, prepaid"),
         trains_on_prompts="no",
         aliases=("gpt",),
@@ -997,7 +992,6 @@ PROVIDERS = (
         ),
         "free",
         embed_model="@cf/baai/bge-m3",
-        embed_dims=1024,
         free=FreeLimits(
             rpm=300, text="10,000 neurons a day over all models, until 00:00 UTC", date="2026-11-10"
         ),
@@ -1079,7 +1073,6 @@ PROVIDERS = (
         ("gpt-oss-120b", "Qwen3.8-27B", "Qwen3.5-397B-A17B", "gpt-oss-20b"),
         "free",
         embed_model="bge-m3",
-        embed_dims=1024,
         free=FreeLimits(
             rpm=2,
             text="without a key 2 RPM per address and model; 400 with a key",
@@ -2700,22 +2693,25 @@ def why_resting(row: Provider, own_url: bool, models: Sequence[str]) -> str:
 
 
 def read_keys(reader: SettingsReader, row: Provider, stored: Json) -> list[tuple[str, str]]:
-    """(key, where it was found): auth.json first, then X_API_KEY, X_API_KEYS, X_API_KEY_2 ..."""
+    """(key, where it was found) of every key that a header can carry, each once."""
     found: dict[str, str] = {}
-    for name in (row.name, *row.aliases):
-        keys = stored.get(name)
-        for key in keys if isinstance(keys, list) else ():
-            if isinstance(key, str) and key.strip():
-                found.setdefault(key.strip(), "auth.json")
-    for stem in row.key_env:
-        for variable in (stem, stem + "S", *numbered(reader.env, stem)):
-            for key in split_list(reader.env.get(variable)):
-                if owner_of(stem, key) is row:
-                    found.setdefault(key, variable)
+    for key, source in keys_at_hand(reader.env, row, stored):
+        found.setdefault(key, source)
     for key in [k for k in found if not (k.isascii() and k.isprintable() and " " not in k)]:
         source = found.pop(key)
         reader.warnings.append(f"a {row.name} key from {source} is ignored: not printable ASCII")
     return list(found.items())
+
+
+def keys_at_hand(env: Mapping[str, str], row: Provider, stored: Json) -> Iterator[tuple[str, str]]:
+    """What auth.json holds first, then X_API_KEY, X_API_KEYS, X_API_KEY_2 ..."""
+    listed = (key for name in (row.name, *row.aliases) for key in as_list(stored.get(name)))
+    for key in filter(None, (as_text(key).strip() for key in listed)):
+        yield key, "auth.json"
+    for stem in row.key_env:
+        for variable in (stem, stem + "S", *numbered(env, stem)):
+            own = (key for key in split_list(env.get(variable)) if owner_of(stem, key) is row)
+            yield from ((key, variable) for key in own)
 
 
 def owner_of(stem: str, key: str) -> Provider:
@@ -18959,11 +18955,10 @@ def about_members(refusal: Refusal) -> Iterator[Mend]:
         yield from mends_for(path, refusal)
     for path in values_named(refusal):
         yield from mends_for(path, refusal, value=True)
-    for pattern in UNFIT_TOGETHER:
-        for path in paths_in(pattern, refusal.text):
-            for mend in mends_for(path, refusal):
-                if mend.kind == "drop":
-                    yield mend._replace(kind="drop once")
+    together = (path for pattern in UNFIT_TOGETHER for path in paths_in(pattern, refusal.text))
+    for path in together:
+        drops = (mend for mend in mends_for(path, refusal) if mend.kind == "drop")
+        yield from (mend._replace(kind="drop once") for mend in drops)
 
 
 def members_named(refusal: Refusal) -> Iterator[list[str]]:
@@ -27396,19 +27391,22 @@ def shoot(owner: Owner, model: str) -> Shot:
     messages = [{"role": "user", "content": words}]
     body = {"model": model, "messages": messages, "stream": True, "max_tokens": 16}
     began = time.monotonic()
-    first = 0.0
     try:
         with owner.post("/v1/chat/completions", body, 120) as answer:
-            if answer.status_code != 200:
-                text = f"{answer.status_code}: {error_text(answer.raw.read(65_536))}"
-                return Shot(0, time.monotonic() - began, "", text)
-            for line in answer.iter_lines():
-                if line.startswith(b"data:") and not first:
-                    first = time.monotonic() - began
-            provider = answer.headers.get("X-Provider", "")
+            return timed(answer, began)
     except requests.RequestException as error:
         return Shot(0, time.monotonic() - began, "", scrub(str(error), 200))
-    return Shot(first, time.monotonic() - began, provider, "" if first else "an empty stream")
+
+
+def timed(answer: requests.Response, began: float) -> Shot:
+    if answer.status_code != 200:
+        text = f"{answer.status_code}: {error_text(answer.raw.read(65_536))}"
+        return Shot(0, time.monotonic() - began, "", text)
+    data = (line for line in answer.iter_lines() if line.startswith(b"data:"))
+    times = [time.monotonic() - began for _ in data]
+    problem = "" if times else "an empty stream"
+    provider = answer.headers.get("X-Provider", "")
+    return Shot(times[0] if times else 0, time.monotonic() - began, provider, problem)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -47,7 +47,6 @@ def test_row_is_well_formed(row):
     assert not any(variable.endswith(("KEYS", "TOKENS")) for variable in row.key_env), (
         "stems are singular"
     )
-    assert bool(row.embed_model) == bool(row.embed_dims)
 
 
 @pytest.mark.parametrize("row", ROWS)
