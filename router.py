@@ -150,7 +150,7 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -23268,6 +23268,13 @@ def setting_source(config: Config, lines: Mapping[str, str], names: Iterable[str
     return "default"
 
 
+def places_of_callers(config: Config, variables: str) -> str:
+    """Where the callers' keys stand: in variables, read from the place named, and in auth.json."""
+    beside = any(key not in config.key_rows for key in config.proxy_keys)
+    places = [variables] * beside + [config.auth_path.name] * bool(config.key_rows)
+    return ", ".join(places) or variables
+
+
 def setting_states(config: Config) -> list[Json]:
     """Every setting as it is in effect, and where it comes from; of secrets the tails."""
     lines = read_dotenv(config.env_file)
@@ -23275,8 +23282,8 @@ def setting_states(config: Config) -> list[Json]:
     for name, row in setting_fields().items():
         meta, value = row.metadata, getattr(config, row.name)
         source = setting_source(config, lines, (name, *meta.get("also", ())))
-        if name == "PROXY_API_KEYS" and source == "default" and config.key_rows:
-            source = config.auth_path.name
+        if name == "PROXY_API_KEYS":
+            source = places_of_callers(config, source)
         secret = bool(meta.get("secret"))
         found.append(
             {
@@ -23517,7 +23524,8 @@ def set_settings(desk: Desk, body: Json) -> Json:
 def restart_router(desk: Desk, body: Json) -> Json:
     """Begin anew, where this process can; else only the settings are read again."""
     only(body)
-    fresh_config(desk.config)  # nobody wants to begin anew with what cannot be used
+    fresh = fresh_config(desk.config)  # nobody wants to begin anew with what cannot be used
+    check_place(fresh, {*desk.router.loaded.restart})
     if desk.again is None:
         told = desk.take_over()
         waiting = ", ".join(desk.router.loaded.restart)
@@ -23532,6 +23540,22 @@ def restart_router(desk: Desk, body: Json) -> Json:
         "status": "restarting",
         "message": "requests under way may end first; new ones are served in a moment",
     }
+
+
+def check_place(config: Config, changed: Collection[str]) -> None:
+    """BadValue if a router could not listen where HOST and PORT say, as far as they changed."""
+    if not {"HOST", "PORT"} & {*changed}:
+        return
+    port = config.port if "PORT" in changed else 0  # the old one is still ours
+    try:
+        found = socket.getaddrinfo(config.host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, place = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(place)
+    except OSError as error:
+        name = "PORT" if "PORT" in changed else "HOST"
+        text = f"nothing can listen on {config.host}:{config.port}: {error.strerror or error}"
+        raise BadValue(name, text) from None
 
 
 # -- keys of callers -------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -358,6 +359,22 @@ def test_rotation(api, word):
 # --- settings --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("env", "rows", "source"),
+    [
+        ({"PROXY_API_KEYS": "k-in-env"}, {}, ".env"),
+        ({"PROXY_API_KEYS": "k-in-env"}, {"k-in-auth": {}}, ".env, auth.json"),
+        ({}, {"k-in-auth": {}}, "auth.json"),
+    ],
+)
+def test_keys_of_callers_say_where_they_stand(tmp_path, env, rows, source):
+    (tmp_path / ".env").write_text("".join(f"{k}={v}\n" for k, v in env.items()))
+    (tmp_path / "auth.json").write_text(json.dumps({"proxy_keys": rows}))
+    config = router.Config.from_env({"HR_HOME": str(tmp_path)})
+    (row,) = [r for r in router.setting_states(config) if r["name"] == "PROXY_API_KEYS"]
+    assert row["source"] == source
+
+
 def test_every_setting_is_shown_with_its_source(api):
     here = api({"MAX_STREAMS": "77"}, auth={"providers": {"groq": [NEW_KEY]}}, BREAKER_WINDOW="9")
     told = here.get("settings")
@@ -702,6 +719,20 @@ def test_a_real_process_begins_anew(process, way):
     here.child.send_signal(signal.SIGTERM)
     assert here.child.wait(30) == 0
     assert not SECRETS.search(here.text)
+
+
+@POSIX
+def test_a_port_that_somebody_else_has_is_not_restarted_into(process):
+    here = process()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert here.post("config/settings", {"PORT": port})["restart_required"] is True
+        refused = here.session.post(f"{here.url}/v1/config/restart", timeout=60)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "PORT"
+        assert str(port) in refused.json()["error"]["message"]
+    assert here.session.get(f"{here.url}/health", timeout=60).status_code == 200
+    assert here.post("config/restart")["status"] == "restarting"  # it is free now
+    here.listens(2)
 
 
 @POSIX
