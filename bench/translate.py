@@ -28,7 +28,10 @@ def chat_events(chunks: int) -> list[bytes]:
         return router.encode_event({**head, "choices": [choice]})
 
     words = [event({"content": f"word{n:05} "}) for n in range(chunks)]
-    return [event({"role": "assistant", "content": ""}), *words, event({}, "stop"), router.DONE]
+    counts = {"prompt_tokens": 9, "completion_tokens": chunks, "total_tokens": 9 + chunks}
+    usage = router.encode_event({**head, "choices": [], "usage": counts})  # else it is estimated
+    opening = event({"role": "assistant", "content": ""})
+    return [opening, *words, event({}, "stop"), usage, router.DONE]
 
 
 def messages_events(chunks: int) -> list[bytes]:
