@@ -201,8 +201,10 @@ def test_what_was_learnt_stays_with_what_stays(home, upstream):
         hub.lessons.learn_window(name, "m1", 4096)
         for _ in range(8):
             hub.breakers.note(name, False)
+    before = hub.loaded
     here.env(provider("groq", up, keys="g2,g3"), BREAKER_WINDOW="3", ROTATION_MODE="sequential")
-    here.becomes(lambda: "mistral" not in hub.keys.held())
+    here.becomes(lambda: hub.loaded is not before)  # every part has taken over
+    assert "mistral" not in hub.keys.held()
     places = {("groq", "g2", "m1"), ("groq", router.ANY, "m9")}
     assert hub.keys.rests().keys() == places
     assert hub.breakers.circuits().keys() == {"groq"} and hub.breakers.is_open("groq")
