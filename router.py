@@ -15,60 +15,61 @@ Contents (each section uses only the ones above it):
                5. Config           every setting, read once from the environment
                6. Files            auth.json and .env: locked, read anew, written in one step
                7. Tokens           how large a request is
-  LANGUAGES    8. Events           server-sent events as bytes, and where they end
-               9. Chat             the one shape used inside: parse, check, look at it
-              10. Replies          what a provider's answer holds: useful, empty, error, usage
-              11. Outgoing         the body a provider gets: the client's bytes with few edits
-              12. Hub              what every translation shares: an answer's opening, sealed values
-              13. Accents          chat answers of every provider made canonical
-              14. Quirks           what each provider, or a family of its models, asks of a chat
-              15. Schemas          JSON Schema in the words that a provider knows
-              16. Histories        earlier turns in order: a result for each call, whose turn it is
-              17. Fits             chat bodies fitted to one provider and model
-              18. Messages in      Anthropic Messages as clients speak it
-              19. Messages out     Anthropic Messages as providers speak it
-              20. Responses in     OpenAI Responses as clients ask
-              21. Responses told   OpenAI Responses as clients are answered
-              22. Responses out    OpenAI Responses as providers speak it
-              23. Completions      the older completions endpoint
-              24. Dialects         which dialect is read, judged and written how
-              25. Passages         a request, its trace, and how its answer gets to the client
-  MEMORY      26. Database         SQLite files: written in batches by a thread, read by anybody
-              27. Keys             which key may be used, per (key, model)
-              28. Accounts         subscriptions whose tokens are renewed
-              29. Breakers         which provider is resting
-              30. Ledger           what is left of each quota, and when it returns
-              31. State            what of it survives a restart
-              32. Usage            what was asked, answered, failed and spent
-              33. Limits           what each caller may still use
-              34. Traces           what became of the latest requests, for logs, metrics and why
-              35. Sessions         who answered a conversation before
-              36. Cache            answers worth giving twice: exactly the same, or nearly
-              37. Turns            stored answers that previous_response_id may go on from
-              38. Lessons          what refusals taught: changes to bodies, and windows
-  JUDGEMENT   39. Difficulty       how hard is this request?
-              40. Plan             which candidates, in what order, and why
-              41. Verdicts         what an outcome means, and what rests for how long
-  ACTION      42. Transport        connections to providers, cut when nobody waits any more
-              43. Upstream         one attempt: send, wait for something useful, judge
-              44. Checks           keys that a provider called dead, asked again in the background
-              45. Sharing          one answer for identical requests: from memory, or from one call
-              46. Router           plan, try, learn, answer
-              47. Reload           changed settings taken over while requests go on
-  SURFACE     48. Configuration    what admins see and change over HTTP
-              49. Status           what /v1/status, /v1/models and /metrics say
-              50. Dashboard        one page to see it all
-              51. Endpoints        Flask: routes, auth, errors
-              52. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              53. Crash test       how these settings fare when providers misbehave
-              54. Documents        .env.example and the printed pages of docs/
-              55. Terminal         what commands print and ask; the running router
-              56. Views            status, logs, why, config and a few timed answers for people
-              57. Connect          clients whose settings are written, shown and taken back
-              58. Changes          commands that change keys, models, limits
-              59. Doctor           what may be wrong, and what to do about it
-              60. Setup            the wizard, from nothing to the first answer
-              61. Command line     the table of commands, and what comes from it
+               8. Room             memory for large requests and answers, counted for all of them
+  LANGUAGES    9. Events           server-sent events as bytes, and where they end
+              10. Chat             the one shape used inside: parse, check, look at it
+              11. Replies          what a provider's answer holds: useful, empty, error, usage
+              12. Outgoing         the body a provider gets: the client's bytes with few edits
+              13. Hub              what every translation shares: an answer's opening, sealed values
+              14. Accents          chat answers of every provider made canonical
+              15. Quirks           what each provider, or a family of its models, asks of a chat
+              16. Schemas          JSON Schema in the words that a provider knows
+              17. Histories        earlier turns in order: a result for each call, whose turn it is
+              18. Fits             chat bodies fitted to one provider and model
+              19. Messages in      Anthropic Messages as clients speak it
+              20. Messages out     Anthropic Messages as providers speak it
+              21. Responses in     OpenAI Responses as clients ask
+              22. Responses told   OpenAI Responses as clients are answered
+              23. Responses out    OpenAI Responses as providers speak it
+              24. Completions      the older completions endpoint
+              25. Dialects         which dialect is read, judged and written how
+              26. Passages         a request, its trace, and how its answer gets to the client
+  MEMORY      27. Database         SQLite files: written in batches by a thread, read by anybody
+              28. Keys             which key may be used, per (key, model)
+              29. Accounts         subscriptions whose tokens are renewed
+              30. Breakers         which provider is resting
+              31. Ledger           what is left of each quota, and when it returns
+              32. State            what of it survives a restart
+              33. Usage            what was asked, answered, failed and spent
+              34. Limits           what each caller may still use
+              35. Traces           what became of the latest requests, for logs, metrics and why
+              36. Sessions         who answered a conversation before
+              37. Cache            answers worth giving twice: exactly the same, or nearly
+              38. Turns            stored answers that previous_response_id may go on from
+              39. Lessons          what refusals taught: changes to bodies, and windows
+  JUDGEMENT   40. Difficulty       how hard is this request?
+              41. Plan             which candidates, in what order, and why
+              42. Verdicts         what an outcome means, and what rests for how long
+  ACTION      43. Transport        connections to providers, cut when nobody waits any more
+              44. Upstream         one attempt: send, wait for something useful, judge
+              45. Checks           keys that a provider called dead, asked again in the background
+              46. Sharing          one answer for identical requests: from memory, or from one call
+              47. Router           plan, try, learn, answer
+              48. Reload           changed settings taken over while requests go on
+  SURFACE     49. Configuration    what admins see and change over HTTP
+              50. Status           what /v1/status, /v1/models and /metrics say
+              51. Dashboard        one page to see it all
+              52. Endpoints        Flask: routes, auth, errors
+              53. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              54. Crash test       how these settings fare when providers misbehave
+              55. Documents        .env.example and the printed pages of docs/
+              56. Terminal         what commands print and ask; the running router
+              57. Views            status, logs, why, config and a few timed answers for people
+              58. Connect          clients whose settings are written, shown and taken back
+              59. Changes          commands that change keys, models, limits
+              60. Doctor           what may be wrong, and what to do about it
+              61. Setup            the wizard, from nothing to the first answer
+              62. Command line     the table of commands, and what comes from it
 
 docs/architecture.md tells how a request walks through them, and what each word means.
 """
@@ -1984,6 +1985,13 @@ class Config:
     max_request_bytes: int = setting(
         10_485_760, "MAX_REQUEST_BYTES", "Server", "larger request bodies get 413", low=1024
     )
+    large_total_bytes: int = setting(
+        0,
+        "LARGE_TOTAL_BYTES",
+        "Server",
+        "memory for all requests and answers above 1 MB together; beyond it they wait, then 503;"
+        " 0 = a quarter of this machine's (192 MB to 2 GB)",
+    )
     worker_threads: int = setting(
         16,
         "WORKER_THREADS",
@@ -3573,7 +3581,138 @@ class Encoder:
 
 
 # =============================================================================
-# 8. Events
+# 8. Room
+# =============================================================================
+
+LARGE_BYTES: Final = 1 << 20  # what is smaller is not counted
+LEAST_ROOM: Final = 192 << 20  # one answer of 50 MB, or a few large requests
+MOST_ROOM: Final = 2 << 30  # unless it is set
+NO_ROOM_TEXT: Final = (
+    "large requests and answers hold all the memory they may (LARGE_TOTAL_BYTES); try again"
+)
+FOUR_BYTE_LEADS: Final = (b"\xf0", b"\xf1", b"\xf2", b"\xf3", b"\xf4")
+
+
+def machine_memory() -> int:
+    """Bytes that this process may use: the machine's memory, or its container's; 0 = unknown."""
+    found = []
+    with suppress(AttributeError, OSError, ValueError):  # not on Windows
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    own = ""
+    with suppress(OSError):
+        own = Path("/proc/self/cgroup").read_text("utf-8").rpartition("0::/")[2].strip()
+    for name in (f"{own}/memory.max", "memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # there is no such limit
+            found.append(int((Path("/sys/fs/cgroup") / name.lstrip("/")).read_text("utf-8")))
+    return min((size for size in found if size > 0), default=0)
+
+
+def json_weight(body: bytes) -> int:
+    """Bytes of memory, about, that JSON takes while it is read: as it came, as text, as values.
+
+    One character beyond Latin-1 makes a whole text wider, and small values are mostly overhead.
+    """
+    text = 1 if body.isascii() else 2
+    if text > 1 and any(lead in body for lead in FOUR_BYTE_LEADS):
+        text = 4
+    escaped = 1
+    if b"\\" in body:  # such a text is put together from pieces
+        escaped = 6 if b"\\ud" in body or b"\\uD" in body else 3 if b"\\u" in body else 2
+    small = 240 * body.count(b"{") + 64 * body.count(b"[") + 32 * body.count(b",")
+    return len(body) * (1 + text + max(text, escaped)) + small
+
+
+class Share:
+    """What one request holds of the room, in bytes; `base` of it for its own body."""
+
+    __slots__ = ("base", "size")
+
+    def __init__(self) -> None:
+        self.base = self.size = 0
+
+
+class Room:
+    """Memory for all that is large, requests and answers together: an account, no memory itself.
+
+    Whoever is alone may have LEAST_ROOM whatever the limit, so that nothing usual is too large
+    for good. Where all that hold something wait for each other, so may one of them.
+    """
+
+    PATIENCE_S: ClassVar[float] = 20.0  # in which others usually end
+    RETRY_S: ClassVar[float] = 5.0  # told to clients
+    LOOK_S: ClassVar[float] = 0.25  # how often one that waits looks whether it is still wanted
+
+    def __init__(self) -> None:
+        self.most = LEAST_ROOM
+        self.used = self.refused = 0
+        self._some = threading.Condition()
+        self._holders = self._stuck = 0  # shares that hold something; those of them that wait
+        self._first: Share | None = None  # the one that goes first
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        usual = min(max(machine_memory() // 4, LEAST_ROOM), MOST_ROOM)
+        with self._some:
+            self.most = config.large_total_bytes or usual
+            self._some.notify_all()
+
+    def grow(self, share: Share, size: int) -> bool:
+        """Let a share hold `size` bytes, if they are there now."""
+        with self._some:
+            return self._grow(share, size)
+
+    def wait(self, share: Share, size: int, seconds: float, gone: Callable[[], bool]) -> bool:
+        """The same, waiting for others to end while the client has not `gone`."""
+        until = time.monotonic() + min(seconds, self.PATIENCE_S)
+        with self._some:
+            holds = share.size > 0
+            self._stuck += holds
+            try:
+                while not self._grow(share, size, holds and self._goes_first(share)):
+                    left = until - time.monotonic()
+                    if left <= 0 or gone():
+                        self.refused += 1
+                        return False
+                    self._some.wait(min(left, self.LOOK_S))
+            finally:
+                self._stuck -= holds
+        return True
+
+    def refuse(self, share: Share) -> None:
+        """One that cannot wait goes without."""
+        with self._some:
+            self.refused += 1
+        self.shrink(share, 0)
+
+    def shrink(self, share: Share, size: int) -> None:
+        """Let a share hold no more than `size` bytes."""
+        with self._some:
+            if share.size > size:
+                self.used -= share.size - size
+                share.size = size
+                self._holders -= not size
+                self._first = None if self._first is share else self._first
+                self._some.notify_all()
+
+    def _goes_first(self, share: Share) -> bool:
+        if self._stuck >= self._holders and self._first is None:
+            self._first = share
+        return self._first is share
+
+    def _grow(self, share: Share, size: int, first: bool = False) -> bool:
+        more = size - share.size
+        if more <= 0:
+            return True
+        alone = self.used == share.size
+        if self.used + more > self.most and not ((first or alone) and size <= LEAST_ROOM):
+            return False
+        self._holders += not share.size
+        self.used += more
+        share.size = size
+        return True
+
+
+# =============================================================================
+# 9. Events
 # =============================================================================
 
 # WHATWG server-sent events: lines end in LF, CRLF or CR; a blank line ends an event; the
@@ -3614,11 +3753,15 @@ def split_events(data: bytes) -> list[bytes]:
 
 
 class EventCutter:
-    """Cuts a stream after its last whole event, however it arrives; each byte is looked at once."""
+    """Cuts a stream after its last whole event, however it arrives; each byte is looked at once.
 
-    __slots__ = ("_pieces", "_size", "_tail")
+    `more` is asked for memory, in bytes, where an event is a large one; it may raise.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_counted", "_more", "_pieces", "_size", "_tail")
+
+    def __init__(self, more: Callable[[int], None] | None = None) -> None:
+        self._more, self._counted = more, LARGE_BYTES
         self._pieces: list[bytes] = []  # what came after the last whole event
         self._size = 0
         self._tail = b""  # its last bytes: the end of an event may arrive in pieces
@@ -3633,6 +3776,9 @@ class EventCutter:
             self._tail = (tail + data)[-3:]
             if self._size > MAX_EVENT_BYTES:
                 raise ValueError("an event without an end")
+            if self._more and self._size > self._counted:
+                self._more(2 * LARGE_BYTES)  # it is joined at its end
+                self._counted = self._size + LARGE_BYTES
             return b""
         block, rest = data[:cut], data[cut:]
         if self._pieces:
@@ -3660,7 +3806,7 @@ def encode_event(payload: object) -> bytes:
 
 
 # =============================================================================
-# 9. Chat
+# 10. Chat
 # =============================================================================
 
 MAX_NESTING = 100  # lists and objects inside one another; real requests stay below 20
@@ -4109,7 +4255,7 @@ def wants_json(chat: Mapping[str, Any]) -> bool:
 
 
 # =============================================================================
-# 10. Replies
+# 11. Replies
 # =============================================================================
 
 # Where a chat message or a delta may carry something worth having (docs/architecture.md:
@@ -4716,7 +4862,7 @@ def chunks_from_reply(reply: Json) -> list[Json]:
 
 
 # =============================================================================
-# 11. Outgoing
+# 12. Outgoing
 # =============================================================================
 
 DROP: Final = object()  # an edit that removes a member
@@ -4785,7 +4931,7 @@ def output_wish(body: Json) -> int:
 
 
 # =============================================================================
-# 12. Hub
+# 13. Hub
 # =============================================================================
 
 SEAL: Final = "hr1."
@@ -4844,7 +4990,7 @@ def custom_input(text: str) -> str:
 
 
 # =============================================================================
-# 13. Accents
+# 14. Accents
 # =============================================================================
 
 # Every OpenAI-compatible provider speaks Chat with an accent. A ChatReader takes all of them;
@@ -5848,7 +5994,7 @@ def is_odd_call(call: Any, whole: bool) -> bool:
 
 
 # =============================================================================
-# 14. Quirks
+# 15. Quirks
 # =============================================================================
 
 
@@ -6158,7 +6304,7 @@ def laid_over(below: Quirk, row: Quirk) -> dict[str, Any]:
 
 
 # =============================================================================
-# 15. Schemas
+# 16. Schemas
 # =============================================================================
 
 
@@ -6445,7 +6591,7 @@ def likely_type(node: Json) -> str:
 
 
 # =============================================================================
-# 16. Histories
+# 17. Histories
 # =============================================================================
 
 NO_RESULT: Final = "[no result]"
@@ -6753,7 +6899,7 @@ def with_ids(message: Json, ids: Mapping[str, str]) -> Json:
 
 
 # =============================================================================
-# 17. Fits
+# 18. Fits
 # =============================================================================
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -7482,7 +7628,7 @@ def named_choice(choice: Json, custom: bool) -> object:
 
 
 # =============================================================================
-# 18. Messages in
+# 19. Messages in
 # =============================================================================
 
 # The client's side of Anthropic Messages (platform.claude.com/docs/en/api/messages and what Claude
@@ -8777,7 +8923,7 @@ def count_all_tokens(chat: Json, encoder: Encoder | None = None) -> int:
 
 
 # =============================================================================
-# 19. Messages out
+# 20. Messages out
 # =============================================================================
 
 # The provider side of Anthropic Messages. What the API answers 400 to is written down as an
@@ -10339,7 +10485,7 @@ def events_of(reply: Json) -> Iterator[Json]:
 
 
 # =============================================================================
-# 20. Responses in
+# 21. Responses in
 # =============================================================================
 
 # A client speaks OpenAI Responses; the hub speaks chat. Wire facts: recorded traffic of OpenAI,
@@ -11303,7 +11449,7 @@ ITEM_READERS: Mapping[str, Callable[[ItemHistory, Json, str], None]] = {
 
 
 # =============================================================================
-# 21. Responses told
+# 22. Responses told
 # =============================================================================
 
 
@@ -12026,7 +12172,7 @@ def compacted_context(reply: Json, opening: Opening, earlier: Sequence[Json]) ->
 
 
 # =============================================================================
-# 22. Responses out
+# 23. Responses out
 # =============================================================================
 
 # OpenAI's Responses API and Codex (the same wire under a ChatGPT plan), as providers.
@@ -12904,7 +13050,7 @@ def is_sealed_item(item: object) -> bool:
 
 
 # =============================================================================
-# 23. Completions
+# 24. Completions
 # =============================================================================
 
 # The legacy endpoint, for clients that still ask for text_completion: the prompt becomes one
@@ -13046,7 +13192,7 @@ class CompletionsWriter:
 
 
 # =============================================================================
-# 24. Dialects
+# 25. Dialects
 # =============================================================================
 
 
@@ -13552,7 +13698,7 @@ def compact_surface(earlier: Sequence[Json]) -> Surface:
 
 
 # =============================================================================
-# 25. Passages
+# 26. Passages
 # =============================================================================
 
 NOBODY: Final = ("", "", "")  # no target, dialect and origin
@@ -13869,6 +14015,7 @@ class Flow:
         self.failure: Outcome | None = None
         self._calls: list[bytes] = []  # events held back
         self._calls_bytes = 0
+        self._covered = LARGE_BYTES  # so much of what it holds on to needs no more memory
         self.stirred = False  # more than a sign of life has come since this was last reset
         self._passed: list[bytes] = []  # blocks of events that the client got
         self._passed_bytes = 0
@@ -13992,10 +14139,17 @@ class Flow:
         self._calls.append(event)
         self._calls_bytes += len(event)
         if self._calls_bytes > MAX_EVENT_BYTES:
-            self.failure = Outcome(0, "a tool call without an end", "garbled")
+            self.failure = ENDLESS_CALL
+        if self._calls_bytes > self._covered:
+            self._cover(self._calls_bytes)
         if self.failure or not (sight.finished or sight.done):
             return b""
         return self._release(sight)
+
+    def _cover(self, size: int) -> None:
+        """Ask for memory, as it holds on to `size` bytes; TransportError where there is none."""
+        self._covered = size + LARGE_BYTES
+        self._passage.ask.guard.more(HELD_COST * LARGE_BYTES)
 
     def _release(self, sight: Sight) -> bytes:
         """The events of whole tool calls; calls that are no JSON are put right or refused."""
@@ -14116,6 +14270,8 @@ def is_filtered(answers: Iterable[Json]) -> bool:
 
 
 MAX_PASSED_BYTES: Final = 512 << 10  # of a stream that another provider may go on with
+HELD_COST: Final = 4  # bytes of memory for one of a stream that is held on to, parsed
+ENDLESS_CALL: Final = Outcome(0, "a tool call without an end", "garbled")
 
 
 def spoken(chunks: Sequence[Json]) -> str | None:
@@ -14182,11 +14338,20 @@ class Translation(Flow):
         self._writer = writer or passage.writer()
         self._told: list[Json] = []  # chunks that the client got
         self._held: list[Json] = []  # chunks from the first tool call on
+        self._taken = 0  # bytes
 
     def take(self, block: bytes) -> bytes:
         block = block if block.isascii() else legible(block)
         self.stirred = self.stirred or stirs(block)
-        return b"".join(map(self._look, split_events(block)))
+        self._taken += len(block)  # most of it is kept: by the writer, or as chunks
+        if self._taken > self._covered:
+            self._cover(self._taken)
+        made = b"".join(map(self._look, split_events(block)))
+        if self._held:
+            self._calls_bytes += len(block)
+            if self._calls_bytes > MAX_EVENT_BYTES:
+                self.failure = ENDLESS_CALL
+        return made
 
     def _look(self, event: bytes) -> bytes:
         try:
@@ -14380,7 +14545,7 @@ def overlap(said: str, text: str, least: int) -> int:
 
 
 # =============================================================================
-# 26. Database
+# 27. Database
 # =============================================================================
 
 
@@ -14544,7 +14709,7 @@ class Database:
 
 
 # =============================================================================
-# 27. Keys
+# 28. Keys
 # =============================================================================
 
 # Rests that a last round may overlook when nothing else is left: guesses about health,
@@ -14813,7 +14978,7 @@ class KeyPool:
 
 
 # =============================================================================
-# 28. Accounts
+# 29. Accounts
 # =============================================================================
 
 # ChatGPT accounts that Codex runs on, signed in elsewhere (`codex login`): an access token
@@ -15096,7 +15261,7 @@ def finite_number(value: object) -> float | None:
 
 
 # =============================================================================
-# 29. Breakers
+# 30. Breakers
 # =============================================================================
 
 
@@ -15276,7 +15441,7 @@ class Breakers:
 
 
 # =============================================================================
-# 30. Ledger
+# 31. Ledger
 # =============================================================================
 
 Unit = Literal["requests", "tokens", "input tokens", "output tokens", "percent"]
@@ -16476,7 +16641,7 @@ class Claim:
 
 
 # =============================================================================
-# 31. State
+# 32. State
 # =============================================================================
 
 STATE_MARK: Final = "hermes_router_state"  # a member that holds the version of the file's form
@@ -16745,7 +16910,7 @@ class StateFile:
 
 
 # =============================================================================
-# 32. Usage
+# 33. Usage
 # =============================================================================
 
 
@@ -17088,7 +17253,7 @@ class Prices:
 
 
 # =============================================================================
-# 33. Limits
+# 34. Limits
 # =============================================================================
 
 MINUTE_S: Final = 60.0
@@ -17501,7 +17666,7 @@ def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | N
 
 
 # =============================================================================
-# 34. Traces
+# 35. Traces
 # =============================================================================
 
 LATENCY_BUCKETS_S: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -17614,7 +17779,7 @@ def trace_line(trace: Trace) -> str:
 
 
 # =============================================================================
-# 35. Sessions
+# 36. Sessions
 # =============================================================================
 
 # Headers that name a conversation, the first that is there counts: ours, Claude Code's (2.1, seen
@@ -17704,7 +17869,7 @@ def has_answers(chat: Json) -> bool:
 
 
 # =============================================================================
-# 36. Cache
+# 37. Cache
 # =============================================================================
 
 CACHE_FORM: Final = 1  # of what is kept; another one is not read
@@ -18324,7 +18489,7 @@ def cosine(one: array[float], other: array[float]) -> float:
 
 
 # =============================================================================
-# 37. Turns
+# 38. Turns
 # =============================================================================
 
 
@@ -18452,7 +18617,7 @@ def unknown_response(own: str) -> BadRequest:
 
 
 # =============================================================================
-# 38. Lessons
+# 39. Lessons
 # =============================================================================
 
 # Places in the bodies of all dialects that may go without changing what is asked ("*" = every
@@ -19286,7 +19451,7 @@ def contradict(old: Mend, new: Mend) -> bool:
 
 
 # =============================================================================
-# 39. Difficulty
+# 40. Difficulty
 # =============================================================================
 
 DIFFICULTY_LABELS = {1: "critical", 2: "complex", 3: "standard", 4: "simple", 5: "trivial"}
@@ -19415,7 +19580,7 @@ def description_chars(tool: object) -> int:
 
 
 # =============================================================================
-# 40. Plan
+# 41. Plan
 # =============================================================================
 
 FAST_PROVIDERS: Final = frozenset({"groq", "cerebras", "sambanova", "mistral"})
@@ -19806,7 +19971,7 @@ class Directory:
 
 
 # =============================================================================
-# 41. Verdicts
+# 42. Verdicts
 # =============================================================================
 
 Next = Literal["key", "model", "provider", "stop"]
@@ -20107,7 +20272,9 @@ SORTS: Final = {
     "empty": Verdict("empty_answer", "route", 30.0, counts=True),
     "garbled": BAD_ANSWER,
     "strange": Verdict("not_the_same_answer"),
+    "no_room": Verdict("no_room", then="stop"),  # in this router's memory: nobody else's fault
 }
+NO_ROOM: Final = SORTS["no_room"]
 # Limits that end by themselves; when nothing else failed a request, the client is told a 429.
 LIMITS: Final = frozenset({"rate_limited", "concurrency", "day_quota", "plan_quota"})
 # What a client's request may be to blame for; the most telling first.
@@ -20168,12 +20335,13 @@ def rest_seconds(verdict: Verdict, outcome: Outcome, clock: Clock, wall: float) 
 
 
 # =============================================================================
-# 42. Transport
+# 43. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
 MAX_ANSWER_BYTES: Final = 50 << 20
 MAX_INFLATED_BYTES: Final = 1 << 20  # at a time: few bytes may hold many
+READ_COST: Final = 3  # bytes of memory for one of a whole answer: as it came, as text, as values
 MAX_IDLE_S: Final = 50.0  # below the keep-alive of common front ends (60 s and more)
 MAX_IDLE_PER_ORIGIN: Final = 1024
 # So soon after an answer a connection is used without a look: that would let go of the interpreter,
@@ -20205,7 +20373,7 @@ class Guard:
 
     __slots__ = (
         "_beat", "_lock", "_sock", "cut", "deadline", "gone", "hang_up", "last", "others",
-        "quiet_since", "waiting",
+        "quiet_since", "room", "share", "waiting",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -20220,6 +20388,8 @@ class Guard:
         self._beat: Callable[[], None] | None = None
         self.hang_up: Callable[[], None] = self.cut_off  # on a client that does not read
         self.others: Callable[[Guard], bool] | None = None  # do other clients wait for the same?
+        self.room: Room | None = None  # where memory for what is large is asked for
+        self.share: Share | None = None  # what it has of that
 
     def hold(self, sock: socket.socket) -> None:
         """From now on `sock` is what gets cut. ClientGone if it is too late already."""
@@ -20235,6 +20405,8 @@ class Guard:
         with self._lock:
             self.cut = False
         self.deadline, self.last, self.waiting = deadline, last, True
+        if self.share:  # an attempt before held it
+            self.keep(0)
 
     def wait(self, deadline: float) -> None:
         """From now on a stream's provider is waited for."""
@@ -20269,6 +20441,35 @@ class Guard:
     def release(self) -> None:
         with self._lock:
             self._sock = None
+
+    def more(self, size: int) -> None:
+        """Memory for so many more bytes of the answer; TransportError("no_room") if none is left.
+
+        The provider is not blamed for the time that takes.
+        """
+        if self.may_have(size) or self.room is None or self.share is None:
+            return
+        due, began = self.deadline, time.monotonic()
+        self.deadline = math.inf
+        target = self.share.size + size
+        found = self.room.wait(self.share, target, self.last - began, lambda: self.gone)
+        self.deadline = min(due + time.monotonic() - began, self.last)
+        if self.gone:
+            raise ClientGone
+        if not found:
+            raise TransportError("no_room", NO_ROOM_TEXT)
+
+    def may_have(self, size: int) -> bool:
+        """The same without waiting."""
+        if self.room is None:
+            return True
+        self.share = self.share or Share()
+        return self.room.grow(self.share, self.share.size + size)
+
+    def keep(self, size: int) -> None:
+        """Give memory back, but for so many bytes of the answer."""
+        if self.share and self.room:
+            self.room.shrink(self.share, self.share.base + size)
 
     def client_gone(self) -> None:
         if self.others and self.others(self):
@@ -20521,10 +20722,29 @@ class Response:
         while piece := self.read1():
             pieces.append(piece)
             size += len(piece)
+            if size > LARGE_BYTES or size > limit:
+                return self._read_large(pieces, limit)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _read_large(self, pieces: list[bytes], limit: int) -> bytes:
+        """The same of a large one, gathered in one place; memory for it is asked for beforehand."""
+        whole, covered = io.BytesIO(), 0
+        piece = b"".join(pieces)
+        pieces.clear()
+        while piece:
+            size = whole.tell() + len(piece)
             if size > limit:
                 self.close()
                 raise TransportError("garbled", f"an answer larger than {limit} bytes")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if size > covered:
+                stated = size + self._left if self._left and not self._unzip else 2 * size
+                self._guard.more(READ_COST * (min(stated, limit) - covered))
+                covered = min(stated, limit)
+            whole.write(piece)
+            piece = self.read1()
+        body = whole.getvalue()
+        self._guard.more(max(0, json_weight(body) - READ_COST * covered))
+        return body
 
     def read1(self) -> bytes:
         """What has arrived, waiting for the first byte; b"" = the body ended as it should."""
@@ -20807,7 +21027,7 @@ class Transport:
 
 
 # =============================================================================
-# 43. Upstream
+# 44. Upstream
 # =============================================================================
 
 ANSWERED: Final = frozenset({200, 201, 202, 203})  # web frameworks answer a POST with 201
@@ -20946,10 +21166,10 @@ class Relay:
             data = self._read(response)
             if data:
                 return flow.take(self._cutter.feed(data))
+            self._response = None
+            return flow.end(self._cutter.rest)
         except (TransportError, ValueError) as error:
             return self._break_off(response, error)
-        self._response = None
-        return flow.end(self._cutter.rest)
 
     def _read(self, response: Response) -> bytes:
         """What came; only the provider's silence counts against it, not a slow client's."""
@@ -20984,6 +21204,8 @@ class Relay:
         if other is None:
             self.broken = True
             problem = self.flow.failure or BROKEN
+            if problem.sort == "no_room":
+                return self.flow.fail(Busy(told_with_wait(problem.text, Room.RETRY_S)))
             text = f"the provider failed in the middle of its answer: {problem.text}"
             return self.flow.fail(Exhausted(text, code="stream_interrupted"))
         self._response, self.flow, self._cutter = other._response, other.flow, other._cutter
@@ -21011,6 +21233,7 @@ class Relay:
         if self._response is not None:
             self._response.close()
             self._response = None
+        self.rescue = None  # it knows of this stream: nothing of either would be freed soon
         if self.on_close:
             hook, self.on_close = self.on_close, None
             hook(self)
@@ -21382,7 +21605,7 @@ def first_useful(response: Response, passage: Passage, extend: Callable[[], None
 
     `extend` moves the deadline while what came has to be held back longer.
     """
-    flow, cutter, size, begun = passage.flow(), EventCutter(), 0, False
+    flow, cutter, size, begun = passage.flow(), EventCutter(passage.ask.guard.more), 0, False
     held: list[bytes] = []
     while not flow.failure and size <= MAX_HELD_BYTES:
         data = response.read1()
@@ -21424,7 +21647,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 44. Checks
+# 45. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -21637,7 +21860,7 @@ class KeyChecks:
 
 
 # =============================================================================
-# 45. Sharing
+# 46. Sharing
 # =============================================================================
 
 MAX_TURNS: Final = 3  # in which a request waits for another one; then it asks for itself
@@ -21697,7 +21920,7 @@ class Crowd:
     def tell(self) -> None:
         """To those who wait: what came is to be had now."""
         if self.answer and isinstance(self.answer.body, Relay):
-            self.broadcast = Broadcast(self.answer.body)
+            self.broadcast = Broadcast(self.answer.body, self.leader)
         cast(threading.Event, self.came).set()
 
     def wait(self, guard: Guard, until: float, now: Callable[[], float]) -> None:
@@ -21738,13 +21961,15 @@ class Crowds:
 class Broadcast:
     """One stream that several clients hear, each at its own pace: whoever needs more reads on.
 
-    Blocks are kept up to MOST bytes; who is further behind has lost the thread.
+    Blocks are kept up to MOST bytes, as far as there is memory for them; who is further behind
+    has lost the thread.
     """
 
     MOST: ClassVar[int] = 16 << 20
 
-    def __init__(self, relay: Relay) -> None:
-        self.relay = relay
+    def __init__(self, relay: Relay, leader: Guard) -> None:
+        self.relay, self._leader = relay, leader
+        self._most = LARGE_BYTES
         self._some = threading.Condition()
         self._blocks: deque[bytes] = deque()
         self._first = self._bytes = 0  # number of the first block kept, size of all
@@ -21784,11 +22009,17 @@ class Broadcast:
                 if block:
                     self._blocks.append(block)
                     self._bytes += len(block)
-                while self._bytes > self.MOST:
+                while self._bytes > self._most and not self._has_more():
                     self._bytes -= len(self._blocks.popleft())
                     self._first += 1
                 self._some.notify_all()
         return block
+
+    def _has_more(self) -> bool:
+        """Whether more may be kept than so far."""
+        more = self._most < self.MOST and self._leader.may_have(LARGE_BYTES)
+        self._most += LARGE_BYTES if more else 0
+        return more
 
 
 class Listener(Relay):
@@ -22068,6 +22299,8 @@ class Sharing:
             follows = self._crowds.close(place)
             if follows:
                 crowd.tell()
+            else:
+                crowd.answer = None  # it lives as long as the leader's client is served
         return self._share(crowd, answer, ask) if follows else answer
 
     def _share(self, crowd: Crowd, answer: Answer, ask: Ask) -> Answer:
@@ -22078,7 +22311,7 @@ class Sharing:
 
 
 # =============================================================================
-# 46. Router
+# 47. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 32
@@ -22259,6 +22492,7 @@ class Router:
         self.sessions = Sessions(now)
         self.lessons = Lessons(now)
         self.gate = Gate(config.max_streams)
+        self.room = Room()
         self.watchdog = Watchdog(now)
         self.encoder = Encoder()
         self.transport = transport or Transport(config.connect_timeout)
@@ -22284,6 +22518,7 @@ class Router:
             self.sessions,
             self.lessons,
             self.gate,
+            self.room,
             self.transport,
             self.accounts,
             self.upstream,
@@ -22692,7 +22927,8 @@ class Router:
         if verdict.counts and first:
             self.breakers.note(target.provider, False, ask.guard)
         self.breakers.leave(target.provider, ask.guard)
-        self.usage.attempt(self.place(target, lease, ask), False, attempt.seconds)
+        if verdict is not NO_ROOM:
+            self.usage.attempt(self.place(target, lease, ask), False, attempt.seconds)
         log.warning(
             "%s %s key=%s: %s (%s) %s%s",
             "attempt failed:",
@@ -22737,6 +22973,7 @@ class Router:
         """Nobody waits for this request any more."""
         self.watchdog.unwatch(ask.guard)
         ask.guard.show_life(None)
+        ask.guard.keep(0)
 
     def settle(self, target: Target, lease: Lease, ask: Ask, relay: Relay) -> None:
         """What one provider's part of a stream cost, and what its end means."""
@@ -22801,6 +23038,8 @@ class Router:
     def exhausted(self, walk: Walk, tokens: int, late: bool, privacy: str = "") -> RouterError:
         """The one error that says honestly why nobody answered."""
         told = walk.told()
+        if NO_ROOM.name in walk.verdicts:
+            return Busy(NO_ROOM_TEXT, retry_after=Room.RETRY_S)
         if error := self.clients_own(walk, told):
             return self.sized(error, walk, tokens)
         if not walk.tried and not walk.waits:
@@ -23031,7 +23270,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 47. Reload
+# 48. Reload
 # =============================================================================
 
 
@@ -23155,7 +23394,7 @@ def file_mark(path: Path) -> tuple[int, int, int] | None:
 
 
 # =============================================================================
-# 48. Configuration
+# 49. Configuration
 # =============================================================================
 
 # -- features --------------------------------------------------------------------
@@ -23800,7 +24039,7 @@ def run_errand(desk: Desk, errand: Errand, body: Json, names: Mapping[str, str])
 
 
 # =============================================================================
-# 49. Status
+# 50. Status
 # =============================================================================
 
 
@@ -23812,6 +24051,11 @@ def snapshot(router: Router, caller: Caller = ITSELF) -> Json:
         "mode": "echo" if router.echoes else "router",
         "uptime_s": round(router.usage.uptime_s, 1),
         "in_flight": router.gate.inside,
+        "large": {
+            "bytes": router.room.used,
+            "limit": router.room.most,
+            "refused": router.room.refused,
+        },
         "providers": {s.name: service_status(router, s) for s in config.services},
         "cache": cache_status(router),
         "fast_routing": {
@@ -24260,6 +24504,19 @@ METRICS: Final = (
     Metric("providers", "gauge", "Providers in use.", lambda r: [({}, len(r.directory.services))]),
     Metric("in_flight", "gauge", "Requests under way.", lambda r: [({}, r.gate.inside)]),
     Metric(
+        "large_bytes",
+        "gauge",
+        "Memory held by requests and answers above 1 MB.",
+        lambda r: [({}, r.room.used)],
+    ),
+    Metric("large_limit_bytes", "gauge", "The most they may hold.", lambda r: [({}, r.room.most)]),
+    Metric(
+        "large_refused_total",
+        "counter",
+        "Requests and answers that found no memory.",
+        lambda r: [({}, r.room.refused)],
+    ),
+    Metric(
         "circuit_breaker_open",
         "gauge",
         "1 while a provider's breaker is open.",
@@ -24369,7 +24626,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 50. Dashboard
+# 51. Dashboard
 # =============================================================================
 
 # One static page: what it shows it asks the endpoints for, with the key that was typed into it.
@@ -24689,7 +24946,7 @@ def dashboard_headers() -> dict[str, str]:
 
 
 # =============================================================================
-# 51. Endpoints
+# 52. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -24702,13 +24959,16 @@ ENDPOINT_NAMES: Final = {
 }
 PUBLIC: Final = frozenset({"/health", "/", "/favicon.ico", "/dashboard", "/metrics/dashboard"})
 FREELY_ASKED: Final = frozenset({"/health", "/metrics"})  # as often as anybody likes
-HTTP_ERRORS: Final = {404: NotFound, 405: MethodNotAllowed, 413: TooLarge, 415: UnsupportedMedia}
+HTTP_ERRORS: Final = {
+    404: NotFound, 405: MethodNotAllowed, 413: TooLarge, 415: UnsupportedMedia, 503: Busy,
+}  # fmt: skip
 # The server below puts a setter here; called with a function it runs that function
 # when the client's connection closes, with None it forgets it.
 ON_CLOSE: Final = "hermes.on_client_close"
 # A function of the server that sends bytes of a stream at once, and with headers begins it.
 SEND: Final = "hermes.send"
 IN_STREAM: Final = "hermes.in_stream"  # makes an error the end of a stream, where one has begun
+SHARE: Final = "hermes.share"  # of the room, held by a large request
 HANG_UP: Final = "hermes.hang_up"  # a function of the server that closes the client's connection
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENT_STREAM: Final = {**STREAM_HEADERS, "Content-Type": "text/event-stream"}
@@ -25189,8 +25449,27 @@ def read_body(router: Router, environ: Json) -> tuple[bytes, Json]:
     if length > router.config.max_request_bytes:
         raise TooLarge(f"the request is larger than {router.config.max_request_bytes} bytes")
     own = environ.get("wsgi.input_terminated")  # it ends where the body does
-    raw = environ["wsgi.input"].read(-1 if own else length)
+    raw = gathered(environ["wsgi.input"]) if own else environ["wsgi.input"].read(length)
+    if share := environ.get(SHARE):
+        make_room(router.room, share, raw)
     return raw, parse_body(raw)
+
+
+def gathered(source: Any) -> bytes:
+    """What the server has gathered of a body; where it is all there, without a copy."""
+    if not isinstance(source, io.BytesIO):
+        return cast(bytes, source.read())
+    body = source.getvalue()
+    source.close()
+    return body
+
+
+def make_room(room: Room, share: Share, raw: bytes) -> None:
+    """Memory for a large request while it is under way: itself, parsed, and as it is sent on."""
+    size = len(raw) + json_weight(raw)
+    if not room.wait(share, size, Room.PATIENCE_S, lambda: False):
+        raise Busy(NO_ROOM_TEXT, retry_after=Room.RETRY_S)
+    share.base = share.size
 
 
 def make_ask(
@@ -25286,6 +25565,7 @@ def respond(
     try:
         on_close(ask.guard.client_gone)
         ask.guard.hang_up = environ.get(HANG_UP, ask.guard.cut_off)
+        ask.guard.room, ask.guard.share = router.room, environ.get(SHARE)
         with Prelude(router, environ, ask):
             made = answer()
         return handed_over(router, environ, visit, made, keep)
@@ -25321,17 +25601,22 @@ def handed_over(
         names = ", ".join(made.left_out).encode("ascii", "replace").decode()
         headers["X-Hermes-Left-Out"] = "".join(filter(str.isprintable, names))[:500]
     if isinstance(made.body, bytes):
-        visit.leave(200, made)
+        body: bytes | Pieces = made.body
+        if len(made.body) > LARGE_BYTES:
+            headers["Content-Length"] = str(len(made.body))
+            body = Pieces(made.body, visit, router)
+        else:
+            visit.leave(200, made)
         if keep and made.final:
             keep(made.final)
-        return Reply(made.body, {**headers, **rate_headers(router, ask)})
+        return Reply(body, {**headers, **rate_headers(router, ask)})
     relay, send = made.body, environ.get(SEND)
     relay.keep = keep
     if send:
         beat = ask.surface.beat
         ask.guard.show_life(lambda: send(beat if relay.mending else relay.flow.beat()))
-    body = Stream(made.body, lambda whole: visit.leave(200 if whole else 499, made))
-    return Reply(body, {**headers, **STREAM_HEADERS, **rate_headers(router, ask)})
+    stream = Stream(made.body, lambda whole: visit.leave(200 if whole else 499, made))
+    return Reply(stream, {**headers, **STREAM_HEADERS, **rate_headers(router, ask)})
 
 
 class Prelude:
@@ -25404,6 +25689,7 @@ class Visit:
             return
         self._left = True
         self._router.gate.leave()
+        self.ask.guard.keep(0)
         self._router.finish(self.ask)
         self._on_close(None)
         if status:
@@ -25441,6 +25727,34 @@ class Stream:
                 self._relay.close()
             finally:
                 self._leave(self._relay.read_out)
+
+
+class Pieces:
+    """A large whole answer, given away bit by bit: no copy of it waits for a slow client.
+
+    One that takes nothing for STALL_S is cut off.
+    """
+
+    BYTES: ClassVar[int] = 512 << 10
+    STALL_S: ClassVar[float] = 120.0
+
+    def __init__(self, body: bytes, visit: Visit, router: Router) -> None:
+        self._body, self._visit, self._router = body, visit, router
+        self._whole = False
+        visit.ask.guard.keep(len(body))  # it has been read, and what came of that is gone
+
+    def __iter__(self) -> Iterator[bytes]:
+        guard = self._visit.ask.guard
+        self._router.watchdog.watch(guard)
+        for at in range(0, len(self._body), self.BYTES):
+            guard.resume(self._router.now() + self.STALL_S)
+            yield self._body[at : at + self.BYTES]
+        self._whole = True
+
+    def close(self) -> None:
+        self._router.watchdog.unwatch(self._visit.ask.guard)
+        self._body = b""
+        self._visit.leave(200 if self._whole else 499)
 
 
 WORTH_WAITING_S: Final = 60.0  # longer ones are not honoured by the SDKs: they would hammer
@@ -25526,12 +25840,11 @@ def http_error(router: Router, environ: Json, error: HTTPException) -> Reply:
 
 
 # =============================================================================
-# 52. Server
+# 53. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
 THREAD_REST_S: Final = 60.0
-LARGE_BYTES: Final = 1 << 20  # what is larger is not copied
 
 
 class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
@@ -25655,6 +25968,8 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
         environ[ON_CLOSE] = self.channel.on_close
         environ[HANG_UP] = self.channel.hang_up
         environ[SEND] = self.send_aside
+        if self.request.share:
+            environ[SHARE] = self.request.share
         return environ
 
     def send_aside(self, data: bytes, headers: Sequence[tuple[str, str]] = ()) -> None:
@@ -25731,12 +26046,53 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
             self.channel.write_soon(head + data)
 
 
+class NoRoom(waitress.parser.BadRequest):  # type: ignore[misc]
+    """A request whose body there is no memory for; Waitress's kind of error."""
+
+    code = 503
+    reason = "Service Unavailable"
+
+
+class Metered:
+    """What receives a request's body that is large, or may be: memory is asked for as it comes.
+
+    So nobody holds memory by stating a length. The server's loop waits for nobody: where no
+    memory is left the request is refused.
+    """
+
+    COST: ClassVar[int] = 2  # bytes of memory for one that has come: buffers grow ahead
+
+    def __init__(self, receiver: Any, room: Room, share: Share) -> None:
+        self._receiver, self._room, self._share = receiver, room, share
+        self._size, self._counted = 0, LARGE_BYTES
+        self._error: NoRoom | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._receiver, name)
+
+    @property
+    def error(self) -> Any:
+        return self._error or self._receiver.error
+
+    def received(self, data: bytes) -> int:
+        taken = cast(int, self._receiver.received(data))
+        self._size += taken
+        if self._size > self._counted:
+            self._counted = self._size + LARGE_BYTES
+            if not self._room.grow(self._share, self.COST * self._counted):
+                self._error = NoRoom(NO_ROOM_TEXT)
+                self._receiver.getbuf().close()
+                self._room.refuse(self._share)
+        return taken
+
+
 # The head of a request as nearly all clients write it: one line each, nothing to unquote. A name
 # with an underscore is not among them: it might stand for another one (RFC 3875 section 4.1.18).
 PLAIN_HEAD: Final = re.compile(
     rb"([A-Z]+) ((/(?!/)[^\x00- %#?\x7f-\xff]*)(?:\?([^\x00- #\x7f-\xff]*))?) HTTP/1\.1\r\n"
     rb"((?:[!#$&'*+.^`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)+)\r\n"
 )
+MANY_DIGITS: Final = 19  # no body is that long
 
 
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
@@ -25749,11 +26105,16 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
 
     chunked: bool = False
     path: str = ""  # Waitress logs it even where it came to no path
+    body_rcv: Any = None
+    share: Share | None = None  # of the room, where the body is large or may be
 
     def parse_header(self, header_plus: bytes) -> None:
         plain = PLAIN_HEAD.fullmatch(header_plus)
         if not (plain and self._parse_plain(plain)):
             self._parse_any(header_plus)
+        if self.chunked or self.content_length > LARGE_BYTES:
+            self.share = Share()
+            self.body_rcv = Metered(self.body_rcv, self.adj.room, self.share)
 
     def _parse_plain(self, plain: re.Match[bytes]) -> bool:
         """Take over what Waitress would; False where it is for Waitress to judge."""
@@ -25766,7 +26127,7 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             headers[key] = f"{headers[key]}, {value}" if key in headers else value
         length = headers.get("CONTENT_LENGTH", "0")
         framed = "TRANSFER_ENCODING" in headers or "EXPECT" in headers
-        if framed or not (length.isascii() and length.isdecimal()):
+        if framed or not (length.isascii() and length.isdecimal() and len(length) < MANY_DIGITS):
             return False
         self.headers, self.command, self.version = headers, command, "1.1"
         self.request_uri, self.path, self.query, self.fragment = uri, path, query, ""
@@ -25791,6 +26152,13 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             self.chunked, self.body_rcv = False, None
             raise waitress.parser.ParsingError("the length of the body is told in two ways")
 
+    def close(self) -> None:
+        """The request has been answered, or its client has gone."""
+        super().close()
+        if self.share:
+            self.share.base = 0
+            self.adj.room.shrink(self.share, 0)
+
 
 class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
     """What Waitress itself refuses (too large, malformed) in the API's envelope."""
@@ -25803,6 +26171,8 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         body = dump_json(envelope_for({"PATH_INFO": self.request.path}, error, own))
         self.status = f"{refused.code} {refused.reason}"
         self.response_headers += [("Content-Type", "application/json"), ("X-Request-ID", own)]
+        if error.status == NoRoom.code:
+            self.response_headers.append(("Retry-After", f"{Room.RETRY_S:.0f}"))
         self.set_close_on_finish()
         self.content_length = self.content_bytes_written = len(body)
         self.wrote_header = True
@@ -25989,6 +26359,8 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
     def handle_close(self) -> None:
         super().handle_close()
+        if self.request is not None:  # of which only a part had come
+            self.request.close()
         callback, self.callback = self.callback, None
         if callback:
             callback()
@@ -26013,11 +26385,13 @@ def make_server(app: flask.Flask, config: Config) -> Any:
         cleanup_interval=15,
         channel_request_lookahead=2,  # the next one often comes before the last one's end
         recv_bytes=262_144,
-        outbuf_high_watermark=1 << 20,  # a slow reader's stream waits instead of filling memory
+        outbuf_high_watermark=1 << 20,  # a slow reader's answer waits instead of filling memory
+        outbuf_overflow=4 << 20,  # more than ever waits: no answer goes by way of the disk
         inbuf_overflow=64 << 20,
         ident="hermes-router",
         clear_untrusted_proxy_headers=not config.trusted_proxies,
     )
+    server.adj.room = app.extensions["router"].room
     for part in sockets.values():
         if isinstance(part, waitress.server.BaseWSGIServer):
             part.channel_class = Channel
@@ -26094,6 +26468,20 @@ class Drain:
         self._signal(number)
 
 
+def give_memory_back() -> None:
+    """Let large blocks go back to the system as soon as they are free.
+
+    glibc raises these limits by itself whenever a larger block is freed, up to 32 MB, and keeps
+    what is below them: after a burst of large answers, some 50 MB in every thread.
+    """
+    with suppress(ImportError, OSError, AttributeError, TypeError):  # another C library
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 8 << 20)  # M_TRIM_THRESHOLD
+
+
 def allow_many_files() -> None:
     """As many open files as the system lets us have: each stream takes two sockets."""
     with suppress(ImportError, OSError, ValueError):  # not on Windows
@@ -26106,7 +26494,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 53. Crash test
+# 54. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -26899,7 +27287,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 54. Documents
+# 55. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -27074,7 +27462,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 55. Terminal
+# 56. Terminal
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -27274,7 +27662,7 @@ def noted_address(config: Config) -> str:
 
 
 # =============================================================================
-# 56. Views
+# 57. Views
 # =============================================================================
 
 DEGRADED: Final = 0.1  # share of errors from which a provider is called so
@@ -27604,7 +27992,7 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
 
 
 # =============================================================================
-# 57. Connect
+# 58. Connect
 # =============================================================================
 
 # What clients keep in their settings files, merged into what stands there. A place in a file is
@@ -28254,7 +28642,7 @@ def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None
 
 
 # =============================================================================
-# 58. Changes
+# 59. Changes
 # =============================================================================
 
 # Commands that change auth.json and .env, through section Files. A running router reads both
@@ -28841,7 +29229,7 @@ def cmd_keys_revoke(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 59. Doctor
+# 60. Doctor
 # =============================================================================
 
 Health = Literal["ok", "note", "bad"]
@@ -29136,7 +29524,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 60. Setup
+# 61. Setup
 # =============================================================================
 
 # The wizard: a row per step. Every step may be skipped and all of it be run again: each looks
@@ -29402,7 +29790,7 @@ def cmd_setup(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 61. Command line
+# 62. Command line
 # =============================================================================
 
 Arguments = tuple[tuple[tuple[str, ...], dict[str, Any]], ...]
@@ -29445,6 +29833,7 @@ def cmd_serve(_: argparse.Namespace) -> int:
     router: Router = app.extensions["router"]
     threading.stack_size(4 << 20)  # Python 3.13 dies on deep JSON in a smaller one (musl, Windows)
     allow_many_files()
+    give_memory_back()
     reloader: Reloader = app.extensions["reloader"]
     router.follow(LogLevel())
     drain = Drain(router, server)
