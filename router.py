@@ -1951,6 +1951,7 @@ class Config:
         "DEBUG, INFO, WARNING or ERROR",
         choices=("DEBUG", "INFO", "WARNING", "ERROR"),
         upper=True,
+        lenient=True,
     )
     log_path: str = setting(
         "",
@@ -29970,9 +29971,29 @@ def tell_start(config: Config, router: Router, port: int | str) -> None:
         )
     else:
         log.info("providers: %s", ", ".join(router.directory.services) or "none")
+    for line in settings_told(config, router, port):
+        log.info("%s", line)
     # Said at every LOG_LEVEL: with PORT=0 nothing else tells the address.
     level = max(log.getEffectiveLevel(), logging.INFO)
     log.log(level, "listening on %s", address(config.host, port))
+
+
+def settings_told(config: Config, router: Router, port: int | str) -> Iterator[str]:
+    """What somebody who reads the first lines of a log wants to know of the settings."""
+    services = router.directory.services.values()
+    embed = [f"{s.name} ({s.embed_model})" for s in services if s.embed_model]
+    yield "embeddings: " + (", ".join(embed) or "none")
+    lasting = config.cache_persist or config.cache_backend != "memory"
+    kept = " (persistent)" if lasting else ""
+    cache = f"{config.cache_ttl:g} s, {counted(config.cache_max_size, 'answer')}{kept}"
+    yield "cache: " + (cache if config.cache_ttl else "off")
+    below = config.fast_route_threshold
+    yield "fast routing: " + (f"below {below} tokens" if below else "off")
+    yield f"rotation: {config.rotation_mode}"
+    if most := [f"{s.name} {s.skip_tokens_over}" for s in services if s.skip_tokens_over]:
+        yield f"largest requests, in tokens: {', '.join(most)}"
+    yield f"dashboard: {address(config.host, port)}/dashboard"
+    yield "serving with waitress"
 
 
 def cmd_check(_: argparse.Namespace) -> int:

@@ -302,6 +302,24 @@ def test_a_log_level_hides_all_but_the_address(running):
     assert served.stop() == 0
 
 
+def test_the_first_lines_tell_the_settings(running):
+    keys = {"GROQ_API_KEYS": "gsk_0123456789abcdef", "GEMINI_API_KEYS": "AIza0123456789abcdef"}
+    settings = {"CACHE_PERSIST": "1", "FAST_ROUTE_THRESHOLD": "500", "ROTATION_MODE": "sequential"}
+    served = running(PROXY_API_KEYS="k", HOST="0.0.0.0", **keys, **settings)
+    told = [line.partition("[INFO] ")[2].rstrip() for line in served.lines]
+    assert told == [
+        "providers: gemini, groq",
+        "embeddings: gemini (gemini-embedding-001)",
+        "cache: 300 s, 100 answers (persistent)",
+        "fast routing: below 500 tokens",
+        "rotation: sequential",
+        "largest requests, in tokens: groq 5500",
+        f"dashboard: {served.url}/dashboard",
+        "serving with waitress",
+        f"listening on {served.url}",
+    ]
+
+
 # --- status ----------------------------------------------------------------------------
 
 

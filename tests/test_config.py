@@ -136,9 +136,11 @@ def test_an_older_name_is_read_and_named_when_it_is_wrong(read, problems):
     assert "UPSTREAM_TIMEOUT" in problems(UPSTREAM_TIMEOUT="soon")[0]
 
 
-def test_a_log_level_that_does_not_exist_is_named(read, problems):
+def test_a_log_level_that_does_not_exist_is_the_usual_one(read):
     assert read(LOG_LEVEL="debug").log_level.upper() == "DEBUG"
-    assert "LOG_LEVEL" in problems(LOG_LEVEL="loudly")[0]
+    loud = read(LOG_LEVEL="loudly")
+    assert loud.log_level == "INFO"
+    assert "LOG_LEVEL='loudly'" in loud.warnings[0]
 
 
 def test_open_to_all_only_on_loopback(read, problems):
