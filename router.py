@@ -17040,7 +17040,8 @@ class Usage:
 
     # -- counting --------------------------------------------------------------------------
 
-    def attempt(self, place: Place, ok: bool, seconds: float) -> None:
+    def attempt(self, place: Place, ok: bool | None, seconds: float) -> None:
+        """One attempt; `ok` None = neither an answer nor an error, as a limit is."""
         with self._lock:
             tally, row = self._tallies.get(place.provider), self._row(place)
             if tally is None:
@@ -17050,7 +17051,7 @@ class Usage:
             if ok:
                 tally.answered += 1
                 tally.latency_s += seconds
-            else:
+            elif ok is False:
                 tally.errors += 1
                 row.errors += 1
 
@@ -20278,6 +20279,10 @@ SORTS: Final = {
 NO_ROOM: Final = SORTS["no_room"]
 # Limits that end by themselves; when nothing else failed a request, the client is told a 429.
 LIMITS: Final = frozenset({"rate_limited", "concurrency", "day_quota", "plan_quota"})
+# What says nothing of a provider's health: limits, and requests that it cannot be asked.
+BLAMELESS: Final = LIMITS | {
+    v.name for v in (CLIENT_FAULT, CONTENT_FILTER, OVERFLOW, TOO_LARGE, UNFIT)
+}
 # What a client's request may be to blame for; the most telling first.
 CLIENT_SIDE: Final = (
     "content_filter", "client_fault", "context_overflow", "too_large", "unfit", "model_refused",
@@ -22767,7 +22772,7 @@ class Router:
             return False  # its other keys come next
         walk.repeated = True
         ask.trace.note(step_of(target, lease, attempt))
-        self.usage.attempt(self.place(target, lease, ask), False, attempt.seconds)
+        self.count_failed(target, lease, ask, attempt)
         log.info("%s: %s, asked again in %.1f s", target.label, verdict.name, pause)
         until = self.now() + pause
         while (left := until - self.now()) > 0 and not ask.guard.gone:
@@ -22929,7 +22934,7 @@ class Router:
             self.breakers.note(target.provider, False, ask.guard)
         self.breakers.leave(target.provider, ask.guard)
         if verdict is not NO_ROOM:
-            self.usage.attempt(self.place(target, lease, ask), False, attempt.seconds)
+            self.count_failed(target, lease, ask, attempt)
         log.warning(
             "%s %s key=%s: %s (%s) %s%s",
             "attempt failed:",
@@ -22940,6 +22945,11 @@ class Router:
             outcome.text[:200],
             f" [{verdict.advice}]" if verdict.advice else "",
         )
+
+    def count_failed(self, target: Target, lease: Lease, ask: Ask, attempt: Attempt) -> None:
+        blameless = attempt.verdict is not None and attempt.verdict.name in BLAMELESS
+        ok = None if blameless else False
+        self.usage.attempt(self.place(target, lease, ask), ok, attempt.seconds)
 
     def deliver(
         self, target: Target, lease: Lease, ask: Ask, attempt: Attempt, attempts: int
@@ -24533,7 +24543,12 @@ METRICS: Final = (
     ),
     Metric("quota_remaining", "gauge", "What is left of a known quota.", quota_samples),
     Metric("requests_total", "counter", "Attempts.", per_provider(lambda t: t.requests)),
-    Metric("errors_total", "counter", "Failed attempts.", per_provider(lambda t: t.errors)),
+    Metric(
+        "errors_total",
+        "counter",
+        "Failed attempts, limits and faults of requests aside.",
+        per_provider(lambda t: t.errors),
+    ),
     Metric(
         "tokens_total",
         "counter",

@@ -290,6 +290,29 @@ def busy(upstream, serve, tmp_path):
     return live
 
 
+@pytest.mark.parametrize(
+    ("status", "message", "errors"),
+    [
+        (500, "boom", 1),
+        (401, "who are you?", 1),
+        (404, "no such model", 1),
+        (429, "slow down", 0),
+        (400, "messages: nope", 0),
+        (413, "too large", 0),
+        (400, "maximum context length is 9 tokens", 0),
+        (400, "content_filter", 0),
+    ],
+)
+def test_limits_and_faults_of_requests_are_no_errors(upstream, serve, status, message, errors):
+    first = upstream(Reply(status, {"error": {"message": message}}))
+    live = serve(**provider("groq", first, "m1"))
+    assert not live.chat().ok
+    told = live.session.get(f"{live.url}/v1/status").json()["providers"]["groq"]["stats"]
+    assert told["total_requests"] > 0
+    assert (told["errors"] > 0) == bool(errors)
+    assert told["error_rate"] == errors
+
+
 def test_an_admin_sees_it_all(busy):
     told = busy.session.get(f"{busy.url}/v1/usage").json()
     assert told["totals"]["tokens"] == 30 and told["uptime_s"] >= 0
