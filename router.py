@@ -5025,6 +5025,8 @@ TAG_STARTS: Final = frozenset(
     for end in range(1, len(whole) + 1)
 )
 MAX_BLANKS: Final = 1000  # characters of white space that may stand before <think>
+MAX_THOUGHTS: Final = 256 << 10  # characters that may become the answer where nothing else was said
+ANSWERING: Final = frozenset({"content", "tool_calls", "refusal", "audio"})
 FUNCTION_CALL: Final = -1  # the key of the one call made in the old way
 
 ESTIMATED: Final = MappingProxyType({"hermes": {"estimated": True}})  # beside a usage's counts
@@ -5316,6 +5318,8 @@ class ChoiceReader:
         self._tags = TagStripper()
         self._source = ""  # the member that readable reasoning is taken from
         self._by_delta = False
+        self._thoughts: list[str] | None = []  # None once something was said
+        self._thought_chars = 0
 
     def feed(self, choice: Json) -> Json:
         """The canonical delta for one choice object, {} when there is nothing to tell."""
@@ -5333,7 +5337,17 @@ class ChoiceReader:
         out |= self._others(delta)
         if calls := self._tool_calls(delta):
             out["tool_calls"] = calls
+        if self._thoughts is not None:
+            self._ponder(reasoning, out)
         return self._spoken(out)
+
+    def _ponder(self, reasoning: str, out: Json) -> None:
+        """Keep what was thought for as long as nothing else was said."""
+        self._thought_chars += len(reasoning)
+        if not ANSWERING.isdisjoint(out) or self._thought_chars > MAX_THOUGHTS:
+            self._thoughts = None
+        elif self._thoughts is not None and reasoning:
+            self._thoughts.append(reasoning)
 
     def finish(self) -> Json:
         """The rest of the choice, with its one finish reason."""
@@ -5344,7 +5358,12 @@ class ChoiceReader:
             out["content"] = said
         if calls:
             out["tool_calls"] = calls
-        delta, finish = self._spoken(out), self.finish_reason()
+        finish = self.finish_reason()
+        if self._thoughts is not None and self.word and finish == "stop":
+            self._ponder(reasoning, out)
+            if said := "".join(self._thoughts or ()):
+                out["content"] = said  # some hosts take the answer itself for thought
+        delta = self._spoken(out)
         end: Json = {"index": self.index, "delta": delta, "finish_reason": finish}
         if self.stop_sequence and finish == "stop":
             end["stop_sequence"] = self.stop_sequence
@@ -5969,6 +5988,8 @@ def is_odd_choice(choice: Json, whole: bool) -> bool:
         return True
     if calls and (not isinstance(calls, list) or finish == "stop"):
         return True
+    if whole and finish == "stop" and not any(map(message.get, ANSWERING)):
+        return True  # a thought at most
     return is_odd_content(message.get("content")) or any(
         is_odd_call(call, whole) for call in calls or ()
     )
@@ -14091,6 +14112,8 @@ class Flow:
             event = self._counted(event)
         if sight.calls or self._calls or (sight.broken and CALL_MARKS.search(data)):
             return self._hold(event, sight)
+        if sight.finished and self.useful and not self.finished:
+            event = self._thought() + event
         self._note(sight)
         if sight.sign == "useful" and not (sight.finished or sight.tokens or sight.odd):
             self._mould = Mould.of(event)
@@ -14098,6 +14121,20 @@ class Flow:
             self.withheld = event
             return b""
         return b"" if self.failure or sight.broken else event
+
+    def _thought(self) -> bytes:
+        """An event that says what was only thought, where a Chat answer ends with nothing else."""
+        blocks = [*self._passed, *self._arrived]
+        kept = self._passed_bytes <= MAX_PASSED_BYTES
+        if self._dialect.name != "chat" or not kept or any(map(has_words, blocks)):
+            return b""
+        chunks = self._told_chunks()
+        for chunk in chunks:
+            for choice in chunk.get("choices") or ():
+                if choice["finish_reason"] == "stop" and (text := choice["delta"].get("content")):
+                    said = {**choice, "delta": {"content": text}, "finish_reason": None}
+                    return encode_event({**chunk, "choices": [said]})
+        return b""
 
     def _counted(self, event: bytes) -> bytes:
         """The event with an estimate, where the client wants a usage and the provider has none."""
@@ -14262,6 +14299,15 @@ class Flow:
     def beat(self) -> bytes:
         """A sign of life while the provider is silent."""
         return self._passage.ask.surface.beat
+
+
+def has_words(block: bytes) -> bool:
+    """Whether a block of Chat events holds text, or something that only a parser could tell."""
+    count, marks = (
+        block.count,
+        (b'"content":""', b'"content": ""', b'"content":null', b'"content": null'),
+    )
+    return count(b'"content"') != sum(map(count, marks))
 
 
 def is_filtered(answers: Iterable[Json]) -> bool:

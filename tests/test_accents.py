@@ -390,6 +390,20 @@ def test_reasoning_has_many_names(name: str) -> None:
     assert said == {"role": "assistant", "content": "4", "reasoning_content": "Hmm."}
 
 
+def test_what_was_only_thought_is_said_where_nothing_else_was() -> None:
+    thought = [chunk({"reasoning": "It is "}), chunk({"reasoning": "four."})]
+    said = message(*thought, chunk(finish="stop"))
+    assert (said["content"], said["reasoning_content"]) == ("It is four.", "It is four.")
+    assert (
+        whole({"content": "", "reasoning_content": "4"})["choices"][0]["message"]["content"] == "4"
+    )
+    assert message(chunk({"content": "<think>4</think>"}), chunk(finish="stop"))["content"] == "4"
+    for end in ("length", "content_filter", None):
+        assert not message(*thought, chunk(finish=end)).get("content")
+    for other in ({"content": "No."}, {"refusal": "No."}, call(name="f", id="1")):
+        assert "four" not in str(message(*thought, chunk(other), chunk(finish="stop"))["content"])
+
+
 def test_reasoning_given_three_times_is_read_once() -> None:
     events = [
         chunk(

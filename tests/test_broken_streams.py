@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from test_rescue import PATHS, told
-from upstream import HELLO, Reply, Stream, data_of, delta, good, provider, sse
+from upstream import HELLO, Reply, Stream, completion, data_of, delta, good, provider, sse
 
 CALL = {"index": 0, "id": "call_1", "type": "function"}
 
@@ -118,3 +118,27 @@ def test_a_whole_response_that_failed_says_why(upstream, serve):
     )
     got = live.session.post(live.url + "/v1/responses", json={"input": "x"})
     assert got.status_code == 429
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_was_only_thought_is_the_answer_where_nothing_else_is(ask, path):
+    thought = [
+        delta(role="assistant", content=""),
+        delta(reasoning="It is "),
+        delta(reasoning="4."),
+    ]
+    got = ask(Stream(chunks=[*thought, delta("stop")]), path)
+    assert told(path, got.content) == "It is 4."
+    got = ask(Stream(chunks=[*thought, delta("length")]), path)
+    assert told(path, got.content) == ""
+    got = ask(Stream(chunks=[*thought, delta(content="Four."), delta("stop")]), path)
+    assert told(path, got.content) == "Four."
+    if path == PATHS[0]:  # as it came
+        assert got.content.count(b"data:") == 6
+
+
+def test_a_whole_answer_that_was_only_thought_says_it(upstream, serve):
+    live = serve(
+        **provider("groq", upstream(Reply(200, completion("", reasoning="It is 4."))), "m1")
+    )
+    assert live.chat().json()["choices"][0]["message"]["content"] == "It is 4."
