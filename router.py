@@ -13348,6 +13348,35 @@ def judge_embeddings(body: bytes) -> tuple[Outcome | None, Json]:
     return Outcome(0, f"no embeddings in the answer: {error_text(body)[:200]}", "garbled"), {}
 
 
+def recoded(reply: Json, wanted: object) -> Json | None:
+    """Embeddings in the encoding that was asked for; None if they are: some providers know one."""
+    rows, changed = [], False
+    for row in reply["data"]:
+        vector = row.get("embedding") if isinstance(row, dict) else None
+        made = as_base64(vector) if wanted == "base64" else as_floats(vector)
+        changed = changed or made is not None
+        rows.append(row if made is None else {**row, "embedding": made})
+    return {**reply, "data": rows} if changed else None
+
+
+def as_base64(vector: object) -> str | None:
+    """A list of numbers as OpenAI encodes it, little-endian in 32 bits; None for anything else."""
+    if not isinstance(vector, list):
+        return None
+    with suppress(struct.error, OverflowError):
+        return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    return None
+
+
+def as_floats(text: object) -> list[float] | None:
+    if not isinstance(text, str):
+        return None
+    with suppress(ValueError, struct.error):
+        data = base64.b64decode(text, validate=True)
+        return list(struct.unpack(f"<{len(data) // 4}f", data))
+    return None
+
+
 def judge_messages(body: bytes) -> tuple[Outcome | None, Json]:
     return judge_translated(
         body, lambda reply: messages_reply_to_chat(reply, ""), "type", "message"
@@ -13892,6 +13921,8 @@ class Passage:
     def _passed(self, body: bytes, reply: Json) -> Whole:
         """An answer in the client's dialect as it came, but never without a usage."""
         if self.dialect.name == "embeddings":
+            if own := recoded(reply, self.ask.body.get("encoding_format")):
+                body, reply = dump_json(own), own
             return Whole(None, body, tokens_of(reply), reply)
         chat = reply if self.dialect.name == "chat" else self.canonical(reply)
         tokens = tokens_of(chat)

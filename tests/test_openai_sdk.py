@@ -7,6 +7,7 @@ import base64
 import json
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -238,6 +239,23 @@ def test_embeddings(sdk, encoding):
     seen = up.requests[0].json
     assert (seen["model"], seen["input"], seen["dimensions"]) == ("embed-1", ["a", "b"], 3)
     assert up.requests[0].path.endswith("/embeddings")
+
+
+@pytest.mark.parametrize("wanted", ["float", "base64"])
+@pytest.mark.parametrize("known", ["float", "base64"])
+def test_embeddings_of_a_provider_that_knows_one_encoding(sdk, wanted, known):
+    def stubborn(request: Request) -> Reply:
+        body = json.dumps({**request.json, "encoding_format": known}).encode()
+        return embedding(replace(request, body=body))
+
+    _, client = sdk(stubborn, GROQ_EMBED_MODEL="embed-1")
+    got = client.embeddings.with_raw_response.create(
+        model=MODEL, input="a", encoding_format=wanted
+    ).http_response.json()
+    raw = base64.b64encode(struct.pack("<3f", *VECTOR)).decode()
+    assert got["data"] == [
+        {"object": "embedding", "index": 0, "embedding": VECTOR if wanted == "float" else raw}
+    ]
 
 
 # --- models ------------------------------------------------------------------------------------
