@@ -13272,7 +13272,11 @@ def see_chat(data: bytes) -> Sight:
         return Sight(broken=True)
     choices = chunk.get("choices")
     listed = choices if isinstance(choices, list) else ()
-    finished = any(isinstance(c, dict) and c.get("finish_reason") for c in listed)
+    words = [as_text(c.get("finish_reason")) for c in listed if isinstance(c, dict)]
+    finished = any(words)
+    for word in words if finished else ():
+        if FINISH_MEANINGS.get(word.lower()) == "error":
+            return Sight(error=embedded_error(finish_error(word)))
     only_usage = choices == [] and bool(chunk.get("usage"))
     sign = chunk_sign(chunk)
     odd, calls = bool(sign) and needs_reading(chunk), has_calls(chunk)
@@ -13287,6 +13291,40 @@ def has_calls(chunk: Json) -> bool:
     listed = choices if isinstance(choices, list) else ()
     deltas = (choice.get("delta") for choice in listed if isinstance(choice, dict))
     return any(isinstance(d, dict) and bool(d.get("tool_calls")) for d in deltas)
+
+
+def confuses(event: bytes, begun: set[tuple[Any, Any]]) -> bool:
+    """Whether a client that puts deltas together makes other calls of this Chat event than meant.
+
+    `begun` holds the (choice, call) of those before it. OpenAI's own SDKs join what is repeated.
+    """
+    chunk = read_json(event_data(event))
+    choices = chunk.get("choices") if isinstance(chunk, dict) else None
+    for choice in choices if isinstance(choices, list) else ():
+        delta = as_dict(choice.get("delta") if isinstance(choice, dict) else None)
+        finish = choice.get("finish_reason") if isinstance(choice, dict) else None
+        if finish is not None and finish not in CALL_ENDINGS:
+            return True
+        calls = delta.get("tool_calls") or []
+        if not isinstance(calls, list) or delta.get("function_call"):
+            return True
+        if any(is_confusing_call(call, choice.get("index"), begun) for call in calls):
+            return True
+    return False
+
+
+CALL_ENDINGS: Final = ENDINGS - {"stop"}
+
+
+def is_confusing_call(call: Any, choice: Any, begun: set[tuple[Any, Any]]) -> bool:
+    if not isinstance(call, dict) or not isinstance(call.get("index"), int):
+        return True
+    told = as_dict(call.get("function") or call.get("custom"))
+    name, place = told.get("name"), (choice, call["index"])
+    if place in begun:
+        return bool(call.get("id") or name) or not isinstance(told.get("arguments", ""), str)
+    begun.add(place)
+    return call.get("type") != "custom" and is_odd_call(call, whole=False)
 
 
 # What a finished Messages stream may say without a word of content.
@@ -14143,8 +14181,8 @@ class Flow:
             event = self._counted(event)
         if sight.calls or self._calls or (sight.broken and CALL_MARKS.search(data)):
             return self._hold(event, sight)
-        if sight.finished and self.useful and not self.finished:
-            event = self._thought() + event
+        if sight.finished and self.useful and not self.finished and self._dialect.name == "chat":
+            event = self._thought() + (event if ENDED.search(data) else finished_well(event))
         self._note(sight)
         if sight.sign == "useful" and not (sight.finished or sight.tokens or sight.odd):
             self._mould = Mould.of(event)
@@ -14157,7 +14195,7 @@ class Flow:
         """An event that says what was only thought, where a Chat answer ends with nothing else."""
         blocks = [*self._passed, *self._arrived]
         kept = self._passed_bytes <= MAX_PASSED_BYTES
-        if self._dialect.name != "chat" or not kept or any(map(has_words, blocks)):
+        if not kept or any(map(has_words, blocks)):
             return b""
         chunks = self._told_chunks()
         for chunk in chunks:
@@ -14221,18 +14259,29 @@ class Flow:
         self._passage.ask.guard.more(HELD_COST * LARGE_BYTES)
 
     def _release(self, sight: Sight) -> bytes:
-        """The events of whole tool calls; calls that are no JSON are put right or refused."""
-        if not self.odd and sound_calls(self._read(self._calls)) is not SOUND:
-            if self.useful:
-                self.failure = Outcome(0, "a tool call that is no JSON", "garbled")
-                return b""
-            self.odd = True
-        held, self._calls = self._calls, []
+        """The events of whole tool calls; what is no JSON, or confuses, is put right or refused."""
+        chunks = self._read(self._calls)
+        mended = sound_calls(chunks)
+        begun: set[tuple[Any, Any]] = set()
+        confusing = self._dialect.name == "chat" and (
+            sight.done or any(confuses(event, begun) for event in self._calls)
+        )
+        if self.useful and mended is not SOUND:
+            self.failure = Outcome(0, "a tool call that is no JSON", "garbled")
+            return b""
+        self.odd = self.odd or (not self.useful and (confusing or mended is not SOUND))
+        told = self.useful and confusing
         self._note(sight._replace(sign="useful", odd=False))
-        block = b"".join(held)
         if self.odd:
-            self._calls = held  # to be translated
-        return block
+            return b""  # to be translated
+        held, self._calls = self._calls, []
+        return self._retold(chunks, sight.done) if told else b"".join(held)
+
+    def _retold(self, chunks: Iterable[Json], done: bool) -> bytes:
+        """Canonical chunks as events of this stream, which goes on after them unless `done`."""
+        writer = self._passage.writer()
+        said, end = b"".join(map(writer.feed, chunks)), writer.finish()
+        return said + (end if done else end.removesuffix(DONE))
 
     def _read(self, events: Iterable[bytes]) -> list[Json]:
         """Events as canonical chunks."""
@@ -14330,6 +14379,21 @@ class Flow:
     def beat(self) -> bytes:
         """A sign of life while the provider is silent."""
         return self._passage.ask.surface.beat
+
+
+# A finish as OpenAI says it, or none at all.
+ENDED: Final = re.compile(
+    rb'^\[DONE\]|"finish_reason": ?"(?:stop|length|tool_calls|content_filter|function_call)"'
+)
+
+
+def finished_well(event: bytes) -> bytes:
+    """A Chat event whose finish is told in OpenAI's words."""
+    chunk = read_json(event_data(event))
+    for choice in chunk["choices"]:
+        if isinstance(choice, dict) and (word := as_text(choice.get("finish_reason"))):
+            choice["finish_reason"] = FINISH_MEANINGS.get(word.lower(), "stop")
+    return encode_event(chunk)
 
 
 def has_words(block: bytes) -> bool:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 from test_rescue import PATHS, told
-from upstream import HELLO, Reply, Stream, completion, data_of, delta, good, provider, sse
+from upstream import (
+    HELLO,
+    Reply,
+    Stream,
+    completion,
+    data_of,
+    delta,
+    good,
+    provider,
+    sse,
+    text_of,
+)
 
 CALL = {"index": 0, "id": "call_1", "type": "function"}
 
@@ -142,3 +153,89 @@ def test_a_whole_answer_that_was_only_thought_says_it(upstream, serve):
         **provider("groq", upstream(Reply(200, completion("", reasoning="It is 4."))), "m1")
     )
     assert live.chat().json()["choices"][0]["message"]["content"] == "It is 4."
+
+
+def call_part(**members) -> dict:
+    """A delta of one tool call, just as a provider sends it."""
+    return delta(tool_calls=[members])
+
+
+WHOLE = {"name": "f", "arguments": '{"x":1}'}
+OTHER = {"name": "g", "arguments": '{"y":2}'}
+END = delta("tool_calls")
+CONFUSING = {
+    "no id": [call_part(index=0, type="function", function=WHOLE), END],
+    "empty id": [call_part(index=0, id="", type="function", function=WHOLE), END],
+    "no index": [call_part(id="a", type="function", function=WHOLE), END],
+    "no type": [call_part(index=0, id="a", function=WHOLE), END],
+    "an object": [
+        call_part(index=0, id="a", type="function", function={"name": "f", "arguments": {"x": 1}}),
+        END,
+    ],
+    "told to stop": [call_part(index=0, id="a", type="function", function=WHOLE), delta("stop")],
+    "no finish": [call_part(index=0, id="a", type="function", function=WHOLE)],
+    "name and id again": [
+        call_part(index=0, id="a", type="function", function={"name": "f", "arguments": ""}),
+        call_part(index=0, id="a", type="function", function=WHOLE),
+        END,
+    ],
+    "name late": [
+        call_part(index=0, id="a", type="function", function={"name": "", "arguments": ""}),
+        call_part(index=0, function=WHOLE),
+        END,
+    ],
+    "one index for two": [
+        call_part(index=0, id="a", type="function", function=WHOLE),
+        call_part(index=0, id="b", type="function", function=OTHER),
+        END,
+    ],
+}
+
+
+def joined(body: bytes) -> tuple[list[tuple[str, str]], str, int]:
+    """(name and arguments of each call, the finish, ids) as SDKs put deltas together."""
+    calls, finish = {}, ""
+    for choice in (c for chunk in data_of(body) for c in chunk["choices"]):
+        finish += choice["finish_reason"] or ""
+        for part in choice["delta"].get("tool_calls") or []:
+            call = calls.setdefault(part["index"], ["", "", ""])
+            for at, text in enumerate((part.get("id"), *map(part["function"].get, WHOLE))):
+                call[at] += text or ""
+    return (
+        [(call[1], call[2]) for call in calls.values()],
+        finish,
+        len({c[0] for c in calls.values()}),
+    )
+
+
+@pytest.mark.parametrize("begin", ["", "sure"])
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("name", CONFUSING)
+def test_calls_in_an_accent_are_told_as_openai_would(ask, name, at_once, begin):
+    said = [delta(role="assistant", content=""), *([delta(content=begin)] if begin else [])]
+    answer = Stream(chunks=[*said, *CONFUSING[name]])
+    if at_once:
+        answer = Reply(200, answer.payload(), {"content-type": "text/event-stream"})
+    got = ask(answer)
+    expected = [(WHOLE["name"], WHOLE["arguments"])]
+    expected += [(OTHER["name"], OTHER["arguments"])] if "two" in name else []
+    assert joined(got.content) == (expected, "tool_calls", len(expected))
+    assert text_of(got.content) == begin
+    assert got.content.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("word", ["error", "network_error", "abort"])
+def test_a_finish_that_stands_for_an_error_is_one(ask, word, path):
+    chunks = [delta(content="a few words"), delta(word)]
+    got = ask(Stream(chunks=chunks), path, RESCUE="0")
+    assert b"error" in got.content and b"[DONE]" not in got.content
+    assert b'"finish_reason"' not in got.content.partition(b"a few words")[2].replace(
+        b'"finish_reason": null', b""
+    )
+
+
+@pytest.mark.parametrize(("word", "meaning"), [("eos", "stop"), ("max_tokens", "length")])
+def test_a_finish_in_other_words_is_told_in_openais(ask, word, meaning):
+    got = ask(Stream(chunks=[delta(content="a few words"), delta(word)]))
+    assert joined(got.content)[1] == meaning
