@@ -5564,11 +5564,37 @@ def canonical_reply(reply: Json, origin: str) -> Json:
     return gathered_reply([*reader.feed(reply), *reader.finish()])
 
 
+def with_sound_calls(reply: Json) -> Json:
+    """A canonical reply whose calls have their arguments mended, where that is safe."""
+    choices = []
+    for choice in reply.get("choices") or ():
+        message = choice["message"]
+        if message.get("tool_calls") and choice.get("finish_reason") != "length":
+            calls = list(map(with_sound_arguments, message["tool_calls"]))
+            choice = {**choice, "message": {**message, "tool_calls": calls}}
+        choices.append(choice)
+    return {**reply, "choices": choices}
+
+
+def with_sound_arguments(call: Json) -> Json:
+    function = call.get("function") or {}
+    sound = repaired_arguments(function.get("arguments") or "") if function else None
+    return call if sound is None else {**call, "function": {**function, "arguments": sound}}
+
+
 def whole_choice(choice: Any) -> Any:
-    """A choice of a whole reply without the delta that may stand beside its message."""
-    if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
+    """A choice of a whole reply without the delta that may stand beside its message.
+
+    Each of its calls is one of its own, whatever their ids and indexes say.
+    """
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict):
         return choice
-    return {name: value for name, value in choice.items() if name != "delta"}
+    if isinstance(calls := message.get("tool_calls"), list):
+        numbered = enumerate(call for call in calls if isinstance(call, dict))
+        message = {**message, "tool_calls": [{**call, "index": at} for at, call in numbered]}
+    kept = {name: value for name, value in choice.items() if name != "delta"}
+    return {**kept, "message": message}
 
 
 def gathered_reply(chunks: Iterable[Json]) -> Json:
@@ -5988,6 +6014,8 @@ def is_odd_choice(choice: Json, whole: bool) -> bool:
         return True
     if calls and (not isinstance(calls, list) or finish == "stop"):
         return True
+    if calls and whole and len({repr(as_dict(call).get("id")) for call in calls}) < len(calls):
+        return True
     if whole and finish == "stop" and not any(map(message.get, ANSWERING)):
         return True  # a thought at most
     return is_odd_content(message.get("content")) or any(
@@ -6012,7 +6040,12 @@ def is_odd_call(call: Any, whole: bool) -> bool:
         return False
     function = call.get("function")
     arguments = function.get("arguments") if isinstance(function, dict) else None
-    return not isinstance(arguments, str) or (not whole and "index" not in call)
+    if not isinstance(arguments, str):
+        return True
+    if not whole:
+        return "index" not in call
+    sound = repaired_arguments(arguments)
+    return not as_dict(function).get("name") or sound not in (None, arguments.strip())
 
 
 # =============================================================================
@@ -13996,7 +14029,7 @@ class Passage:
             return Whole(error)
         if not any(answers(choice) for choice in chat.get("choices") or ()):
             return Whole(Outcome(0, "an answer without content", "empty"))
-        tokens = tokens_of(chat)
+        chat, tokens = with_sound_calls(chat), tokens_of(chat)
         if not (tokens and tokens.completion):
             chat = {**chat, "usage": self.estimate(chunks_from_reply(chat), tokens)}
         made = self.ask.surface.whole(chat, self.ask.opening, self.origin)
@@ -14260,6 +14293,8 @@ class Flow:
 
     def _release(self, sight: Sight) -> bytes:
         """The events of whole tool calls; what is no JSON, or confuses, is put right or refused."""
+        if self.odd:
+            return b""  # to be translated
         chunks = self._read(self._calls)
         mended = sound_calls(chunks)
         begun: set[tuple[Any, Any]] = set()
@@ -14273,7 +14308,7 @@ class Flow:
         told = self.useful and confusing
         self._note(sight._replace(sign="useful", odd=False))
         if self.odd:
-            return b""  # to be translated
+            return b""
         held, self._calls = self._calls, []
         return self._retold(chunks, sight.done) if told else b"".join(held)
 
@@ -14332,6 +14367,9 @@ class Flow:
         if self.failure:
             return b""
         if self._dialect.name == "chat":
+            if needs_reading({**reply, "object": "chat.completion"}):
+                self.odd = True
+                return b""
             chunks = chunks_from_reply(reply)
             return self.take(b"".join(map(encode_event, chunks)) + DONE)
         self.useful = self.finished = self.done = True
@@ -14342,9 +14380,13 @@ class Flow:
         self._passed.append(made)
         return made
 
+    def read_anew(self) -> Flow:
+        """A flow that translates from the beginning on: for an odd accent."""
+        return Translation(self._passage)
+
     def translated(self) -> tuple[Flow, bytes]:
-        """The same from its beginning, but translated: for an odd accent."""
-        other = Translation(self._passage)
+        """The same from its beginning, but translated."""
+        other = self.read_anew()
         return other, other.take(b"".join([*self._passed, *self._calls]))
 
     def said(self) -> Said | None:
@@ -14564,9 +14606,18 @@ class Translation(Flow):
         self.failure, reply = self._dialect.judge(masked(body, self._passage.secret))
         if self.failure:
             return b""
-        self.finished = self.done = True
         chat = self._passage.canonical(reply)
-        return b"".join(map(self._write, chunks_from_reply(chat))) + self._ended()
+        if not any(answers(choice) for choice in chat.get("choices") or ()):
+            self.failure = embedded_error(chat) or Outcome(0, "an empty answer", "empty")
+            return b""
+        chunks = chunks_from_reply(chat)
+        mended = sound_calls(chunks)
+        if mended is None:
+            self.failure = Outcome(0, "a tool call that is no JSON", "garbled")
+            return b""
+        self.finished = self.done = True
+        told = chunks if mended is SOUND else mended
+        return b"".join(map(self._write, told)) + self._ended()
 
     def _ended(self) -> bytes:
         """The end of the client's stream, after an estimate where no usage came."""
@@ -21787,7 +21838,11 @@ def committed(response: Response | None, flow: Flow, cutter: EventCutter, held: 
 
 def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
     """A whole answer, or an error, where a stream was asked for."""
-    held = flow.adopt(start + response.read())
+    body = start + response.read()
+    held = flow.adopt(body)
+    if flow.odd and not flow.failure:
+        flow = flow.read_anew()
+        held = flow.adopt(body)
     if flow.failure:
         return failed(flow.failure, in_ok=True)
     return committed(None, flow, EventCutter(), held)

@@ -239,3 +239,74 @@ def test_a_finish_that_stands_for_an_error_is_one(ask, word, path):
 def test_a_finish_in_other_words_is_told_in_openais(ask, word, meaning):
     got = ask(Stream(chunks=[delta(content="a few words"), delta(word)]))
     assert joined(got.content)[1] == meaning
+
+
+# --- whole answers: as such, and where a stream was asked for -----------------------------
+
+
+def calling_reply(*calls: dict, finish: str = "tool_calls") -> Reply:
+    body = completion(None, tool_calls=list(calls))
+    body["choices"][0]["finish_reason"] = finish
+    return Reply(200, body)
+
+
+def same(**changes) -> dict:
+    call = {"id": "a", "type": "function", "function": WHOLE, **changes}
+    return {name: value for name, value in call.items() if value is not None}
+
+
+FENCED = {"name": "f", "arguments": '```json\n{"x":1}\n```'}
+WHOLE_ANSWERS = {
+    "plain": (calling_reply(same()), 1),
+    "no id": (calling_reply(same(id=None)), 1),
+    "no type": (calling_reply(same(type=None)), 1),
+    "told to stop": (calling_reply(same(), finish="stop"), 1),
+    "an object": (calling_reply(same(function={"name": "f", "arguments": {"x": 1}})), 1),
+    "fenced": (calling_reply(same(function=FENCED)), 1),
+    "one id for two": (calling_reply(same(), same()), 2),
+    "the older way": (Reply(200, completion(None, function_call=WHOLE)), 1),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", WHOLE_ANSWERS)
+def test_calls_of_a_whole_answer_are_told_as_openai_would(upstream, serve, name, stream):
+    answer, count = WHOLE_ANSWERS[name]
+    live = serve(**provider("groq", upstream(answer), "m1"))
+    got = live.chat(stream=stream)
+    if stream:
+        assert joined(got.content) == ([tuple(WHOLE.values())] * count, "tool_calls", count)
+        return
+    (choice,) = got.json()["choices"]
+    calls = choice["message"]["tool_calls"]
+    assert [call["function"] for call in calls] == [WHOLE] * count
+    assert len({call["id"] for call in calls}) == count
+    assert choice["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_two_calls_of_one_id_are_both_told(upstream, serve, path):
+    other = {"name": "f", "arguments": '{"x":2}'}
+    up = upstream(calling_reply(same(), same(function=other)))
+    live = serve(**provider("groq", up, "m1"))
+    body = {"model": "groq/m1", "messages": HELLO, "max_tokens": 50}
+    if path == "/v1/responses":
+        body = {"model": "groq/m1", "input": "hello"}
+    got = live.session.post(live.url + path, json=body, timeout=20).text.replace("\\", "")
+    assert got.replace(" ", "").count('{"x":1}') == got.replace(" ", "").count('{"x":2}') == 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_whole_answer_that_ends_in_an_error_is_one(upstream, serve, path, stream):
+    bad = completion("half a")
+    bad["choices"][0]["finish_reason"] = "error"
+    live = serve(
+        **provider("groq", upstream(Reply(200, bad)), "m1"),
+        **provider("mistral", upstream(good("all of it")), "m2"),
+    )
+    body = {"model": "groq/m1", "stream": stream, "messages": HELLO, "max_tokens": 50}
+    if path == "/v1/responses":
+        body = {"model": "groq/m1", "stream": stream, "input": "hello"}
+    got = live.session.post(live.url + path, json=body, timeout=20)
+    assert got.status_code == 200 and "all of it" in got.text and "half a" not in got.text
