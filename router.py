@@ -3992,7 +3992,10 @@ EMBEDDING_FIELDS: Mapping[str, FieldRule] = {
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 # An assistant message that has one of these may do without content.
-INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal", "audio", "reasoning_content")
+INSTEAD_OF_CONTENT = (
+    "tool_calls", "function_call", "refusal", "audio",
+    "reasoning_content", "reasoning", "reasoning_details", "thinking",  # as providers spell it
+)  # fmt: skip
 
 # Content parts that are checked, and the string each must have; other types are passed on.
 PART_MEMBERS: Mapping[str, str] = {"text": "text", "refusal": "refusal", "image_url": "url"}
