@@ -22519,7 +22519,9 @@ class Sharing:
 # 47. Router
 # =============================================================================
 
-MAX_ATTEMPTS: Final = 32
+MAX_ATTEMPTS: Final = 48
+PROVIDER_SHARE: Final = 16  # attempts at one provider after which others come first
+SICK_KEYS: Final = 3  # failures of a model's provider after which its other keys come last
 CUT_TOKENS: Final = 2000  # an estimate may be that wrong
 QUICK_PAUSE_S: Final = 0.1
 MAX_PAUSE_S: Final = 5.0  # a longer wait, or a failure that took longer, is no quick retry
@@ -22572,6 +22574,14 @@ class Walk:
             self.out.add(target.provider)
         elif verdict.then == "model":
             self.out.add(target.label)
+
+    def had_its_share(self, target: Target) -> bool:
+        """Whether others come first, however many keys this one has left."""
+        at = target.provider + "/"
+        sick = [a.verdict and a.verdict.counts for label, a in self.tried if label == target.label]
+        if sick.count(True) >= SICK_KEYS:
+            return True
+        return sum(label.startswith(at) for label, _ in self.tried) >= PROVIDER_SHARE
 
     def first_failure(self, label: str, attempt: Attempt) -> bool:
         """Whether this is the first failure of that model: its other keys tell nothing new."""
@@ -23015,8 +23025,8 @@ class Router:
         """(target, lease) pairs to try: every ready key of every candidate, each pair once.
 
         After an overflow those that surely take more come before those of unknown size. When
-        none was left, a last round overlooks rests that were only guesses about health; what is
-        ready a moment later is waited for.
+        none was left, a last round overlooks rests that were only guesses about health, and asks
+        with the keys of providers that had their share; what is ready a moment later is waited for.
         """
         unsure = []
         for target, _why in candidates:
@@ -23073,6 +23083,8 @@ class Router:
             claim.force = bool(ignoring)
         while len(walk.tried) < MAX_ATTEMPTS and self.now() < deadline:
             if walk.ruled_out(target):
+                return
+            if walk.tried and not ignoring and walk.had_its_share(target):
                 return
             entered = self.breakers.enter(provider, owner)
             if not entered and (not ignoring or self.breakers.probing(provider)):

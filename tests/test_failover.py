@@ -274,17 +274,16 @@ CALL["function"] = {"name": "f", "arguments": "{}"}
 
 
 @pytest.mark.parametrize(
-    "useful",
+    ("useful", "finish"),
     [
-        {"content": "x"},
-        {"reasoning_content": "hm"},
-        {"reasoning": "hm"},
-        {"tool_calls": [CALL]},
+        ({"content": "x"}, "stop"),
+        ({"reasoning_content": "hm"}, "length"),
+        ({"reasoning": "hm"}, "length"),
+        ({"tool_calls": [CALL]}, "tool_calls"),
     ],
-    ids=lambda useful: next(iter(useful)),
 )
-def test_text_reasoning_and_tool_calls_are_each_a_useful_first_event(pair, useful):
-    events = [*ROLE_ONLY, delta(**useful), delta("stop")]
+def test_text_reasoning_and_tool_calls_are_each_a_useful_first_event(pair, useful, finish):
+    events = [*ROLE_ONLY, delta(**useful), delta(finish)]
     both = pair(lambda _: Stream(chunks=events))
     got = both.ask(stream=True)
     assert [json.loads(data) for _, data in events_of(got.data)[:-1]] == events
@@ -554,6 +553,26 @@ def test_every_sibling_key_is_tried(single, status):
     assert said(post(client)) == "fine/m1"
     keys = [r.key for r in up.requests]
     assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("status", [401, 429, 500])
+def test_the_last_of_many_keys_is_tried_where_nobody_else_is(single, status):
+    bad = {(f"k{n}", "m1"): Reply(status, ERROR) for n in range(30)}
+    up, client = single(by_key(bad), keys=",".join([*(f"k{n}" for n in range(30)), "fine"]))
+    assert said(post(client)) == "fine/m1"
+    assert len(up.requests) == 31
+
+
+@pytest.mark.parametrize(("status", "most"), [(401, 16), (429, 16), (500, 3), (529, 3)])
+def test_many_keys_of_one_provider_keep_nobody_from_being_asked(upstream, serve, status, most):
+    names = ("groq", "gemini")
+    ups = [upstream(Reply(status, ERROR)) for _ in names]
+    keys = ",".join(f"key-{n}" for n in range(60))
+    rows = [provider(name, up, "m1", keys=keys) for name, up in zip(names, ups, strict=True)]
+    fine = provider("mistral", upstream(good("fine")), "gpt-5")  # too strong: it comes last
+    live = serve(**rows[0], **rows[1], **fine)
+    assert live.chat().json()["choices"][0]["message"]["content"] == "fine"
+    assert [len(up.requests) for up in ups] == [most, most]
 
 
 def test_a_403_on_one_model_leaves_the_other_model_usable(single):
