@@ -14063,7 +14063,7 @@ class Flow:
     @property
     def _plain(self) -> bool:
         """Whether content may pass without a look: not after the finish, where little comes."""
-        return self.useful and not (self.finished or self._calls or self.failure)
+        return self.useful and not (self.finished or self.done or self._calls or self.failure)
 
     def _look_on(self, block: bytes) -> bytes:
         """Event by event, the first of them anyhow, until content may pass again."""
@@ -26147,6 +26147,8 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except waitress.parser.TransferEncodingNotImplemented as error:
             raise waitress.parser.ParsingError(str(error)) from None
+        except ValueError:  # more digits than Python reads
+            raise waitress.parser.ParsingError("Content-Length is invalid") from None
         told_twice = self.chunked and "CONTENT_LENGTH" in self.headers
         if told_twice or "TRANSFER_ENCODING" in self.headers:  # it stays there in HTTP/1.0
             self.chunked, self.body_rcv = False, None
