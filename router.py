@@ -3486,9 +3486,9 @@ def token_bounds(raw_len: int, chat: Mapping[str, Any]) -> TokenEstimate:
     )
 
 
-def text_bytes(raw: bytes) -> int:
+def text_bytes(raw: bytes, escaped: bool = True) -> int:
     r"""Length of a body in bytes, except that a \uXXXX escape counts as two of them, not six."""
-    return len(raw) - 4 * raw.count(b"\\u")
+    return len(raw) - 4 * raw.count(b"\\u") if escaped else len(raw)
 
 
 def content_parts(chat: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -3815,14 +3815,19 @@ NOT_AN_OBJECT = "request body must be a JSON object"
 NO_INPUT = "request body must be a JSON object with an 'input' field"
 
 # In JSON text: an escaped half of a surrogate pair, and one that has no partner beside it.
+MANY_BYTES = 16_384
+ESCAPE = re.compile(rb"\\u")
 HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 LONE_HALF = re.compile(
     rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|[c-fC-F](?<!\\u[dD][89abAB]..\\u[dD].))"
 )
 
 
-def parse_body(raw: bytes) -> dict[str, Any]:
-    """The JSON object in a request body; BadRequest for what could not be sent on as UTF-8 JSON."""
+def parse_body(raw: bytes, escaped: bool = True) -> dict[str, Any]:
+    r"""The JSON object in a request body; BadRequest for what could not be sent on as UTF-8 JSON.
+
+    `escaped`: whether there may be a \uXXXX in it, for which a large body is searched only once.
+    """
     if not raw or raw.isspace():
         raise BadRequest(f"{NOT_AN_OBJECT} (it is empty)")
     try:
@@ -3838,14 +3843,12 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         raise bad_number(raw) from None
     if not isinstance(body, dict):
         raise BadRequest(f"{NOT_AN_OBJECT}, not {kind_of(body)}")
-    if raw.count(b"{") + raw.count(b"[") > MAX_NESTING and nests_too_deep(body):
+    # Of long bodies the counts cost more than the look at what was parsed.
+    few = len(raw) < MANY_BYTES and raw.count(b"{") + raw.count(b"[") <= MAX_NESTING
+    if not few and nests_too_deep(body):
         field = next(name for name, value in body.items() if nests_too_deep([value]))
         raise BadRequest(f"{field} is nested deeper than {MAX_NESTING} levels", param=field)
-    if (
-        (b"\\ud" in raw or b"\\uD" in raw)
-        and HALF_PAIR.search(raw)
-        and LONE_HALF.search(raw.replace(b"\\\\", b"__"))
-    ):
+    if escaped and HALF_PAIR.search(raw) and LONE_HALF.search(raw.replace(b"\\\\", b"__")):
         path = find_value(body, is_broken_text)
         message = f"{path or 'request body'} holds half of a surrogate pair, which is not text"
         raise BadRequest(message, param=path)
@@ -4870,13 +4873,14 @@ ASCII_ESCAPE: Final = re.compile(rb"\\u00[2-7]")
 SCALAR: Final = rb'(\s*:\s*)(?:"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|true|false|null)'
 
 
-def edit_body(raw: bytes, chat: Json, edits: Mapping[str, object]) -> bytes:
-    """`raw` with top-level members set, or removed where the edit is DROP.
+def edit_body(raw: bytes, chat: Json, edits: Mapping[str, object], escaped: bool = True) -> bytes:
+    r"""`raw` with top-level members set, or removed where the edit is DROP.
 
     The client's bytes are kept when each edit is a new member or a scalar that stands
-    exactly once in them; otherwise the parsed `chat` is written anew.
+    exactly once in them; otherwise the parsed `chat` is written anew. `escaped`: whether there
+    may be a \uXXXX in them, also in a name.
     """
-    body: bytes | None = raw
+    body = None if escaped and edits and ASCII_ESCAPE.search(raw) else raw
     for name, value in edits.items():
         body = splice(body, name, value, name in chat) if body else None
     if body:
@@ -4889,8 +4893,6 @@ def splice(body: bytes, name: str, value: object, present: bool) -> bytes | None
     """One edit made in the bytes; None when that is not safe."""
     if value is DROP:
         return None if present else body
-    if b"\\u00" in body and ASCII_ESCAPE.search(body):
-        return None  # a name may be spelled "mod\u0065l"
     member = b'"%b"' % name.encode()
     written = dump_json(value)
     if not present:
@@ -13772,6 +13774,7 @@ class Ask:
     stream: bool = False
     wants_usage: bool = False
     caller: Caller = ITSELF
+    escaped: bool = True  # a character may be escaped by its number in `raw`
     session_name: str = ""  # the conversation, as a header names it
     session: int = 0  # the same as a number; 0 = unknown
     stays: bool = False  # the client wants to stay even with a model that is too weak
@@ -21475,7 +21478,7 @@ class Upstream:
         if ask.kept_body[0] == place:  # the same for every key, if not for every account
             return ask.kept_body[1]
         if dialect == "embeddings":
-            made = edit_body(ask.raw, ask.body, model_edit(target, ask))
+            made = edit_body(ask.raw, ask.body, model_edit(target, ask), ask.escaped)
         else:
             made = BODIES[dialect](target, origin, ask, native, self._config.reasoning_reserve)
         learnt = self.lessons.mends(target.provider, target.model, dialect)
@@ -21523,7 +21526,7 @@ def chat_body(target: Target, _origin: str, ask: Ask, native: bool, reserve: int
     elif "stream_options" in ask.chat:
         edits["stream_options"] = DROP
     if native:
-        return edit_body(ask.raw, ask.body, edits) if edits else ask.raw
+        return edit_body(ask.raw, ask.body, edits, ask.escaped) if edits else ask.raw
     whole = {**ask.chat, "stream": ask.stream, **edits}
     return dump_json({name: value for name, value in whole.items() if value is not DROP})
 
@@ -21534,7 +21537,7 @@ def messages_body(target: Target, origin: str, ask: Ask, native: bool, _reserve:
         turns = cast("list[Json]", edits.get("messages", ask.body["messages"]))
         if (mended_turns := own_turns(turns)) is not None:
             edits["messages"] = mended_turns
-        return edit_body(ask.raw, ask.body, edits)
+        return edit_body(ask.raw, ask.body, edits, ask.escaped)
     made = chat_to_messages(ask.chat, target.model, target.claude, origin)
     return dump_json({**made, "stream": ask.stream})
 
@@ -21558,7 +21561,7 @@ def responses_body(target: Target, origin: str, ask: Ask, native: bool, reserve:
     items = edits.get("input", body.get("input"))
     if isinstance(items, list) and (mended_items := own_items(items)) is not None:
         edits["input"] = mended_items
-    return edit_body(ask.raw, ask.body, edits)
+    return edit_body(ask.raw, ask.body, edits, ask.escaped)
 
 
 def native_edits(target: Target, ask: Ask) -> dict[str, object]:
@@ -22639,7 +22642,7 @@ class Router:
     def embed(self, ask: Ask) -> Answer:
         """Answer an embeddings request inside one family of models, never mixing vectors."""
         family = self.embedders(str(ask.body.get("model") or ""), ask)
-        ask.tokens = token_bounds(text_bytes(ask.raw), ask.chat).likely
+        ask.tokens = token_bounds(text_bytes(ask.raw, ask.escaped), ask.chat).likely
         self.admit(ask, family)
         ask.terms = (*ask.terms, ask.privacy, self.directory.edition)
         return self.sharing.answer(ask, lambda: self.embed_anew(ask))
@@ -23024,7 +23027,7 @@ class Router:
 
     def size(self, ask: Ask) -> int:
         """The request in tokens; counted exactly only where a decision hangs on it."""
-        estimate = token_bounds(text_bytes(ask.raw), ask.chat)
+        estimate = token_bounds(text_bytes(ask.raw, ask.escaped), ask.chat)
         bounds = [
             s.skip_tokens_over for s in self.directory.services.values() if s.skip_tokens_over
         ]
@@ -25196,7 +25199,7 @@ def administer(app: flask.Flask, errand: Errand, **names: str) -> flask.Response
             raise TooLarge(f"the request is larger than {MAX_ERRAND_BYTES} bytes")
         if not request.is_json:
             raise UnsupportedMedia("settings are changed in JSON: Content-Type: application/json")
-        _, body = read_body(router, environ)
+        body = read_body(router, environ).body
     extensions = app.extensions
     desk = Desk(router, extensions["reloader"], caller, extensions.get("again"))
     told = run_errand(desk, errand, body, names)
@@ -25288,10 +25291,11 @@ def serve_model(router: Router, model: str) -> Json:
 
 
 def serve_chat(router: Router, environ: Json) -> Reply:
-    raw, body = read_body(router, environ)
+    sent = read_body(router, environ)
+    body = sent.body
     validate_chat(body)
     surface = OLDER_CHAT if has_functions(body) else CHAT
-    ask = make_ask(router, environ, surface, raw, body, modern_chat(body))
+    ask = make_ask(router, environ, surface, sent, modern_chat(body))
     ask.custom = bool(custom_names(body))
     options = body.get("stream_options") or {}
     ask.wants_usage = bool(options.get("include_usage"))
@@ -25299,8 +25303,9 @@ def serve_chat(router: Router, environ: Json) -> Reply:
 
 
 def serve_messages(router: Router, environ: Json) -> Reply:
-    raw, body = read_body(router, environ)
-    ask = make_ask(router, environ, MESSAGES, raw, body, messages_to_chat(body))
+    sent = read_body(router, environ)
+    body = sent.body
+    ask = make_ask(router, environ, MESSAGES, sent, messages_to_chat(body))
     ask.wants_usage = True
     ask.forward, ask.left_out = forwarded(environ), server_tools(body)
     return respond_chat(router, environ, ask)
@@ -25317,27 +25322,29 @@ def forwarded(environ: Json) -> bytes:
 
 def serve_count(router: Router) -> Json:
     """POST /v1/messages/count_tokens: an estimate until the encoder is loaded."""
-    _, body = read_body(router, current_environ())
+    body = read_body(router, current_environ()).body
     router.encoder.start()
     return {"input_tokens": count_messages_tokens(body, router.encoder)}
 
 
 def serve_completions(router: Router, environ: Json) -> Reply:
-    raw, body = read_body(router, environ)
-    ask = make_ask(router, environ, COMPLETIONS, raw, body, completions_to_chat(body))
+    sent = read_body(router, environ)
+    body = sent.body
+    ask = make_ask(router, environ, COMPLETIONS, sent, completions_to_chat(body))
     ask.wants_usage = True
     return respond_chat(router, environ, ask)
 
 
 def serve_responses(router: Router, environ: Json) -> Reply:
-    raw, body = read_body(router, environ)
+    sent = read_body(router, environ)
+    body = sent.body
     validate_responses(body)
     caller, previous = environ["hermes.caller"].id, body.get("previous_response_id")
     earlier = router.responses.chain(caller, previous) if previous else []
     codex, compacts = is_codex(environ, body), asks_to_compact(body)
     surface = compaction_surface(codex) if compacts else responses_surface(codex, earlier)
     to_chat = compaction_chat if compacts else responses_to_chat
-    ask = make_ask(router, environ, surface, raw, body, to_chat(body, earlier))
+    ask = make_ask(router, environ, surface, sent, to_chat(body, earlier))
     ask.wants_usage = True
     ask.terms = (*ask.terms, codex)
     ask.left_out = () if compacts else plan_tools(body, earlier).unserved
@@ -25368,13 +25375,14 @@ def failed_stream(ask: Ask, error: RouterError) -> Reply:
 
 def serve_compact(router: Router, environ: Json) -> Reply:
     """POST /v1/responses/compact: the context window to go on with."""
-    raw, body = read_body(router, environ)
+    sent = read_body(router, environ)
+    body = sent.body
     validate_responses(body)
     caller, previous = environ["hermes.caller"].id, body.get("previous_response_id")
     earlier = router.responses.chain(caller, previous) if previous else []
     body = {**without_trigger(body), "stream": False}
     chat = compaction_chat(body, earlier)
-    ask = make_ask(router, environ, compact_surface(earlier), raw, body, chat)
+    ask = make_ask(router, environ, compact_surface(earlier), sent._replace(body=body), chat)
     ask.terms = (*ask.terms, "compact")  # the same body asks for an answer elsewhere
     return respond_chat(router, environ, ask)
 
@@ -25423,9 +25431,10 @@ def delete_stored(router: Router, own: str) -> Json:
 
 
 def serve_embeddings(router: Router, environ: Json) -> Reply:
-    raw, body = read_body(router, environ)
+    sent = read_body(router, environ)
+    body = sent.body
     validate_embeddings(body)
-    ask = make_ask(router, environ, EMBEDDINGS, raw, body, body)
+    ask = make_ask(router, environ, EMBEDDINGS, sent, body)
     ask.stream = ask.trace.streaming = False
     return respond(router, environ, ask, lambda: router.embed(ask))
 
@@ -25440,8 +25449,16 @@ MODEL_CALLS: Final[Mapping[str, Callable[[Router, Json], Reply]]] = {
 }
 
 
-def read_body(router: Router, environ: Json) -> tuple[bytes, Json]:
-    """The request as sent and as parsed; RouterError says what is wrong with it."""
+class Sent(NamedTuple):
+    """The body of a request, as sent and as parsed."""
+
+    raw: bytes
+    body: Json
+    escaped: bool  # a character may be escaped by its number
+
+
+def read_body(router: Router, environ: Json) -> Sent:
+    """RouterError says what is wrong with it."""
     coding = environ.get("HTTP_CONTENT_ENCODING", "identity").lower()
     if coding not in ("", "identity"):
         raise UnsupportedMedia(f"request bodies with content encoding {coding[:40]!r} are not read")
@@ -25452,7 +25469,8 @@ def read_body(router: Router, environ: Json) -> tuple[bytes, Json]:
     raw = gathered(environ["wsgi.input"]) if own else environ["wsgi.input"].read(length)
     if share := environ.get(SHARE):
         make_room(router.room, share, raw)
-    return raw, parse_body(raw)
+    escaped = ESCAPE.search(raw) is not None
+    return Sent(raw, parse_body(raw, escaped), escaped)
 
 
 def gathered(source: Any) -> bytes:
@@ -25472,16 +25490,15 @@ def make_room(room: Room, share: Share, raw: bytes) -> None:
     share.base = share.size
 
 
-def make_ask(
-    router: Router, environ: Json, surface: Surface, raw: bytes, body: Json, chat: Json
-) -> Ask:
+def make_ask(router: Router, environ: Json, surface: Surface, sent: Sent, chat: Json) -> Ask:
+    raw, body, escaped = sent
     caller: Caller = environ["hermes.caller"]
     started, own, stream = router.now(), request_id(environ), bool(body.get("stream"))
     asked = str(body.get("model") or "")[:200]
     trace = Trace(own, surface.dialect, caller, time.time(), started, stream, asked)
     environ["hermes.trace"] = trace
     ask = Ask(surface, raw, body, chat, Guard(), stream, caller=caller, trace=trace)
-    ask.started, ask.request_id = started, own
+    ask.started, ask.request_id, ask.escaped = started, own, escaped
     ask.privacy = privacy_of(environ, caller)
     ask.fallback = environ.get("HTTP_X_ROUTE_FALLBACK", "").lower() == "allow"
     ask.terms = (ask.fallback,)
