@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
@@ -17,7 +16,9 @@ from conftest import ROOT
 from upstream import EMPTY_LIST, Reply, chat_stream, good, until
 
 pexpect = pytest.importorskip("pexpect")
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
+pytest.importorskip("pty", reason="pseudo-terminals are POSIX")
+
+from terminals import Terminal, heeding_ctrl_c  # noqa: E402
 
 KEY = "gsk_Zq0123456789abcdefXY"
 WRONG = "gsk_Wrong0123456789abcd"
@@ -49,38 +50,28 @@ def place(tmp_path, upstream):
         "GROQ_BASE_URL": f"{up.url}/v1",
         "PORT": "0",
     }
-    return Place(home, env, up)
-
-
-def heed_ctrl_c():
-    """A shell has its background jobs ignore Ctrl-C, and so would all that they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    made = Place(home, env, up)
+    with heeding_ctrl_c():
+        yield made
+    for terminal in made.terminals:
+        terminal.close()
 
 
 class Place:
     def __init__(self, home: Path, env: dict[str, str], up) -> None:
         self.home, self.env, self.up = home, env, up
-        self.terminals: list[object] = []
+        self.terminals: list[Terminal] = []
 
     def open(self, *words, **env):
         """A terminal in which the command runs."""
-        terminal = pexpect.spawn(
-            sys.executable,
-            ["-B", str(ROOT / "router.py"), *words],
-            env=self.env | env,
-            cwd=str(self.home),
-            encoding="utf-8",
-            timeout=30,
-            dimensions=(50, 200),
-            preexec_fn=heed_ctrl_c,
-        )
-        self.terminals.append(terminal)
-        return terminal
+        command = [sys.executable, "-B", str(ROOT / "router.py"), *words]
+        self.terminals.append(Terminal(command, self.env | env, self.home))
+        return self.terminals[-1]
 
     def ended(self, terminal) -> int:
-        terminal.expect(pexpect.EOF)
-        terminal.close()
-        return terminal.exitstatus
+        status = terminal.ended()
+        assert terminal.is_sane
+        return status
 
     @property
     def keys(self):
