@@ -229,6 +229,16 @@ def test_remove_takes_a_key_out_of_where_it_stands(call, home):
     assert call("auth", "remove", "groq", "cdefXY").status == 1
 
 
+@pytest.mark.parametrize("words", [("auth", "remove", "groq", "-"), ("keys", "revoke", "-")])
+def test_no_name_removes_nothing(call, home, words):
+    """An empty line where a key should be named, even where there is only one or the first."""
+    settings = f"GROQ_API_KEYS={OTHER},{GROQ}\nPROXY_API_KEYS=sk-one-0123456,sk-two-0123456\n"
+    (home / ".env").write_text(settings)
+    done = call(*words, stdin="\n")
+    assert done.status == 1 and "no key was named" in done.err
+    assert (home / ".env").read_text() == settings
+
+
 def test_a_key_of_the_environment_cannot_be_removed(call):
     done = call("auth", "remove", "groq", "cdefXY", GROQ_API_KEY=GROQ)
     assert done.status == 1 and "GROQ_API_KEY is set in the environment" in done.err
