@@ -12,7 +12,7 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT
+from conftest import program
 from upstream import EMPTY_LIST, Reply, good, provider
 
 import router
@@ -177,7 +177,7 @@ def test_many_writers_lose_nothing(home):
             (("model", "set", router.PROVIDERS[n].name, f"model-{n}"), ""),
         ):
             done = subprocess.run(
-                [sys.executable, "-B", str(ROOT / "router.py"), *words],
+                program(*words),
                 input=text, env=env, capture_output=True, text=True, timeout=90,
             )  # fmt: skip
             if done.returncode:

@@ -7,12 +7,11 @@ import os
 import re
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import requests
-from conftest import ROOT
+from conftest import program
 from upstream import EMPTY_LIST, Reply, chat_stream, good, until
 
 pexpect = pytest.importorskip("pexpect")
@@ -64,8 +63,7 @@ class Place:
 
     def open(self, *words, **env):
         """A terminal in which the command runs."""
-        command = [sys.executable, "-B", str(ROOT / "router.py"), *words]
-        self.terminals.append(Terminal(command, self.env | env, self.home))
+        self.terminals.append(Terminal(program(*words), self.env | env, self.home))
         return self.terminals[-1]
 
     def ended(self, terminal) -> int:
@@ -87,7 +85,7 @@ class Place:
             if path.is_file():
                 assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
         done = subprocess.run(
-            [sys.executable, "-B", str(ROOT / "router.py"), "check"],
+            program("check"),
             env=self.env, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -107,7 +105,7 @@ def echoing(place):
 
 def serving(place, **env):
     process = subprocess.Popen(
-        [sys.executable, "-B", str(ROOT / "router.py"), "serve"],
+        program("serve"),
         env=place.env
         | {
             "GROQ_MODEL": "m1",
@@ -348,7 +346,7 @@ def test_the_end_of_the_input(place):
 
 def run(place, *words, stdin="", **env):
     return subprocess.run(
-        [sys.executable, "-B", str(ROOT / "router.py"), *words],
+        program(*words),
         input=stdin, env=place.env | env, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
