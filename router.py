@@ -146,6 +146,7 @@ import stat
 import struct
 import subprocess
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
@@ -27185,14 +27186,14 @@ class CrashJob(NamedTuple):
     dialects: tuple[str, str]  # of the two providers
 
 
-def crash_run(job: CrashJob, config: Config, pace: Pace) -> Run:
-    """Run one scenario for one client."""
+def crash_run(job: CrashJob, config: Config, pace: Pace, folder: str) -> Run:
+    """Run one scenario for one client, with a home in that folder."""
     primary = Mock(job.dialects[0], 7, job.scenario.fault, pace)
     fallback = Mock(job.dialects[1], 11, Fault(), pace)
     fallback.refuses_prefill = job.scenario.refuses_prefill
     run = Run(job.scenario, job.client, job.stream, primary, fallback)
     try:
-        with tempfile.TemporaryDirectory() as home:
+        with tempfile.TemporaryDirectory(dir=folder) as home:
             own = crash_config(config, (primary, fallback), home)
             with crash_router(own, pace) as (url, router):
                 ask_all(run, url, own, pace)
@@ -27256,6 +27257,52 @@ FAST: Final = 12.0  # times as fast
 CRASH_WORKERS: Final = 12
 
 
+Row = TypeVar("Row")
+Done = TypeVar("Done")
+
+
+def side_by_side(work: Callable[[Row], Done], rows: Sequence[Row], most: int) -> list[Done]:
+    """`work(row)` of every row, in their order, so many at a time.
+
+    Ctrl-C waits for none of them: whoever is still at work ends with the program.
+    """
+    futures = [concurrent.futures.Future[Done]() for _ in rows]
+    waiting = deque(zip(futures, rows, strict=True))
+
+    def worker() -> None:
+        with suppress(IndexError):  # none is left
+            while True:
+                settle(work, *waiting.popleft())
+
+    for _ in range(min(most, len(rows))):
+        threading.Thread(target=worker, name="side-by-side", daemon=True).start()
+    try:
+        return [future.result() for future in futures]
+    finally:
+        waiting.clear()
+
+
+def settle(work: Callable[[Row], Done], future: concurrent.futures.Future[Done], row: Row) -> None:
+    try:
+        future.set_result(work(row))
+    except Exception as error:  # told to whoever waits for it
+        future.set_exception(error)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[str]:
+    """A folder that is gone at the end, though after Ctrl-C runs go on writing for a moment."""
+    folder = tempfile.mkdtemp()
+    try:
+        yield folder
+    finally:
+        for _ in range(40):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not os.path.exists(folder):
+                break
+            time.sleep(0.05)
+
+
 def crash_test(
     config: Config,
     speed: float = FAST,
@@ -27263,8 +27310,6 @@ def crash_test(
     pairs: Mapping[str, tuple[str, str]] = CRASH_PAIRS,
 ) -> list[Run]:
     """Every scenario for every client, streamed and whole; some at the same time."""
-    from concurrent.futures import ThreadPoolExecutor  # 5 ms that no other command needs
-
     pace = Pace(speed)
     jobs = [
         CrashJob(scenario, client, stream, dialects)
@@ -27277,22 +27322,27 @@ def crash_test(
     # The long ones first, so that none of them is left over at the end.
     jobs.sort(key=lambda job: -job.scenario.requests * job.scenario.every_s - job.scenario.most_s)
     workers = CRASH_WORKERS if speed > 1 else len(jobs)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        runs = list(pool.map(lambda job: crash_run(job, config, pace), jobs))
+    with scratch_folder() as folder:
+        runs = side_by_side(lambda job: crash_run(job, config, pace, folder), jobs, workers)
     return sorted(runs, key=lambda run: (run.scenario.number, run.client, not run.stream))
 
 
-def crash_table(runs: Sequence[Run], config: Config) -> str:
-    """The results as columns for people, and a line about what is not a pass."""
+def crash_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """The results for people: a row for each scenario, under the names of the columns."""
     ways = list(dict.fromkeys(run.way for run in runs))
-    lines = ["  ".join(["   " + "SCENARIO".ljust(28), *map(str.upper, ways)])]
+    rows = [("   SCENARIO", *map(str.upper, ways))]
     for scenario in dict.fromkeys(run.scenario for run in runs):
         of_it: dict[str, str] = {r.way: r.result for r in runs if r.scenario is scenario}
-        cells = [of_it.get(way, "-").ljust(len(way)) for way in ways]
-        lines.append("  ".join([f"{scenario.number:2} {scenario.title:28}", *cells]).rstrip())
+        results = (of_it.get(way, "-") for way in ways)
+        rows.append((f"{scenario.number:2} {scenario.title}", *results))
+    return rows
+
+
+def crash_summary(runs: Sequence[Run], config: Config) -> list[str]:
+    """A line about each thing that is not a pass, and one about all runs."""
     counts = Counter(run.result for run in runs)
     total = ", ".join(f"{counts[result]} {result}" for result in RESULTS)
-    return "\n".join([*lines, *crash_notes(runs, config), f"{len(runs)} runs: {total}"])
+    return [*crash_notes(runs, config), f"{len(runs)} runs: {total}"]
 
 
 def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
@@ -27520,9 +27570,13 @@ def show_json(value: object) -> int:
     return DONE_OK
 
 
+def has_cursor(stream: Any) -> bool:
+    """Whether what stands there already can be written over."""
+    return bool(stream.isatty()) and environment().get("TERM") != "dumb"
+
+
 def has_colour(stream: Any) -> bool:
-    env = environment()
-    return bool(stream.isatty()) and not env.get("NO_COLOR") and env.get("TERM") != "dumb"
+    return has_cursor(stream) and not environment().get("NO_COLOR")
 
 
 def paint(text: str, colour: str, stream: Any = None) -> str:
@@ -27537,17 +27591,62 @@ def cells(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
-def columns(rows: Sequence[Sequence[str]], colours: Sequence[str] = ()) -> list[str]:
-    """Rows as aligned lines; `colours` names the colour of each line but the first, or ""."""
+GAP: Final = 2  # between two columns
+INDENT: Final = 4  # of the further lines of a row
+PROSE: Final = 24  # a last column of so many cells may be wrapped at its words
+
+
+def screen_width(stream: Any) -> int:
+    """How many columns the terminal has; 0 = unknown, or it is none."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def columns(
+    rows: Sequence[Sequence[str]], colours: Sequence[str] = (), stream: Any = None
+) -> list[str]:
+    """Rows as aligned lines; `colours` names the colour of each row but the first, or "".
+
+    Where the terminal is too narrow for a row, all rows take several lines, aligned as well.
+    """
     widths = [max(cells(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell + " " * (width - cells(cell)) for cell, width in zip(row, widths, strict=True)
-        )
-        for row in rows
-    ]
+    limit = screen_width(stream or sys.stdout)
+    parts = folded(widths, limit)
     shades = ["bold", *colours, *[""] * len(rows)]
-    return [paint(line.rstrip(), shade) for line, shade in zip(lines, shades, strict=False)]
+    return [
+        paint(line, shade, stream)
+        for row, shade in zip(rows, shades, strict=False)
+        for start, end in parts
+        for line in aligned(row[start:end], widths[start:end], INDENT if start else 0, limit)
+        if line or not start
+    ]
+
+
+def folded(widths: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Which columns share a line: (first, behind the last) of each line of a row."""
+    starts, used = [0], -GAP
+    for number, width in enumerate(widths):
+        least = min(width, PROSE) if number == len(widths) - 1 else width
+        if limit and number and used + GAP + least > limit:
+            starts.append(number)
+            used = INDENT - GAP
+        used += GAP + width
+    return list(zip(starts, [*starts[1:], len(widths)], strict=True))
+
+
+def aligned(row: Sequence[str], widths: Sequence[int], indent: int, limit: int) -> list[str]:
+    """Cells side by side; the last one goes on below itself where it is too long."""
+    *before, last = (
+        cell + " " * (width - cells(cell) + GAP) for cell, width in zip(row, widths, strict=True)
+    )
+    head = " " * indent + "".join(before)
+    left = limit - cells(head)
+    if not limit or cells(last.rstrip()) <= left:
+        return [(head + last).rstrip()]
+    lines = textwrap.wrap(last, max(left, 10), break_long_words=False, break_on_hyphens=False)
+    return [(" " * cells(head) if n else head) + line for n, line in enumerate(lines)]
 
 
 def ask(question: str, default: str = "") -> str:
@@ -27801,7 +27900,7 @@ def status_text(owner: Owner, as_json: bool) -> str:
 
 def watch_status(owner: Owner, every_s: float) -> int:
     """The status again and again, until Ctrl-C; a router that is away may come back."""
-    clear = "\033[H\033[2J" if sys.stdout.isatty() else ""
+    clear = "\033[H\033[2J" if has_cursor(sys.stdout) else ""
     try:
         while True:
             try:
@@ -27812,6 +27911,7 @@ def watch_status(owner: Owner, every_s: float) -> int:
             print(f"{clear}{text}\n\n{stamp}, every {every_s:g} s; Ctrl-C ends it", flush=True)
             time.sleep(every_s)
     except KeyboardInterrupt:
+        say()  # what the terminal shows of the keys is no line of its own
         return DONE_OK
 
 
@@ -27985,8 +28085,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
         raise owner.absent(f"start it with: {how_to_start()}")
     say(f"{args.requests} requests, {args.parallel} at a time; they count against your quotas")
     began = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
-        shots = list(pool.map(lambda _: shoot(owner, args.model), range(args.requests)))
+    shots = side_by_side(lambda _: shoot(owner, args.model), range(args.requests), args.parallel)
     told = bench_figures(shots, time.monotonic() - began)
     show_tree(told, args.json)
     return FAILED if told["failed"] else DONE_OK
@@ -28726,9 +28825,7 @@ def keys_given(args: argparse.Namespace) -> list[str] | None:
         except (OSError, UnicodeDecodeError) as error:
             why = told_error(error) if isinstance(error, OSError) else "it is not UTF-8"
             raise Trouble(f"{args.file} cannot be read: {why}") from None
-    if args.file or not sys.stdin.isatty():
-        return key_lines(sys.stdin.read(1 << 20))
-    return None
+    return None if sys.stdin.isatty() else key_lines(sys.stdin.read(1 << 20))
 
 
 def key_lines(text: str) -> list[str]:
@@ -28841,8 +28938,7 @@ class KeyDesk:
             for key, source in service.found_keys
             if not service.resting
         ]
-        with concurrent.futures.ThreadPoolExecutor(self.AT_ONCE) as pool:
-            looks = list(pool.map(lambda row: self.look(row[0].provider, row[1]), rows))
+        looks = side_by_side(lambda row: self.look(row[0].provider, row[1]), rows, self.AT_ONCE)
         return [
             (service.name, key_tail(key) if key else "-", source, look)
             for (service, key, source), look in zip(rows, looks, strict=True)
@@ -28900,9 +28996,9 @@ def cmd_auth_remove(args: argparse.Namespace) -> int:
     """Take one key of a provider away, wherever it stands."""
     config, row = Config.from_env(), known_provider(args.provider)
     service = configured(config).get(row.name)
-    which = first_line() if args.key == "-" else args.key
     if service is None:
         raise Trouble(f"{row.name} has no key")
+    which = first_line() if args.key == "-" else args.key
     if which is None and len(service.keys) > 1:
         raise Trouble(
             f"{row.name} has {len(service.keys)} keys: say which by its last characters", USAGE
@@ -28920,8 +29016,11 @@ def cmd_auth_remove(args: argparse.Namespace) -> int:
 
 
 def first_line() -> str:
-    """One line of the standard input: what must not stand on a command line."""
-    return sys.stdin.readline().strip()
+    """One line of the standard input, unseen: what must not stand on a command line."""
+    line = ask_secret("Which key? Its last characters, id, or all of it (input hidden):")
+    if not line:
+        raise Trouble("no key was named")
+    return line
 
 
 def drop_account(document: Json, id: str) -> None:
@@ -29607,7 +29706,7 @@ def show_offers() -> None:
         for row in PROVIDERS
         if row.state != "retired" and (row.key_env or row.accounts or row.tier == "local")
     ]
-    say("\n".join(columns([("PROVIDER", "TIER", "SIGN UP"), *rows])))
+    say("\n".join(columns([("PROVIDER", "TIER", "SIGN UP"), *rows], (), sys.stderr)))
 
 
 def add_by_hand(tour: Tour, row: Provider) -> None:
@@ -29795,6 +29894,8 @@ def cmd_setup(args: argparse.Namespace) -> int:
     """Lead through everything from nothing to the first answer."""
     if not args.yes and not sys.stdin.isatty():
         raise Trouble("setup asks questions: run it in a terminal, or with --yes", USAGE)
+    if args.stdin and sys.stdin.isatty():  # where all that is typed can be seen
+        raise Trouble("--stdin reads keys from a pipe or a file; without it they are asked", USAGE)
     tour = Tour(Config.from_env(), args.yes, not args.no_start, args.service, args.stdin)
     try:
         for number, (title, step) in enumerate(STEPS, 1):
@@ -30036,7 +30137,8 @@ def cmd_crashtest(args: argparse.Namespace) -> int:
         }
         show_json(told)
     else:
-        print(crash_table(runs, config) + f", {seconds:.0f} s")
+        *notes, counts = crash_summary(runs, config)
+        print(*columns(crash_rows(runs)), *notes, f"{counts}, {seconds:.0f} s", sep="\n")
     return FAILED if any(run.result == "fail" for run in runs) else DONE_OK
 
 
@@ -30546,7 +30648,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- or Python complains at its end
         return FAILED
     except KeyboardInterrupt:
-        say("stopped")
+        say("\nstopped")
         return FAILED
 
 
