@@ -17797,6 +17797,7 @@ SESSION_HEADERS: Final = (
 )
 CLAUDE_SESSION: Final = re.compile(r"session(?:_id)?\W{0,4}_?([\w-]{8,64})")  # in metadata.user_id
 MAX_OPENING: Final = 8  # messages that may come before the first of the user's
+TOLD_CHARS: Final = 4096  # at either end of a text: enough to tell it from others
 
 
 class Served(NamedTuple):
@@ -17862,7 +17863,8 @@ def opening_of(chat: Json) -> tuple[object, ...]:
     texts: list[object] = []
     for message in chat_messages(chat)[:MAX_OPENING]:
         content = message.get("content")
-        texts.append(content if isinstance(content, str) else message_text(message))
+        text = content if isinstance(content, str) else message_text(message)
+        texts.append((len(text), text[:TOLD_CHARS], text[-TOLD_CHARS:]))
         if message.get("role") == "user":
             break
     return tuple(texts)
