@@ -146,6 +146,7 @@ import stat
 import struct
 import subprocess
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
@@ -3487,9 +3488,9 @@ def token_bounds(raw_len: int, chat: Mapping[str, Any]) -> TokenEstimate:
     )
 
 
-def text_bytes(raw: bytes) -> int:
+def text_bytes(raw: bytes, escaped: bool = True) -> int:
     r"""Length of a body in bytes, except that a \uXXXX escape counts as two of them, not six."""
-    return len(raw) - 4 * raw.count(b"\\u")
+    return len(raw) - 4 * raw.count(b"\\u") if escaped else len(raw)
 
 
 def content_parts(chat: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -3816,14 +3817,19 @@ NOT_AN_OBJECT = "request body must be a JSON object"
 NO_INPUT = "request body must be a JSON object with an 'input' field"
 
 # In JSON text: an escaped half of a surrogate pair, and one that has no partner beside it.
+MANY_BYTES = 16_384
+ESCAPE = re.compile(rb"\\u")
 HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 LONE_HALF = re.compile(
     rb"\\u[dD](?:[89abAB]..(?!\\u[dD][c-fC-F])|[c-fC-F](?<!\\u[dD][89abAB]..\\u[dD].))"
 )
 
 
-def parse_body(raw: bytes) -> dict[str, Any]:
-    """The JSON object in a request body; BadRequest for what could not be sent on as UTF-8 JSON."""
+def parse_body(raw: bytes, escaped: bool = True) -> dict[str, Any]:
+    r"""The JSON object in a request body; BadRequest for what could not be sent on as UTF-8 JSON.
+
+    `escaped`: whether there may be a \uXXXX in it, for which a large body is searched only once.
+    """
     if not raw or raw.isspace():
         raise BadRequest(f"{NOT_AN_OBJECT} (it is empty)")
     try:
@@ -3839,14 +3845,12 @@ def parse_body(raw: bytes) -> dict[str, Any]:
         raise bad_number(raw) from None
     if not isinstance(body, dict):
         raise BadRequest(f"{NOT_AN_OBJECT}, not {kind_of(body)}")
-    if raw.count(b"{") + raw.count(b"[") > MAX_NESTING and nests_too_deep(body):
+    # Of long bodies the counts cost more than the look at what was parsed.
+    few = len(raw) < MANY_BYTES and raw.count(b"{") + raw.count(b"[") <= MAX_NESTING
+    if not few and nests_too_deep(body):
         field = next(name for name, value in body.items() if nests_too_deep([value]))
         raise BadRequest(f"{field} is nested deeper than {MAX_NESTING} levels", param=field)
-    if (
-        (b"\\ud" in raw or b"\\uD" in raw)
-        and HALF_PAIR.search(raw)
-        and LONE_HALF.search(raw.replace(b"\\\\", b"__"))
-    ):
+    if escaped and HALF_PAIR.search(raw) and LONE_HALF.search(raw.replace(b"\\\\", b"__")):
         path = find_value(body, is_broken_text)
         message = f"{path or 'request body'} holds half of a surrogate pair, which is not text"
         raise BadRequest(message, param=path)
@@ -4874,13 +4878,14 @@ ASCII_ESCAPE: Final = re.compile(rb"\\u00[2-7]")
 SCALAR: Final = rb'(\s*:\s*)(?:"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*|true|false|null)'
 
 
-def edit_body(raw: bytes, chat: Json, edits: Mapping[str, object]) -> bytes:
-    """`raw` with top-level members set, or removed where the edit is DROP.
+def edit_body(raw: bytes, chat: Json, edits: Mapping[str, object], escaped: bool = True) -> bytes:
+    r"""`raw` with top-level members set, or removed where the edit is DROP.
 
     The client's bytes are kept when each edit is a new member or a scalar that stands
-    exactly once in them; otherwise the parsed `chat` is written anew.
+    exactly once in them; otherwise the parsed `chat` is written anew. `escaped`: whether there
+    may be a \uXXXX in them, also in a name.
     """
-    body: bytes | None = raw
+    body = None if escaped and edits and ASCII_ESCAPE.search(raw) else raw
     for name, value in edits.items():
         body = splice(body, name, value, name in chat) if body else None
     if body:
@@ -4893,8 +4898,6 @@ def splice(body: bytes, name: str, value: object, present: bool) -> bytes | None
     """One edit made in the bytes; None when that is not safe."""
     if value is DROP:
         return None if present else body
-    if b"\\u00" in body and ASCII_ESCAPE.search(body):
-        return None  # a name may be spelled "mod\u0065l"
     member = b'"%b"' % name.encode()
     written = dump_json(value)
     if not present:
@@ -13897,6 +13900,7 @@ class Ask:
     stream: bool = False
     wants_usage: bool = False
     caller: Caller = ITSELF
+    escaped: bool = True  # a character may be escaped by its number in `raw`
     session_name: str = ""  # the conversation, as a header names it
     session: int = 0  # the same as a number; 0 = unknown
     stays: bool = False  # the client wants to stay even with a model that is too weak
@@ -14190,7 +14194,7 @@ class Flow:
     @property
     def _plain(self) -> bool:
         """Whether content may pass without a look: not after the finish, where little comes."""
-        return self.useful and not (self.finished or self._calls or self.failure)
+        return self.useful and not (self.finished or self.done or self._calls or self.failure)
 
     def _look_on(self, block: bytes) -> bytes:
         """Event by event, the first of them anyhow, until content may pass again."""
@@ -17990,6 +17994,7 @@ SESSION_HEADERS: Final = (
 )
 CLAUDE_SESSION: Final = re.compile(r"session(?:_id)?\W{0,4}_?([\w-]{8,64})")  # in metadata.user_id
 MAX_OPENING: Final = 8  # messages that may come before the first of the user's
+TOLD_CHARS: Final = 4096  # at either end of a text: enough to tell it from others
 
 
 class Served(NamedTuple):
@@ -18055,7 +18060,8 @@ def opening_of(chat: Json) -> tuple[object, ...]:
     texts: list[object] = []
     for message in chat_messages(chat)[:MAX_OPENING]:
         content = message.get("content")
-        texts.append(content if isinstance(content, str) else message_text(message))
+        text = content if isinstance(content, str) else message_text(message)
+        texts.append((len(text), text[:TOLD_CHARS], text[-TOLD_CHARS:]))
         if message.get("role") == "user":
             break
     return tuple(texts)
@@ -21676,7 +21682,7 @@ class Upstream:
         if ask.kept_body[0] == place:  # the same for every key, if not for every account
             return ask.kept_body[1]
         if dialect == "embeddings":
-            made = edit_body(ask.raw, ask.body, model_edit(target, ask))
+            made = edit_body(ask.raw, ask.body, model_edit(target, ask), ask.escaped)
         else:
             made = BODIES[dialect](target, origin, ask, native, self._config.reasoning_reserve)
         learnt = self.lessons.mends(target.provider, target.model, dialect)
@@ -21724,7 +21730,7 @@ def chat_body(target: Target, _origin: str, ask: Ask, native: bool, reserve: int
     elif "stream_options" in ask.chat:
         edits["stream_options"] = DROP
     if native:
-        return edit_body(ask.raw, ask.body, edits) if edits else ask.raw
+        return edit_body(ask.raw, ask.body, edits, ask.escaped) if edits else ask.raw
     whole = {**ask.chat, "stream": ask.stream, **edits}
     return dump_json({name: value for name, value in whole.items() if value is not DROP})
 
@@ -21735,7 +21741,7 @@ def messages_body(target: Target, origin: str, ask: Ask, native: bool, _reserve:
         turns = cast("list[Json]", edits.get("messages", ask.body["messages"]))
         if (mended_turns := own_turns(turns)) is not None:
             edits["messages"] = mended_turns
-        return edit_body(ask.raw, ask.body, edits)
+        return edit_body(ask.raw, ask.body, edits, ask.escaped)
     made = chat_to_messages(ask.chat, target.model, target.claude, origin)
     return dump_json({**made, "stream": ask.stream})
 
@@ -21759,7 +21765,7 @@ def responses_body(target: Target, origin: str, ask: Ask, native: bool, reserve:
     items = edits.get("input", body.get("input"))
     if isinstance(items, list) and (mended_items := own_items(items)) is not None:
         edits["input"] = mended_items
-    return edit_body(ask.raw, ask.body, edits)
+    return edit_body(ask.raw, ask.body, edits, ask.escaped)
 
 
 def native_edits(target: Target, ask: Ask) -> dict[str, object]:
@@ -22854,7 +22860,7 @@ class Router:
     def embed(self, ask: Ask) -> Answer:
         """Answer an embeddings request inside one family of models, never mixing vectors."""
         family = self.embedders(str(ask.body.get("model") or ""), ask)
-        ask.tokens = token_bounds(text_bytes(ask.raw), ask.chat).likely
+        ask.tokens = token_bounds(text_bytes(ask.raw, ask.escaped), ask.chat).likely
         self.admit(ask, family)
         ask.terms = (*ask.terms, ask.privacy, self.directory.edition)
         return self.sharing.answer(ask, lambda: self.embed_anew(ask))
@@ -23246,7 +23252,7 @@ class Router:
 
     def size(self, ask: Ask) -> int:
         """The request in tokens; counted exactly only where a decision hangs on it."""
-        estimate = token_bounds(text_bytes(ask.raw), ask.chat)
+        estimate = token_bounds(text_bytes(ask.raw, ask.escaped), ask.chat)
         bounds = [
             s.skip_tokens_over for s in self.directory.services.values() if s.skip_tokens_over
         ]
@@ -25423,7 +25429,7 @@ def administer(app: flask.Flask, errand: Errand, **names: str) -> flask.Response
             raise TooLarge(f"the request is larger than {MAX_ERRAND_BYTES} bytes")
         if not request.is_json:
             raise UnsupportedMedia("settings are changed in JSON: Content-Type: application/json")
-        _, body = read_body(router, environ)
+        body = read_body(router, environ).body
     extensions = app.extensions
     desk = Desk(router, extensions["reloader"], caller, extensions.get("again"))
     told = run_errand(desk, errand, body, names)
@@ -25515,10 +25521,11 @@ def serve_model(router: Router, model: str) -> Json:
 
 
 def serve_chat(router: Router, environ: Json) -> Reply:
-    raw, body = read_body(router, environ)
+    sent = read_body(router, environ)
+    body = sent.body
     validate_chat(body)
     surface = OLDER_CHAT if has_functions(body) else CHAT
-    ask = make_ask(router, environ, surface, raw, body, modern_chat(body))
+    ask = make_ask(router, environ, surface, sent, modern_chat(body))
     ask.custom = bool(custom_names(body))
     options = body.get("stream_options") or {}
     ask.wants_usage = bool(options.get("include_usage"))
@@ -25526,8 +25533,9 @@ def serve_chat(router: Router, environ: Json) -> Reply:
 
 
 def serve_messages(router: Router, environ: Json) -> Reply:
-    raw, body = read_body(router, environ)
-    ask = make_ask(router, environ, MESSAGES, raw, body, messages_to_chat(body))
+    sent = read_body(router, environ)
+    body = sent.body
+    ask = make_ask(router, environ, MESSAGES, sent, messages_to_chat(body))
     ask.wants_usage = True
     ask.forward, ask.left_out = forwarded(environ), server_tools(body)
     return respond_chat(router, environ, ask)
@@ -25544,27 +25552,29 @@ def forwarded(environ: Json) -> bytes:
 
 def serve_count(router: Router) -> Json:
     """POST /v1/messages/count_tokens: an estimate until the encoder is loaded."""
-    _, body = read_body(router, current_environ())
+    body = read_body(router, current_environ()).body
     router.encoder.start()
     return {"input_tokens": count_messages_tokens(body, router.encoder)}
 
 
 def serve_completions(router: Router, environ: Json) -> Reply:
-    raw, body = read_body(router, environ)
-    ask = make_ask(router, environ, COMPLETIONS, raw, body, completions_to_chat(body))
+    sent = read_body(router, environ)
+    body = sent.body
+    ask = make_ask(router, environ, COMPLETIONS, sent, completions_to_chat(body))
     ask.wants_usage = True
     return respond_chat(router, environ, ask)
 
 
 def serve_responses(router: Router, environ: Json) -> Reply:
-    raw, body = read_body(router, environ)
+    sent = read_body(router, environ)
+    body = sent.body
     validate_responses(body)
     caller, previous = environ["hermes.caller"].id, body.get("previous_response_id")
     earlier = router.responses.chain(caller, previous) if previous else []
     codex, compacts = is_codex(environ, body), asks_to_compact(body)
     surface = compaction_surface(codex) if compacts else responses_surface(codex, earlier)
     to_chat = compaction_chat if compacts else responses_to_chat
-    ask = make_ask(router, environ, surface, raw, body, to_chat(body, earlier))
+    ask = make_ask(router, environ, surface, sent, to_chat(body, earlier))
     ask.wants_usage = True
     ask.terms = (*ask.terms, codex)
     ask.left_out = () if compacts else plan_tools(body, earlier).unserved
@@ -25595,13 +25605,14 @@ def failed_stream(ask: Ask, error: RouterError) -> Reply:
 
 def serve_compact(router: Router, environ: Json) -> Reply:
     """POST /v1/responses/compact: the context window to go on with."""
-    raw, body = read_body(router, environ)
+    sent = read_body(router, environ)
+    body = sent.body
     validate_responses(body)
     caller, previous = environ["hermes.caller"].id, body.get("previous_response_id")
     earlier = router.responses.chain(caller, previous) if previous else []
     body = {**without_trigger(body), "stream": False}
     chat = compaction_chat(body, earlier)
-    ask = make_ask(router, environ, compact_surface(earlier), raw, body, chat)
+    ask = make_ask(router, environ, compact_surface(earlier), sent._replace(body=body), chat)
     ask.terms = (*ask.terms, "compact")  # the same body asks for an answer elsewhere
     return respond_chat(router, environ, ask)
 
@@ -25650,9 +25661,10 @@ def delete_stored(router: Router, own: str) -> Json:
 
 
 def serve_embeddings(router: Router, environ: Json) -> Reply:
-    raw, body = read_body(router, environ)
+    sent = read_body(router, environ)
+    body = sent.body
     validate_embeddings(body)
-    ask = make_ask(router, environ, EMBEDDINGS, raw, body, body)
+    ask = make_ask(router, environ, EMBEDDINGS, sent, body)
     ask.stream = ask.trace.streaming = False
     return respond(router, environ, ask, lambda: router.embed(ask))
 
@@ -25667,8 +25679,16 @@ MODEL_CALLS: Final[Mapping[str, Callable[[Router, Json], Reply]]] = {
 }
 
 
-def read_body(router: Router, environ: Json) -> tuple[bytes, Json]:
-    """The request as sent and as parsed; RouterError says what is wrong with it."""
+class Sent(NamedTuple):
+    """The body of a request, as sent and as parsed."""
+
+    raw: bytes
+    body: Json
+    escaped: bool  # a character may be escaped by its number
+
+
+def read_body(router: Router, environ: Json) -> Sent:
+    """RouterError says what is wrong with it."""
     coding = environ.get("HTTP_CONTENT_ENCODING", "identity").lower()
     if coding not in ("", "identity"):
         raise UnsupportedMedia(f"request bodies with content encoding {coding[:40]!r} are not read")
@@ -25679,7 +25699,8 @@ def read_body(router: Router, environ: Json) -> tuple[bytes, Json]:
     raw = gathered(environ["wsgi.input"]) if own else environ["wsgi.input"].read(length)
     if share := environ.get(SHARE):
         make_room(router.room, share, raw)
-    return raw, parse_body(raw)
+    escaped = ESCAPE.search(raw) is not None
+    return Sent(raw, parse_body(raw, escaped), escaped)
 
 
 def gathered(source: Any) -> bytes:
@@ -25699,16 +25720,15 @@ def make_room(room: Room, share: Share, raw: bytes) -> None:
     share.base = share.size
 
 
-def make_ask(
-    router: Router, environ: Json, surface: Surface, raw: bytes, body: Json, chat: Json
-) -> Ask:
+def make_ask(router: Router, environ: Json, surface: Surface, sent: Sent, chat: Json) -> Ask:
+    raw, body, escaped = sent
     caller: Caller = environ["hermes.caller"]
     started, own, stream = router.now(), request_id(environ), bool(body.get("stream"))
     asked = str(body.get("model") or "")[:200]
     trace = Trace(own, surface.dialect, caller, time.time(), started, stream, asked)
     environ["hermes.trace"] = trace
     ask = Ask(surface, raw, body, chat, Guard(), stream, caller=caller, trace=trace)
-    ask.started, ask.request_id = started, own
+    ask.started, ask.request_id, ask.escaped = started, own, escaped
     ask.privacy = privacy_of(environ, caller)
     ask.fallback = environ.get("HTTP_X_ROUTE_FALLBACK", "").lower() == "allow"
     ask.terms = (ask.fallback,)
@@ -26374,6 +26394,8 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             super().parse_header(header_plus)
         except waitress.parser.TransferEncodingNotImplemented as error:
             raise waitress.parser.ParsingError(str(error)) from None
+        except ValueError:  # more digits than Python reads
+            raise waitress.parser.ParsingError("Content-Length is invalid") from None
         told_twice = self.chunked and "CONTENT_LENGTH" in self.headers
         if told_twice or "TRANSFER_ENCODING" in self.headers:  # it stays there in HTTP/1.0
             self.chunked, self.body_rcv = False, None
@@ -27393,14 +27415,14 @@ class CrashJob(NamedTuple):
     dialects: tuple[str, str]  # of the two providers
 
 
-def crash_run(job: CrashJob, config: Config, pace: Pace) -> Run:
-    """Run one scenario for one client."""
+def crash_run(job: CrashJob, config: Config, pace: Pace, folder: str) -> Run:
+    """Run one scenario for one client, with a home in that folder."""
     primary = Mock(job.dialects[0], 7, job.scenario.fault, pace)
     fallback = Mock(job.dialects[1], 11, Fault(), pace)
     fallback.refuses_prefill = job.scenario.refuses_prefill
     run = Run(job.scenario, job.client, job.stream, primary, fallback)
     try:
-        with tempfile.TemporaryDirectory() as home:
+        with tempfile.TemporaryDirectory(dir=folder) as home:
             own = crash_config(config, (primary, fallback), home)
             with crash_router(own, pace) as (url, router):
                 ask_all(run, url, own, pace)
@@ -27464,6 +27486,52 @@ FAST: Final = 12.0  # times as fast
 CRASH_WORKERS: Final = 12
 
 
+Row = TypeVar("Row")
+Done = TypeVar("Done")
+
+
+def side_by_side(work: Callable[[Row], Done], rows: Sequence[Row], most: int) -> list[Done]:
+    """`work(row)` of every row, in their order, so many at a time.
+
+    Ctrl-C waits for none of them: whoever is still at work ends with the program.
+    """
+    futures = [concurrent.futures.Future[Done]() for _ in rows]
+    waiting = deque(zip(futures, rows, strict=True))
+
+    def worker() -> None:
+        with suppress(IndexError):  # none is left
+            while True:
+                settle(work, *waiting.popleft())
+
+    for _ in range(min(most, len(rows))):
+        threading.Thread(target=worker, name="side-by-side", daemon=True).start()
+    try:
+        return [future.result() for future in futures]
+    finally:
+        waiting.clear()
+
+
+def settle(work: Callable[[Row], Done], future: concurrent.futures.Future[Done], row: Row) -> None:
+    try:
+        future.set_result(work(row))
+    except Exception as error:  # told to whoever waits for it
+        future.set_exception(error)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[str]:
+    """A folder that is gone at the end, though after Ctrl-C runs go on writing for a moment."""
+    folder = tempfile.mkdtemp()
+    try:
+        yield folder
+    finally:
+        for _ in range(40):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not os.path.exists(folder):
+                break
+            time.sleep(0.05)
+
+
 def crash_test(
     config: Config,
     speed: float = FAST,
@@ -27471,8 +27539,6 @@ def crash_test(
     pairs: Mapping[str, tuple[str, str]] = CRASH_PAIRS,
 ) -> list[Run]:
     """Every scenario for every client, streamed and whole; some at the same time."""
-    from concurrent.futures import ThreadPoolExecutor  # 5 ms that no other command needs
-
     pace = Pace(speed)
     jobs = [
         CrashJob(scenario, client, stream, dialects)
@@ -27485,22 +27551,27 @@ def crash_test(
     # The long ones first, so that none of them is left over at the end.
     jobs.sort(key=lambda job: -job.scenario.requests * job.scenario.every_s - job.scenario.most_s)
     workers = CRASH_WORKERS if speed > 1 else len(jobs)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        runs = list(pool.map(lambda job: crash_run(job, config, pace), jobs))
+    with scratch_folder() as folder:
+        runs = side_by_side(lambda job: crash_run(job, config, pace, folder), jobs, workers)
     return sorted(runs, key=lambda run: (run.scenario.number, run.client, not run.stream))
 
 
-def crash_table(runs: Sequence[Run], config: Config) -> str:
-    """The results as columns for people, and a line about what is not a pass."""
+def crash_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """The results for people: a row for each scenario, under the names of the columns."""
     ways = list(dict.fromkeys(run.way for run in runs))
-    lines = ["  ".join(["   " + "SCENARIO".ljust(28), *map(str.upper, ways)])]
+    rows = [("   SCENARIO", *map(str.upper, ways))]
     for scenario in dict.fromkeys(run.scenario for run in runs):
         of_it: dict[str, str] = {r.way: r.result for r in runs if r.scenario is scenario}
-        cells = [of_it.get(way, "-").ljust(len(way)) for way in ways]
-        lines.append("  ".join([f"{scenario.number:2} {scenario.title:28}", *cells]).rstrip())
+        results = (of_it.get(way, "-") for way in ways)
+        rows.append((f"{scenario.number:2} {scenario.title}", *results))
+    return rows
+
+
+def crash_summary(runs: Sequence[Run], config: Config) -> list[str]:
+    """A line about each thing that is not a pass, and one about all runs."""
     counts = Counter(run.result for run in runs)
     total = ", ".join(f"{counts[result]} {result}" for result in RESULTS)
-    return "\n".join([*lines, *crash_notes(runs, config), f"{len(runs)} runs: {total}"])
+    return [*crash_notes(runs, config), f"{len(runs)} runs: {total}"]
 
 
 def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
@@ -27728,9 +27799,13 @@ def show_json(value: object) -> int:
     return DONE_OK
 
 
+def has_cursor(stream: Any) -> bool:
+    """Whether what stands there already can be written over."""
+    return bool(stream.isatty()) and environment().get("TERM") != "dumb"
+
+
 def has_colour(stream: Any) -> bool:
-    env = environment()
-    return bool(stream.isatty()) and not env.get("NO_COLOR") and env.get("TERM") != "dumb"
+    return has_cursor(stream) and not environment().get("NO_COLOR")
 
 
 def paint(text: str, colour: str, stream: Any = None) -> str:
@@ -27745,17 +27820,62 @@ def cells(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
-def columns(rows: Sequence[Sequence[str]], colours: Sequence[str] = ()) -> list[str]:
-    """Rows as aligned lines; `colours` names the colour of each line but the first, or ""."""
+GAP: Final = 2  # between two columns
+INDENT: Final = 4  # of the further lines of a row
+PROSE: Final = 24  # a last column of so many cells may be wrapped at its words
+
+
+def screen_width(stream: Any) -> int:
+    """How many columns the terminal has; 0 = unknown, or it is none."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def columns(
+    rows: Sequence[Sequence[str]], colours: Sequence[str] = (), stream: Any = None
+) -> list[str]:
+    """Rows as aligned lines; `colours` names the colour of each row but the first, or "".
+
+    Where the terminal is too narrow for a row, all rows take several lines, aligned as well.
+    """
     widths = [max(cells(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell + " " * (width - cells(cell)) for cell, width in zip(row, widths, strict=True)
-        )
-        for row in rows
-    ]
+    limit = screen_width(stream or sys.stdout)
+    parts = folded(widths, limit)
     shades = ["bold", *colours, *[""] * len(rows)]
-    return [paint(line.rstrip(), shade) for line, shade in zip(lines, shades, strict=False)]
+    return [
+        paint(line, shade, stream)
+        for row, shade in zip(rows, shades, strict=False)
+        for start, end in parts
+        for line in aligned(row[start:end], widths[start:end], INDENT if start else 0, limit)
+        if line or not start
+    ]
+
+
+def folded(widths: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Which columns share a line: (first, behind the last) of each line of a row."""
+    starts, used = [0], -GAP
+    for number, width in enumerate(widths):
+        least = min(width, PROSE) if number == len(widths) - 1 else width
+        if limit and number and used + GAP + least > limit:
+            starts.append(number)
+            used = INDENT - GAP
+        used += GAP + width
+    return list(zip(starts, [*starts[1:], len(widths)], strict=True))
+
+
+def aligned(row: Sequence[str], widths: Sequence[int], indent: int, limit: int) -> list[str]:
+    """Cells side by side; the last one goes on below itself where it is too long."""
+    *before, last = (
+        cell + " " * (width - cells(cell) + GAP) for cell, width in zip(row, widths, strict=True)
+    )
+    head = " " * indent + "".join(before)
+    left = limit - cells(head)
+    if not limit or cells(last.rstrip()) <= left:
+        return [(head + last).rstrip()]
+    lines = textwrap.wrap(last, max(left, 10), break_long_words=False, break_on_hyphens=False)
+    return [(" " * cells(head) if n else head) + line for n, line in enumerate(lines)]
 
 
 def ask(question: str, default: str = "") -> str:
@@ -28009,7 +28129,7 @@ def status_text(owner: Owner, as_json: bool) -> str:
 
 def watch_status(owner: Owner, every_s: float) -> int:
     """The status again and again, until Ctrl-C; a router that is away may come back."""
-    clear = "\033[H\033[2J" if sys.stdout.isatty() else ""
+    clear = "\033[H\033[2J" if has_cursor(sys.stdout) else ""
     try:
         while True:
             try:
@@ -28020,6 +28140,7 @@ def watch_status(owner: Owner, every_s: float) -> int:
             print(f"{clear}{text}\n\n{stamp}, every {every_s:g} s; Ctrl-C ends it", flush=True)
             time.sleep(every_s)
     except KeyboardInterrupt:
+        say()  # what the terminal shows of the keys is no line of its own
         return DONE_OK
 
 
@@ -28193,8 +28314,7 @@ def cmd_bench(args: argparse.Namespace) -> int:
         raise owner.absent(f"start it with: {how_to_start()}")
     say(f"{args.requests} requests, {args.parallel} at a time; they count against your quotas")
     began = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
-        shots = list(pool.map(lambda _: shoot(owner, args.model), range(args.requests)))
+    shots = side_by_side(lambda _: shoot(owner, args.model), range(args.requests), args.parallel)
     told = bench_figures(shots, time.monotonic() - began)
     show_tree(told, args.json)
     return FAILED if told["failed"] else DONE_OK
@@ -28934,9 +29054,7 @@ def keys_given(args: argparse.Namespace) -> list[str] | None:
         except (OSError, UnicodeDecodeError) as error:
             why = told_error(error) if isinstance(error, OSError) else "it is not UTF-8"
             raise Trouble(f"{args.file} cannot be read: {why}") from None
-    if args.file or not sys.stdin.isatty():
-        return key_lines(sys.stdin.read(1 << 20))
-    return None
+    return None if sys.stdin.isatty() else key_lines(sys.stdin.read(1 << 20))
 
 
 def key_lines(text: str) -> list[str]:
@@ -29049,8 +29167,7 @@ class KeyDesk:
             for key, source in service.found_keys
             if not service.resting
         ]
-        with concurrent.futures.ThreadPoolExecutor(self.AT_ONCE) as pool:
-            looks = list(pool.map(lambda row: self.look(row[0].provider, row[1]), rows))
+        looks = side_by_side(lambda row: self.look(row[0].provider, row[1]), rows, self.AT_ONCE)
         return [
             (service.name, key_tail(key) if key else "-", source, look)
             for (service, key, source), look in zip(rows, looks, strict=True)
@@ -29108,9 +29225,9 @@ def cmd_auth_remove(args: argparse.Namespace) -> int:
     """Take one key of a provider away, wherever it stands."""
     config, row = Config.from_env(), known_provider(args.provider)
     service = configured(config).get(row.name)
-    which = first_line() if args.key == "-" else args.key
     if service is None:
         raise Trouble(f"{row.name} has no key")
+    which = first_line() if args.key == "-" else args.key
     if which is None and len(service.keys) > 1:
         raise Trouble(
             f"{row.name} has {len(service.keys)} keys: say which by its last characters", USAGE
@@ -29128,8 +29245,11 @@ def cmd_auth_remove(args: argparse.Namespace) -> int:
 
 
 def first_line() -> str:
-    """One line of the standard input: what must not stand on a command line."""
-    return sys.stdin.readline().strip()
+    """One line of the standard input, unseen: what must not stand on a command line."""
+    line = ask_secret("Which key? Its last characters, id, or all of it (input hidden):")
+    if not line:
+        raise Trouble("no key was named")
+    return line
 
 
 def drop_account(document: Json, id: str) -> None:
@@ -29815,7 +29935,7 @@ def show_offers() -> None:
         for row in PROVIDERS
         if row.state != "retired" and (row.key_env or row.accounts or row.tier == "local")
     ]
-    say("\n".join(columns([("PROVIDER", "TIER", "SIGN UP"), *rows])))
+    say("\n".join(columns([("PROVIDER", "TIER", "SIGN UP"), *rows], (), sys.stderr)))
 
 
 def add_by_hand(tour: Tour, row: Provider) -> None:
@@ -30003,6 +30123,8 @@ def cmd_setup(args: argparse.Namespace) -> int:
     """Lead through everything from nothing to the first answer."""
     if not args.yes and not sys.stdin.isatty():
         raise Trouble("setup asks questions: run it in a terminal, or with --yes", USAGE)
+    if args.stdin and sys.stdin.isatty():  # where all that is typed can be seen
+        raise Trouble("--stdin reads keys from a pipe or a file; without it they are asked", USAGE)
     tour = Tour(Config.from_env(), args.yes, not args.no_start, args.service, args.stdin)
     try:
         for number, (title, step) in enumerate(STEPS, 1):
@@ -30264,7 +30386,8 @@ def cmd_crashtest(args: argparse.Namespace) -> int:
         }
         show_json(told)
     else:
-        print(crash_table(runs, config) + f", {seconds:.0f} s")
+        *notes, counts = crash_summary(runs, config)
+        print(*columns(crash_rows(runs)), *notes, f"{counts}, {seconds:.0f} s", sep="\n")
     return FAILED if any(run.result == "fail" for run in runs) else DONE_OK
 
 
@@ -30774,7 +30897,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- or Python complains at its end
         return FAILED
     except KeyboardInterrupt:
-        say("stopped")
+        say("\nstopped")
         return FAILED
 
 

@@ -1,13 +1,19 @@
-"""Fixtures: `upstream` (scripted providers), `make_app` (in process), `serve` (over the wire),
-`launch` (a process of its own), `clock` (time that goes on when told to)."""
+"""`program`: router.py as a command. Fixtures: `upstream` (scripted providers), `make_app` (in
+process), `serve` (over the wire), `launch` (a process of its own), `clock` (time that goes on when
+told to)."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import py_compile
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +27,34 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(Path(__file__).parent)) if path not in sys.path]
 
 from upstream import AUTH, HELLO, KEY, Clock, Upstream, until  # noqa: E402
+
+
+@functools.cache
+def compiled() -> Path:
+    """router.py compiled, for every copy of the same text; a changed one is compiled anew."""
+    folder = Path(tempfile.mkdtemp(prefix="hermes-router-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    made = folder / f"router.{sys.implementation.cache_tag}.pyc"
+    mode = py_compile.PycInvalidationMode.CHECKED_HASH
+    py_compile.compile(str(ROOT / "router.py"), str(made), doraise=True, invalidation_mode=mode)
+    return made
+
+
+BOOT = """\
+import marshal, sys, types
+made, *sys.argv = sys.argv[1:]
+router = sys.modules["router"] = types.ModuleType("router")
+router.__file__ = sys.argv[0]
+with open(made, "rb") as file:
+    exec(marshal.loads(file.read()[16:]), router.__dict__)
+sys.exit(router.main())
+"""
+
+
+def program(*words: str) -> list[str]:
+    """The command `router.py word ...`, without the time that it takes to compile a script."""
+    made = ["-c", BOOT, str(compiled()), str(ROOT / "router.py")]
+    return [sys.executable, "-B", *made, *words]
 
 
 @pytest.fixture

@@ -17,14 +17,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import program
 from test_every_pair import USED, WEATHER, WIRES, Said, asked, settings_of, speak, tools_of
 from upstream import KEY, Reply, Request
 
@@ -109,7 +108,7 @@ class Place:
     def connect(self, client: str) -> dict[str, str]:
         """`router.py connect` on this home; the environment that is left for the client to get."""
         env = {"HOME": str(self.home), "HR_HOME": str(self.home), "PROXY_API_KEYS": KEY}
-        words = [sys.executable, "-B", str(ROOT / "router.py"), "connect", client]
+        words = program("connect", client)
         done = run([*words, "--url", self.live.url], self.work, env)
         assert done.status == 0, done.out
         exports = dict(re.findall(r"^export (\w+)=(.*)$", done.out, re.MULTILINE))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_rescue import PATHS, told
 from upstream import (
     HELLO,
@@ -16,6 +18,8 @@ from upstream import (
     sse,
     text_of,
 )
+
+import router
 
 CALL = {"index": 0, "id": "call_1", "type": "function"}
 
@@ -310,3 +314,56 @@ def test_a_whole_answer_that_ends_in_an_error_is_one(upstream, serve, path, stre
         body = {"model": "groq/m1", "stream": stream, "input": "hello"}
     got = live.session.post(live.url + path, json=body, timeout=20)
     assert got.status_code == 200 and "all of it" in got.text and "half a" not in got.text
+
+
+# -- many events at once ------------------------------------------------------------------
+
+EVENTS = {
+    "chat": [
+        *(b'{"id":"c","choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":null}]}' % said
+          for said in (b"hi", b"", rb"\n", rb"a \"no\"", rb"back\\", b"\xc3\xa9")),
+        b'{"id":"c","choices":[{"index":0,"delta":{"reasoning":"hm"},"finish_reason":null}]}',
+        b'{"id":"c","choices":[{"index":0,"delta":{"content":"x","refusal":"y"}}]}',
+        b'{"id":"c","choices":[{"index":1,"delta":{"content":"other"},"finish_reason":null}]}',
+        b'{"id":"c","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}',
+        b'{"id":"c","choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2}}',
+        b'{"id":"c","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"id":"a","function":'
+        b'{"name":"f","arguments":"{}"}}]},"finish_reason":null}]}',
+        b'{"id":"c","choices":[{"index":0,"delta":{"content":"cut',
+        b'{"error":{"message":"overloaded"}}',
+        b"[DONE]",
+    ],
+    "messages": [
+        *(b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"%b"}}' % t
+          for t in (b"hi", b"", rb"a \"b\"", b"message_stop")),
+        b'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"cut',
+        b'{"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta"}}',
+        b'{"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":2}}',
+        b'{"type":"error","error":{"type":"overloaded_error","message":"no"}}',
+        b'{"type":"message_stop"}',
+        b'{"type":"ping"}',
+    ],
+}  # fmt: skip
+STREAMS = st.sampled_from(sorted(EVENTS)).flatmap(
+    lambda name: st.tuples(
+        st.just(name),
+        st.lists(st.sampled_from(EVENTS[name][:2] * 3 + EVENTS[name]), min_size=1, max_size=24),
+    )
+)
+
+
+def taken(name: str, blocks: list[bytes]) -> tuple[bytes, object, object]:
+    """What a client of the same dialect gets of these blocks, and how the answer ended."""
+    surface = router.CHAT if name == "chat" else router.MESSAGES
+    ask = router.Ask(surface, b"{}", {}, {"messages": HELLO}, router.Guard(), True)
+    flow = router.Passage(router.DIALECTS[name], ask).flow()
+    told = b"".join(map(flow.take, blocks))
+    return told, (flow.failure, flow.finished, flow.done, flow.useful), flow.tokens
+
+
+@given(STREAMS)
+def test_a_block_is_told_as_its_events_one_by_one(stream):
+    name, datas = stream
+    kind = b"event: x\n" if name == "messages" else b""
+    events = [kind + b"data: " + data + b"\n\n" for data in datas]
+    assert taken(name, [b"".join(events)]) == taken(name, events)

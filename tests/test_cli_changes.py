@@ -12,7 +12,7 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT
+from conftest import program
 from upstream import EMPTY_LIST, Reply, good, provider
 
 import router
@@ -177,7 +177,7 @@ def test_many_writers_lose_nothing(home):
             (("model", "set", router.PROVIDERS[n].name, f"model-{n}"), ""),
         ):
             done = subprocess.run(
-                [sys.executable, "-B", str(ROOT / "router.py"), *words],
+                program(*words),
                 input=text, env=env, capture_output=True, text=True, timeout=90,
             )  # fmt: skip
             if done.returncode:
@@ -227,6 +227,16 @@ def test_remove_takes_a_key_out_of_where_it_stands(call, home):
     assert call("auth", "remove", "groq").status == 0, "the only one left"
     assert (home / ".env").read_text() == "# mine\nHOST=::1\n"
     assert call("auth", "remove", "groq", "cdefXY").status == 1
+
+
+@pytest.mark.parametrize("words", [("auth", "remove", "groq", "-"), ("keys", "revoke", "-")])
+def test_no_name_removes_nothing(call, home, words):
+    """An empty line where a key should be named, even where there is only one or the first."""
+    settings = f"GROQ_API_KEYS={OTHER},{GROQ}\nPROXY_API_KEYS=sk-one-0123456,sk-two-0123456\n"
+    (home / ".env").write_text(settings)
+    done = call(*words, stdin="\n")
+    assert done.status == 1 and "no key was named" in done.err
+    assert (home / ".env").read_text() == settings
 
 
 def test_a_key_of_the_environment_cannot_be_removed(call):

@@ -6,12 +6,11 @@ import json
 import os
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, program
 
 import router
 
@@ -28,7 +27,7 @@ def connect(tmp_path):
 
     def start(*words, **env):
         return subprocess.run(
-            [sys.executable, "-B", str(ROOT / "router.py"), "connect", *words],
+            program("connect", *words),
             env={
                 "PATH": os.environ["PATH"],
                 "HOME": str(home),

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_hr import REPO, Place, get, make_venv, shared_venv, started  # noqa: F401
+from test_hr import REPO, Place, get, keep_compiled, make_venv, shared_venv, started  # noqa: F401
 
 FAKE = '''\
 #!{python}
@@ -324,6 +324,7 @@ class Clone(Machine):
         shutil.rmtree(self.home)
         git(root, "clone", "-q", str(self.origin), str(self.home))
         make_venv(self.home / ".venv")
+        keep_compiled(self.home)
         (self.home / ".env").write_text(settings)
 
     def publish(self, name: str, change) -> str:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import requests
-from conftest import ROOT
+from conftest import program
 from upstream import EMPTY_LIST, Reply, chat_stream, good, until
 
 pexpect = pytest.importorskip("pexpect")
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
+pytest.importorskip("pty", reason="pseudo-terminals are POSIX")
+
+from terminals import Terminal, heeding_ctrl_c  # noqa: E402
 
 KEY = "gsk_Zq0123456789abcdefXY"
 WRONG = "gsk_Wrong0123456789abcd"
@@ -49,38 +49,27 @@ def place(tmp_path, upstream):
         "GROQ_BASE_URL": f"{up.url}/v1",
         "PORT": "0",
     }
-    return Place(home, env, up)
-
-
-def heed_ctrl_c():
-    """A shell has its background jobs ignore Ctrl-C, and so would all that they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    made = Place(home, env, up)
+    with heeding_ctrl_c():
+        yield made
+    for terminal in made.terminals:
+        terminal.close()
 
 
 class Place:
     def __init__(self, home: Path, env: dict[str, str], up) -> None:
         self.home, self.env, self.up = home, env, up
-        self.terminals: list[object] = []
+        self.terminals: list[Terminal] = []
 
     def open(self, *words, **env):
         """A terminal in which the command runs."""
-        terminal = pexpect.spawn(
-            sys.executable,
-            ["-B", str(ROOT / "router.py"), *words],
-            env=self.env | env,
-            cwd=str(self.home),
-            encoding="utf-8",
-            timeout=30,
-            dimensions=(50, 200),
-            preexec_fn=heed_ctrl_c,
-        )
-        self.terminals.append(terminal)
-        return terminal
+        self.terminals.append(Terminal(program(*words), self.env | env, self.home))
+        return self.terminals[-1]
 
     def ended(self, terminal) -> int:
-        terminal.expect(pexpect.EOF)
-        terminal.close()
-        return terminal.exitstatus
+        status = terminal.ended()
+        assert terminal.is_sane
+        return status
 
     @property
     def keys(self):
@@ -96,7 +85,7 @@ class Place:
             if path.is_file():
                 assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
         done = subprocess.run(
-            [sys.executable, "-B", str(ROOT / "router.py"), "check"],
+            program("check"),
             env=self.env, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -116,7 +105,7 @@ def echoing(place):
 
 def serving(place, **env):
     process = subprocess.Popen(
-        [sys.executable, "-B", str(ROOT / "router.py"), "serve"],
+        program("serve"),
         env=place.env
         | {
             "GROQ_MODEL": "m1",
@@ -357,7 +346,7 @@ def test_the_end_of_the_input(place):
 
 def run(place, *words, stdin="", **env):
     return subprocess.run(
-        [sys.executable, "-B", str(ROOT / "router.py"), *words],
+        program(*words),
         input=stdin, env=place.env | env, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 

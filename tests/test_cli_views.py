@@ -306,6 +306,13 @@ def test_without_hr_beside_it_nobody_is_sent_to_hr(alone):
     assert "python router.py auth add <provider>" in alone("doctor").stdout
 
 
+def test_side_by_side_is_in_order_and_a_failure_is_the_callers():
+    assert router.side_by_side(lambda n: n * n, range(50), 4) == [n * n for n in range(50)]
+    assert router.side_by_side(str, [], 4) == []
+    with pytest.raises(IndexError):
+        router.side_by_side([1, 2].__getitem__, [0, 5, 1], 2)
+
+
 # --- the table of commands ----------------------------------------------------
 
 

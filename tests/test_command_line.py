@@ -11,13 +11,12 @@ import re
 import socket
 import stat
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import requests
-from conftest import ROOT
+from conftest import program
 from upstream import AUTH, HELLO, Reply, Stream, delta, good, provider
 
 import router
@@ -42,7 +41,7 @@ def run(env, tmp_path):
 
     def start(*words, **settings):
         return subprocess.run(
-            [sys.executable, "-B", str(ROOT / "router.py"), *words],
+            program(*words),
             env=env(**settings),
             cwd=tmp_path,
             capture_output=True,

@@ -9,12 +9,11 @@ import http.client
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, config_for
+from conftest import config_for, program
 from upstream import events_of
 
 import router
@@ -225,7 +224,7 @@ def test_a_prefill_is_continued_or_refused(mock: Any) -> None:
 
 def command(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-B", str(ROOT / "router.py"), "crashtest", *words],
+        program("crashtest", *words),
         env={"HR_HOME": str(tmp_path), "PATH": "/usr/bin"},
         cwd=tmp_path,
         capture_output=True,

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import compiled
 
 REPO = Path(__file__).resolve().parent.parent
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -35,6 +36,12 @@ def make_venv(path: Path) -> Path:
     borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (own / "borrowed.pth").write_text("\n".join(sorted(borrowed)) + "\n")
     return path
+
+
+def keep_compiled(home: Path) -> None:
+    """As after a first command: nothing has to be compiled again."""
+    (home / "__pycache__").mkdir()
+    shutil.copy(compiled(), home / "__pycache__")
 
 
 def get(url: str) -> bytes:
@@ -61,6 +68,7 @@ class Place:
         self.home.mkdir()
         for name in ("hr", "router.py", "requirements.txt"):
             shutil.copy2(REPO / name, self.home)
+        keep_compiled(self.home)
         (self.home / ".venv").symlink_to(shared_venv)
         links = root / "my bin"
         links.mkdir()
@@ -262,6 +270,7 @@ def is_imported(place: Place) -> bool:
 
 @LINUX
 def test_the_program_is_kept_compiled(place: Place) -> None:
+    shutil.rmtree(place.home / "__pycache__")
     started(place)
     assert is_imported(place)
     (kept,) = (place.home / "__pycache__").iterdir()
@@ -276,6 +285,7 @@ def test_the_program_is_kept_compiled(place: Place) -> None:
 
 @LINUX
 def test_where_nothing_can_be_kept_it_runs_as_a_script(place: Place) -> None:
+    shutil.rmtree(place.home / "__pycache__")
     (place.home / "__pycache__").touch()  # in the way of a folder, for root too
     url = started(place)
     assert get(f"{url}/health") and not is_imported(place)
