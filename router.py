@@ -1512,6 +1512,7 @@ RATINGS = (
     ("phi-3-mini", 4), ("phi-3-medium", 3), ("phi-3-5", 3), ("phi-3-5-mini", 4), ("phi-4", 2),
     ("phi-4-mini", 4), ("phi-4-reasoning", 2), ("wizardlm-2-7b", 3), ("wizardlm-2-8x22b", 2),
     ("yi-large", 2), ("yi-medium", 3), ("yi-mini", 4), ("yi-6b", 3),
+    ("pro-exp", 1), ("r1-zero", 1),
 )  # fmt: skip
 
 # Billions of parameters in all, largest first: at least this many is worth this.
@@ -1521,8 +1522,9 @@ SIZE_RATINGS = ((200, 1), (60, 2), (14, 3), (3, 4), (0, 5))
 WORD_RATINGS = {
     "ultra": 1, "opus": 1, "max": 1,
     "pro": 2, "plus": 2, "large": 2, "sonnet": 2, "turbo": 2, "super": 2,
+    "maverick": 2, "scout": 2, "wizardlm": 2,
     "flash": 3, "small": 3, "mini": 3, "medium": 3,
-    "lite": 4, "nano": 4, "micro": 5, "tiny": 5,
+    "lite": 4, "nano": 4, "fast": 4, "micro": 5, "tiny": 5,
 }  # fmt: skip
 
 # Families that take images, spelled like RATINGS; used for ids without a row.

@@ -139,6 +139,10 @@ def test_classic_families(model, rating):
         ("marco-o1", 3),  # o1 is a name, not an ending
         ("openai/o1", 1),
         ("o3-mini", 3),
+        ("some-pro-exp-0827", 1),
+        ("some-r1-zero", 1),
+        ("some-scout", 2),
+        ("some-fast", 4),
     ],
 )
 def test_words_match_whole(model, rating):
