@@ -2376,10 +2376,17 @@ def staying(old: Config, new: Config) -> frozenset[str]:
     return frozenset(s.name for s in new.services if (s.name, s.url) in places)
 
 
+def text_of_file(path: Path, errors: str = "strict") -> str:
+    """What a file holds, read as UTF-8; OSError for a pipe, which might be waited for forever."""
+    if stat.S_ISFIFO(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe, not a file")
+    return path.read_text(encoding="utf-8-sig", errors=errors)
+
+
 def read_dotenv(path: Path) -> dict[str, str]:
     """KEY=VALUE lines of a .env file; a missing file is an empty one."""
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        text = text_of_file(path, "replace")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
@@ -2477,7 +2484,7 @@ class SettingsReader:
     def document(self, path: Path) -> Json:
         """The JSON object in a file; missing = empty, unreadable = a warning."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8-sig"))
+            data = json.loads(text_of_file(path))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except OSError as error:  # whose own text holds the whole path
@@ -2965,6 +2972,8 @@ def edit_file(path: Path, change: Callable[[bytes], bytes]) -> bool:
         real.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(real):
             sweep_left(real, time.time())
+            if real.exists() and not real.is_file():  # a pipe, a folder; /dev/null
+                raise OSError(errno.EINVAL, "it is no regular file")
             old = real.read_bytes() if real.exists() else b""
             new = change(old)
             if new != old:
@@ -17265,9 +17274,10 @@ NANO: Final = 1_000_000_000  # money is counted in nano-dollars: sums of whole n
 
 
 class Window:
-    """How many events the last so many seconds saw, on a clock in steps of a 480th of that.
+    """How many events the last so many seconds saw.
 
-    An event is never forgotten too early, and at most one step too late.
+    Above 480 at once they are put together, in steps of a 480th of that time: none is forgotten
+    too early, and then at most one step too late.
     """
 
     __slots__ = ("_marks", "_step", "count", "seconds")
@@ -17285,7 +17295,8 @@ class Window:
         return self.count
 
     def add(self, now: float) -> None:
-        until = math.ceil(now / self._step) * self._step + self.seconds
+        many = len(self._marks) >= self.STEPS
+        until = (math.ceil(now / self._step) * self._step if many else now) + self.seconds
         self.count += 1
         if self._marks and self._marks[-1][0] >= until:
             self._marks[-1][1] += 1
@@ -17298,7 +17309,7 @@ class Window:
         for until, many in self._marks:
             left -= int(many)
             if left < limit:
-                return until - now
+                return round(until - now, 6)  # a difference of sums may be a hair too long
         return 0.0
 
 
@@ -24271,6 +24282,15 @@ def quota_samples(router: Router) -> Iterator[tuple[Mapping[str, object], float]
             yield {**labels, "window": told["window"]}, told["remaining"]
 
 
+def cooldown_samples(router: Router) -> Iterator[tuple[Mapping[str, object], float]]:
+    """What rests now, and how long; keys as above."""
+    for service in router.config.services:
+        for place, key in enumerate(router.keys.snapshot(service.name, service.models), 1):
+            for model, rest in key["models"].items():
+                labels = {"provider": service.name, "key": place, "model": model}
+                yield labels, rest["ready_in"]
+
+
 def service_status(router: Router, service: Service) -> Json:
     name, tally = service.name, router.usage.tally(service.name)
     targets = [t for t in router.directory.targets if t.provider == name]
@@ -24406,7 +24426,7 @@ def log_entries(router: Router, caller: Caller, wanted: Mapping[str, str]) -> Js
     """The latest requests that `caller` may see and that fit `wanted`."""
     size, latest = router.traces.size, router.traces.latest()
     limit = wanted.get("limit", "")
-    most = min(int(limit) if re.fullmatch(r"[0-9]{1,6}", limit) else 100, size)
+    most = min(int(limit) if re.fullmatch(r"[0-9]{1,18}", limit) else 100, size)
     keys = (("status", "outcome"), ("endpoint", "endpoint"), ("provider", "provider"))
     asked = [(member, value) for name, member in keys if (value := wanted.get(name))]
     fitting = (
@@ -24536,6 +24556,7 @@ METRICS: Final = (
         "Mean time to an answer, or to a stream's first useful event.",
         per_provider(lambda t: 1000 * t.latency_s / t.answered if t.answered else 0),
     ),
+    Metric("cooldown_seconds", "gauge", "Until a key is used for a model again.", cooldown_samples),
     Metric("quota_remaining", "gauge", "What is left of a known quota.", quota_samples),
     Metric("requests_total", "counter", "Attempts.", per_provider(lambda t: t.requests)),
     Metric("errors_total", "counter", "Failed attempts.", per_provider(lambda t: t.errors)),

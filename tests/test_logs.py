@@ -71,6 +71,14 @@ def test_a_resting_candidate_is_skipped_with_its_reason(pair):
     assert [line for line in why["skipped"] if line.startswith(f"{other}/m1: resting")]
 
 
+def test_what_rests_is_a_metric(pair):
+    live = pair(failing_first(LIMITED), GROQ_MODEL="m1", CEREBRAS_MODEL="m1")
+    live.chat()
+    line = r'hermes_router_cooldown_seconds\{provider="(groq|cerebras)",key="1",model="m1"\} (\d+)'
+    ((_, seconds),) = re.findall(line, get(live, "/metrics").text)
+    assert 0 < int(seconds) <= 60
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_entry_of_the_log(pair, stream):
     live = pair(good())
@@ -107,7 +115,7 @@ def test_newest_first_filters_and_limits(pair):
     assert [e["id"] for e in entries(live, limit=3, status="success")] == ["r4", "r3", "r2"]
     assert len(entries(live, status="error")) == 1
     assert entries(live, endpoint="messages") == []
-    assert len(entries(live, limit="x")) == 6
+    assert len(entries(live, limit="x")) == len(entries(live, limit=10**9)) == 6
     whole = get(live, "/v1/logs", limit=2).json()
     assert (whole["buffer_size"], whole["stored"], whole["returned"]) == (500, 6, 2)
 

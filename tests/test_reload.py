@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -305,6 +306,22 @@ def test_a_broken_env_changes_nothing_until_it_is_mended(home, upstream, caplog)
     here.becomes(lambda: here.told["error"] is None)
     assert here.live.chat().status_code == 200 and up.requests[-1].key == "g9"
     assert here.told["loaded_at"] > loaded_at
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders")
+@pytest.mark.parametrize("name", [".env", "auth.json"])
+def test_a_pipe_in_place_of_a_file_holds_nothing_up(home, upstream, tmp_path, name):
+    up = upstream()
+    here = home(provider("groq", up))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    here.becomes(lambda: "pipe" in (here.told["error"] or ""))
+    with pytest.raises(router.FileProblem, match="no regular file"):
+        router.edit_file(tmp_path / name, lambda old: b"new")
+    (tmp_path / name).unlink()
+    here.env(provider("groq", up, keys="g9"))
+    here.becomes(lambda: here.told["error"] is None)
+    assert here.live.chat().status_code == 200 and up.requests[-1].key == "g9"
 
 
 @pytest.mark.parametrize("broken", ['{"proxy_keys": {"guest', "[]", '{"a": 1,}'])
