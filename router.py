@@ -17312,6 +17312,10 @@ class Window:
                 return round(until - now, 6)  # a difference of sums may be a hair too long
         return 0.0
 
+    def end(self, now: float) -> float:
+        """Seconds until none is left."""
+        return round(self._marks[-1][0] - now, 6) if self._marks else 0.0
+
 
 @dataclass(slots=True)
 class Day:
@@ -17524,7 +17528,7 @@ class Quotas:
         with self._lock:
             meter, day = self._look(caller.id)
             made = meter.window.slide(now)
-            soon = meter.window.wait(now, 1)
+            soon = meter.window.end(now)
         found = []
         if quota.rpm:
             found.append(Rate(quota.rpm, max(quota.rpm - made, 0), soon))
