@@ -19864,11 +19864,13 @@ def plan(
 
 
 def ordered(groups: Sequence[Group], limits: Limits, turn: int) -> Iterator[Candidate]:
-    """Group by group: the well before the ill; equals in turn, those with plenty of quota first."""
+    """Group by group: the well first, the nearly dry last; equals by quota, then in turn."""
     for group in groups:
         turns = (rotated(equals, turn) for equals in group)
         if limits.headroom:
-            turned = [t for equals in turns for t in sorted(equals, key=limits.headroom)]
+            left = limits.headroom
+            turned = [t for equals in turns for t in sorted(equals, key=left)]
+            turned.sort(key=lambda t: left(t) > 1)  # what is nearly dry, whatever it costs
         else:
             turned = [t for equals in turns for t in equals]
         if any(limits.health(t.provider) for t in turned):
@@ -22314,7 +22316,8 @@ class Sharing:
             answer = self._given(self._cache.peek(place[0]), ask, "hit") or make()
             crowd.answer = answer
         except RouterError as error:
-            crowd.error = error
+            if self.now() < ask.started + self._deadline:  # else only this one's time is over
+                crowd.error = error
             raise
         finally:
             follows = self._crowds.close(place)
@@ -23616,6 +23619,23 @@ def places_of_callers(config: Config, variables: str) -> str:
     return ", ".join(places) or variables
 
 
+def caller_variables() -> tuple[str, ...]:
+    """The variables that may hold keys of callers."""
+    rows = setting_fields()
+    return tuple(n for row in ("PROXY_API_KEYS", "ADMIN_KEYS") for n in env_names(rows[row]))
+
+
+def place_of_caller(config: Config, key: str) -> str:
+    """Where one caller's key stands: the variables that hold it, auth.json."""
+    texts = layered(read_dotenv(config.env_file), config.given)
+    found = [name for name in caller_variables() if key in split_list(texts.get(name))]
+    return ", ".join([*found, *[config.auth_path.name] * (key in config.key_rows)])
+
+
+def env_names(row: Any) -> tuple[str, ...]:
+    return row.metadata["env"], *row.metadata.get("also", ())
+
+
 def setting_states(config: Config) -> list[Json]:
     """Every setting as it is in effect, and where it comes from; of secrets the tails."""
     lines = read_dotenv(config.env_file)
@@ -24002,8 +24022,7 @@ def keep_an_admin(config: Config, key: str) -> None:
 
 def take_out_of_env(config: Config, key: str) -> None:
     """Take a caller's key out of the lines of .env that hold it."""
-    rows = setting_fields()
-    names = [n for row in ("PROXY_API_KEYS", "ADMIN_KEYS") for n in env_names(rows[row])]
+    names = caller_variables()
     for name in names:
         if key in split_list(config.given.get(name)):
             raise Conflict(
@@ -24018,10 +24037,6 @@ def take_out_of_env(config: Config, key: str) -> None:
     }
     if changes:
         edit_env(config.env_file, changes)
-
-
-def env_names(row: Any) -> tuple[str, ...]:
-    return row.metadata["env"], *row.metadata.get("also", ())
 
 
 Errand = Callable[..., Json]
@@ -24495,7 +24510,8 @@ def explain(router: Router, trace: Trace) -> Json:
             {
                 "candidate": candidate.target.label,
                 "why": candidate.why,
-                "outcome": states.get(candidate.target.label, "not asked"),
+                "outcome": states.get(candidate.target.label)
+                or not_asked(router, candidate.target, trace.tokens),
             }
             for candidate in order
         ],
@@ -24511,6 +24527,15 @@ def explain(router: Router, trace: Trace) -> Json:
         "cache": trace.cache,
         "rescued_by": trace.rescuer or None,
     }
+
+
+def not_asked(router: Router, target: Target, tokens: int) -> str:
+    """What became of a candidate whom nobody asked: too small for the request, or not its turn."""
+    if too_large(target, tokens):
+        return f"skipped: it takes at most {target.service.skip_tokens_over} tokens"
+    if 0 < (window := router.window(target)) < tokens:
+        return f"not asked: its window is {window} tokens"
+    return "not asked"
 
 
 class Metric(NamedTuple):
@@ -29315,7 +29340,7 @@ def cmd_keys_list(args: argparse.Namespace) -> int:
             "id": caller.id,
             "admin": caller.admin,
             "providers": sorted(caller.scope),
-            "from": "auth.json" if caller.key in config.key_rows else "settings",
+            "from": place_of_caller(config, caller.key),
         }
         for caller in config.callers
     ]

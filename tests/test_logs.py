@@ -61,6 +61,17 @@ def test_what_rests_and_what_cannot_serve_is_told_as_well(pair):
     assert {"candidate": "cerebras/m1", "why": "does not support tools"} in why["left_out"]
 
 
+def test_who_is_too_small_for_a_request_is_told(pair):
+    live = pair(good(), GROQ_SKIP_TOKENS_OVER="50", CEREBRAS_MODEL="m1,gpt-oss-120b")
+    long = [{"role": "user", "content": "word " * 200_000}]
+    id = live.chat(messages=long, model="cerebras/m1").headers["X-Request-ID"]
+    told = get(live, f"/v1/why/{id}").json()["candidates"]
+    outcome = {row["candidate"]: row["outcome"] for row in told}
+    assert outcome["cerebras/m1"] == "ok"
+    assert outcome["groq/m1"] == "skipped: it takes at most 50 tokens"
+    assert outcome["cerebras/gpt-oss-120b"].startswith("not asked: its window is 131072")
+
+
 def test_a_resting_candidate_is_skipped_with_its_reason(pair):
     live = pair(failing_first(LIMITED), GROQ_MODEL="m1", ROUTE_PREFER="fit")
     rested = live.chat().headers["X-Provider"]
