@@ -28011,9 +28011,39 @@ def cmd_why(args: argparse.Namespace) -> int:
         name = shown_name(args.request)
         hint = f"`{program()} logs --requests` lists those that are remembered"
         raise Trouble(f"nothing is remembered of {name}; {hint}") from None
-    told = {name: value for name, value in answer.items() if value not in (None, "", [], {})}
-    show_tree(answer if args.json else told, args.json)
+    if args.json:
+        return show_json(answer)
+    print(*why_lines(answer), sep="\n")
     return DONE_OK
+
+
+def why_lines(answer: Json) -> Iterator[str]:
+    """What /v1/why tells, for people; what it leaves out is left out here."""
+    time_of_day, status, endpoint, caller, by, latency, tokens, id = log_cells(answer)
+    yield f"{id}: {status} after {latency} ({endpoint} of {caller}, {time_of_day})"
+    cost = answer.get("cost_usd")
+    spent = f"cost ${cost:.6f}" if isinstance(cost, int | float) else "cost unknown"
+    answered = f"answered by {by}, {tokens} tokens, {spent}" if tokens != "-" else f"from {by}"
+    yield f"{answered}; cache {told(answer.get('cache'))}" if by != "-" else "nobody answered it"
+    if answer.get("error"):
+        yield told(answer["error"])
+    if answer.get("choice"):
+        yield (
+            f"asked for {told(answer.get('asked') or None)}: {told(answer['choice'])}, difficulty"
+            f" {told(answer.get('difficulty'))}, about {told(answer.get('est_tokens'))} tokens"
+        )
+    members = {
+        "candidates": ("candidate", "outcome", "why"),
+        "attempts": ("label", "key_tail", "verdict", "status", "seconds", "text"),
+        "left_out": ("candidate", "why"),
+    }
+    for name, cells in members.items():
+        if rows := objects_in(answer.get(name)):
+            head = tuple("" if cell == "text" else cell.upper().replace("_", " ") for cell in cells)
+            lines = [tuple(told(row.get(cell)) for cell in cells) for row in rows]
+            yield from ("", *columns([(name.replace("_", " ").upper(), *head[1:]), *lines]))
+    if skipped := answer.get("skipped"):
+        yield from ("", "SKIPPED", *map(told, skipped))
 
 
 def tree(value: Any, indent: str = "") -> Iterator[str]:
@@ -29620,10 +29650,11 @@ def look_at_path(exam: Exam) -> Iterator[Finding]:
 
 def look_at_boot(exam: Exam) -> Iterator[Finding]:
     """Is there a service that starts at boot? Its files are looked at, nobody is asked."""
+    name = exam.env.get("HERMES_ROUTER_SERVICE") or SERVICE_NAME
     places = (
-        Path(exam.env.get("HR_SYSTEM_UNITS") or "/etc/systemd/system") / f"{SERVICE_NAME}.service",
-        home_of(exam.env, "XDG_CONFIG_HOME", ".config") / f"systemd/user/{SERVICE_NAME}.service",
-        Path.home() / f"Library/LaunchAgents/com.hermes-router.{SERVICE_NAME}.plist",
+        Path(exam.env.get("HR_SYSTEM_UNITS") or "/etc/systemd/system") / f"{name}.service",
+        home_of(exam.env, "XDG_CONFIG_HOME", ".config") / f"systemd/user/{name}.service",
+        Path.home() / f"Library/LaunchAgents/com.hermes-router.{name}.plist",
     )
     found = [str(place) for place in places if place.exists()]
     if len(found) > 1:
@@ -29973,7 +30004,7 @@ class Command:
     """One row of the command line: its words, what it does, its function, its arguments.
 
     Without a function it is a word before others (`auth`); `hr` marks what only the script hr
-    can do, because it deals with processes.
+    can do, because it deals with processes. `also` are other words for its last one.
     """
 
     name: str
@@ -29981,6 +30012,7 @@ class Command:
     run: Callable[[argparse.Namespace], int] | None = None
     arguments: Arguments = ()
     hr: bool = False
+    also: tuple[str, ...] = ()
 
 
 LOG_FORMAT: Final = "%(asctime)s [%(levelname)s] %(message)s"
@@ -30342,6 +30374,7 @@ COMMANDS: Final = (
         "take over the ChatGPT sign-in of Codex CLI",
         cmd_auth_import,
         ((("--file",), {"default": "", "help": "another auth.json of Codex CLI"}),),
+        also=("codex",),
     ),
     Command("auth providers", "list the providers and where to sign up", cmd_auth_providers),
     Command("model", "models that are asked"),
@@ -30529,7 +30562,8 @@ def build_parser() -> argparse.ArgumentParser:
         place = groups[group[0]] if group else commands
         # Words for hr are not looked at here: with no prefix, every option is a word.
         taken: Any = {"prefix_chars": "\0", "add_help": False} if command.hr else {}
-        sub = place.add_parser(word, help=command.help, description=command.help, **taken)
+        told: Any = {"help": command.help, "description": command.help, "aliases": command.also}
+        sub = place.add_parser(word, **told, **taken)
         if command.run is None:
             inner = sub.add_subparsers(dest="subcommand", metavar="command", required=True)
             groups[command.name] = inner

@@ -406,6 +406,11 @@ def test_keys_of_callers(call, home):
     assert auth(home)["proxy_keys"] == {}
 
 
+def test_the_older_word_for_import_codex(call, home):
+    done = call("auth", "codex", "--file", str(home / "nowhere.json"))
+    assert done.status == 1 and "codex login" in done.err
+
+
 def test_an_admin(call, home):
     key = call("keys", "new", "--name", "boss", "--admin").out.strip()
     assert auth(home)["proxy_keys"][key]["admin"] is True
