@@ -24864,11 +24864,12 @@ function drawModels() {
   table("Candidates", ["provider", "model", "rating", "tools", "images", "reasoning", "window", "cost"], rows(data.status.providers).flatMap(([name, p]) =>
     list(p.model_caps).map(m => [name, m.model, right(m.rating), m.supports_tools ? "yes" : "no", m.supports_vision ? "yes" : "no", m.reasoning ? "yes" : "no", right(num(m.context_window)), right(["free", "low", "medium", "high", "very high"][m.cost_bucket] ?? m.cost_bucket)])))];
 }
-const QUOTAS = [["rpm", "requests/min"], ["req_per_day", "requests/day"], ["tokens_per_day", "tokens/day"], ["cost_per_day", "USD/day"]];
-const limits = given => Object.fromEntries(QUOTAS.map(([name]) => [name, Number(given[name] || 0)]));
+const QUOTAS = [["rpm", "requests/min"], ["req_per_day", "requests/day"], ["tokens_per_day", "tokens/day"], ["cost_per_day", "USD/day"], ["streams", "streams at once"]];
+// Empty = what the settings say for everybody, which 0 would lift.
+const limits = given => Object.fromEntries(QUOTAS.map(([name]) => [name, given[name] === "" ? null : Number(given[name])]));
 function drawCallers() {
   const used = Object.fromEntries(list(data.usage?.keys).map(row => [row.id, row])), keys = list(data.callers?.keys);
-  const inputs = row => QUOTAS.map(([name, label]) => field(label, { name, type: "number", min: "0", step: name === "cost_per_day" ? "any" : "1", value: row.limits?.[name] || "", size: "8" }));
+  const inputs = row => QUOTAS.map(([name, label]) => field(label, { name, type: "number", min: "0", step: name === "cost_per_day" ? "any" : "1", value: row.limits?.[name] ?? "", size: "8" }));
   if (!data.admin) return [h("h2", {}, "Callers"), readOnly(), usedTable(list(data.usage?.keys))];
   return [h("h2", {}, "Callers"), form("new-caller", async (given, made) => {
     const scope = given.providers.split(",").map(x => x.trim()).filter(Boolean);
@@ -24876,7 +24877,7 @@ function drawCallers() {
     made.reset(); tell("A new key for " + (told.name || "a caller"), h("p", {}, "Shown only now: "), h("p", {}, h("code", { id: "new-key" }, told.key)), h("button", { id: "copy", onclick: () => navigator.clipboard.writeText(told.key) }, "Copy"));
   }, "New key", field("Name", { name: "name", maxlength: "80" }), field("Only these providers, comma list", { name: "providers" }), inputs({})),
   keys.map((row, n) => h("section", { "aria-label": row.name || row.key_tail }, h("h2", {}, (row.name || "key") + " …" + row.key_tail), h("p", { class: "dim" }, (row.admin ? "admin · " : "") + (list(row.allowed_providers).join(", ") || "all providers")),
-    form("limit-" + n, given => change("proxy-keys/" + enc(row.id), "POST", limits(given), "Limits of …" + row.key_tail + " are set (0 = none)."), "Set limits", inputs(row)),
+    form("limit-" + n, given => change("proxy-keys/" + enc(row.id), "POST", limits(given), "Limits of …" + row.key_tail + " are set (empty = the usual, 0 = none)."), "Set limits", inputs(row)),
     button("revoke-" + n, "Revoke", () => change("proxy-keys/" + enc(row.id), "DELETE", null, "Revoked …" + row.key_tail + "."), "Revoke the key …" + row.key_tail + "? Its clients get 401 at once."), usedTable(used[row.id] ? [used[row.id]] : [])))];
 }
 function usedTable(lines) {
