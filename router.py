@@ -15976,8 +15976,8 @@ class Balance:
     """What one place used in all, and its windows: a key with one model, or with ANY."""
 
     __slots__ = (
-        "calm_until", "gauges", "probed", "recent", "seen", "spare", "spare_until",
-        "totals",
+        "calm_digits", "calm_until", "gauges", "probed", "recent", "seen", "spare",
+        "spare_until", "totals",
     )  # fmt: skip
     SLOT_S: ClassVar[float] = 300.0
 
@@ -15985,7 +15985,8 @@ class Balance:
         self.totals, self.seen = [0.0, 0.0, 0.0], now  # by kind
         self.gauges: dict[Span, Gauge] = {}
         self.recent: deque[list[float]] = deque(maxlen=13)  # [since, requests, tokens]: an hour
-        self.calm_until = 0.0  # plenty was stated a moment ago
+        self.calm_until = 0.0  # plenty was stated a moment ago ...
+        self.calm_digits = 0  # ... in so many digits
         self.spare = (0.0, 0.0)  # totals up to which nobody need look, until
         self.spare_until = 0.0
         self.probed = 0.0  # a window that only our count calls dry is tried until then
@@ -16312,11 +16313,13 @@ class Ledger:
         headers: Mapping[str, str],
         all_of_it: bool = True,
     ) -> None:
-        """`all_of_it`: even where plenty was stated a moment ago."""
+        """`all_of_it`: even where plenty was stated a moment ago and is as long a number now."""
         now = self._wall()
+        digits = sum([len(headers.get(sense.left, "")) for sense in senses])
         with self._lock:
             place, balance, totals = self._spot(lease, shared, now)
-            if not all_of_it and now < balance.calm_until <= now + self.CALM_S:
+            recent = now < balance.calm_until <= now + self.CALM_S
+            if recent and digits == balance.calm_digits and not all_of_it:
                 return
             calm, balance.spare_until = True, 0.0
             for sense in senses:
@@ -16335,6 +16338,7 @@ class Ledger:
                 if left <= gauge.low:
                     self._tight.add(place)
             balance.calm_until = now + self.CALM_S if calm else 0.0
+            balance.calm_digits = digits
 
     def refused(self, row: Provider, lease: Lease, why: str, body: bytes, wait: float) -> None:
         """A refusal because of a limit that ends in `wait` seconds: what it says, and confirms."""

@@ -489,6 +489,14 @@ def test_plenty_is_not_read_anew_for_every_answer(clock):
     assert windows(ledger, "xai")["requests/minute"] == (39, 100)
 
 
+def test_plenty_that_is_suddenly_gone_is_noticed_at_once(clock):
+    ledger, lease = Ledger((), clock), Lease("xai", "key", "m")
+    ledger.hear(row("xai"), lease, heads(90, 100, unit="requests"))
+    ledger.hear(row("xai"), lease, heads(0, 100, unit="requests"))
+    assert windows(ledger, "xai")["requests/minute"] == (0, 100)
+    assert not drawn(ledger, "xai", "key")
+
+
 def test_where_windows_refill_part_of_it_is_back_early(clock):
     ledger = Ledger((), clock)
     ledger.hear(row("openai"), Lease("openai", "key", "m"), heads(0, 6000, "60s"))
