@@ -227,6 +227,7 @@ class RouterError(Exception):
         self.code = code or type(self).code
         self.retry_after, self.tried = retry_after, tuple(tried)
         self.attempts = 0  # candidates that were tried
+        self.logged = ""  # the message without words of the prompt, where it may hold some
         self.sizes = (0, 0)  # of an overflow: tokens asked for, and the most anybody takes
 
 
@@ -4337,6 +4338,35 @@ def scrub(text: str, limit: int = 600) -> str:
         last = words.pop()  # it may end in half a key, which nothing would recognise
         words = words or [last[:-200]]
     return SECRET.sub(r"\g<1>[redacted]", " ".join(words))[:limit]
+
+
+QUOTED_WORDS: Final = 3  # so many words in a row are a quotation, as is a whole short text
+QUOTED_LETTERS: Final = 8
+AROUND_QUOTES: Final = "\"'`()[]{}<>.,:;\u2026"
+
+
+def without_quotes(text: str, said: Sequence[str]) -> str:
+    """One line of an error without what it repeats of a prompt; `said`: its texts, on one line."""
+    for whole in said:
+        if len(whole) >= QUOTED_LETTERS:
+            text = text.replace(whole, "[...]")
+    words, made, at = text.split(" "), [], 0
+    while at < len(words):
+        end = at + QUOTED_WORDS
+        if end <= len(words) and is_quoted(words[at:end], said):
+            while end < len(words) and is_quoted(words[at : end + 1], said):
+                end += 1
+            made.append("[...]")
+            at = end
+        else:
+            made.append(words[at])
+            at += 1
+    return " ".join(made)
+
+
+def is_quoted(words: Sequence[str], said: Iterable[str]) -> bool:
+    phrase = " ".join(words).strip(AROUND_QUOTES)
+    return len(phrase) >= QUOTED_LETTERS and any(phrase in text for text in said)
 
 
 # --- what an error says ---
@@ -13772,6 +13802,10 @@ class Trace:
             self.cost = (self.cost or 0.0) + cost
 
 
+MOST_SAID: Final = 16  # messages
+LONGEST_SAID: Final = 4000  # characters of each
+
+
 @dataclass
 class Ask:
     """One client request on its way: as sent, as parsed, as chat, and who waits for it."""
@@ -13815,6 +13849,19 @@ class Ask:
     def opening(self) -> Opening:
         model = self.body.get("model") or "hermes-router"
         return Opening(secrets.token_hex(12), model, int(time.time()), self.tokens, self.body)
+
+    @functools.cached_property
+    def said(self) -> tuple[str, ...]:
+        """The texts of the latest messages, or what shall be embedded: cut, each on one line."""
+        texts = [message_text(message) for message in chat_messages(self.chat)[-MOST_SAID:]]
+        given = self.body.get("input")
+        texts += [given] if isinstance(given, str) else []
+        texts += [text for text in as_list(given)[-MOST_SAID:] if isinstance(text, str)]
+        return tuple(" ".join(text[:LONGEST_SAID].split()) for text in texts)
+
+    def unquoted(self, text: str) -> str:
+        """What an error says, for logs and traces: without what it repeats of the request."""
+        return without_quotes(text, self.said) if text else ""
 
 
 def masked(data: bytes, secret: bytes) -> bytes:
@@ -16309,7 +16356,7 @@ class Ledger:
         row: Provider,
         lease: Lease,
         shared: bool,
-        senses: Iterable[Sense],
+        senses: Sequence[Sense],
         headers: Mapping[str, str],
         all_of_it: bool = True,
     ) -> None:
@@ -22134,7 +22181,8 @@ class Embedder:
             answer = self._embed(ask)
         except RouterError as error:
             self._rests[caller.id] = self._now() + self.REST_S
-            log.warning("questions are not compared for a while: %s", error.message[:200])
+            told = ask.unquoted(error.message[:200])
+            log.warning("questions are not compared for a while: %s", told)
             return None
         made = objects_in(read_json(cast(bytes, answer.body))["data"])
         return embedding_family(answer.model), made[0].get("embedding") if made else None
@@ -22450,10 +22498,10 @@ class Walk:
         return tuple({f"{label}: " for label, _ in self.tried})
 
 
-def step_of(target: Target, lease: Lease, attempt: Attempt) -> Step:
+def step_of(target: Target, lease: Lease, attempt: Attempt, ask: Ask) -> Step:
     verdict, outcome = attempt.verdict, attempt.outcome
-    name = verdict.name if verdict else "ok"
-    return Step(target.label, lease.tail, name, outcome.status, attempt.seconds, outcome.text[:200])
+    name, text = verdict.name if verdict else "ok", ask.unquoted(outcome.text[:200])
+    return Step(target.label, lease.tail, name, outcome.status, attempt.seconds, text)
 
 
 class Gate:
@@ -22744,7 +22792,7 @@ class Router:
                     attempt = self.attempt(target, lease, ask, deadline, queue.empty)
                 first = walk.first_failure(target.label, attempt)
                 walk.tried.append((target.label, attempt))
-                ask.trace.note(step_of(target, lease, attempt))
+                ask.trace.note(step_of(target, lease, attempt, ask))
                 if attempt.verdict is None:
                     answer = self.deliver(target, lease, ask, attempt, walk.candidates)
                     if attempt.stream and self.config.rescue:
@@ -22793,7 +22841,7 @@ class Router:
         if self.keys.another(target.provider, target.model, tried, keys):
             return False  # its other keys come next
         walk.repeated = True
-        ask.trace.note(step_of(target, lease, attempt))
+        ask.trace.note(step_of(target, lease, attempt, ask))
         self.usage.attempt(self.place(target, lease, ask), False, attempt.seconds)
         log.info("%s: %s, asked again in %.1f s", target.label, verdict.name, pause)
         until = self.now() + pause
@@ -22964,7 +23012,7 @@ class Router:
             lease.tail,
             verdict.name,
             outcome.status or outcome.sort,
-            outcome.text[:200],
+            ask.unquoted(outcome.text[:200]),
             f" [{verdict.advice}]" if verdict.advice else "",
         )
 
@@ -23007,8 +23055,9 @@ class Router:
         """What one provider's part of a stream cost, and what its end means."""
         self.charge(target, lease, relay.flow.spent(), ask)
         if relay.failure:
-            ask.trace.note(step_of(target, lease, failed(relay.failure, in_ok=True)))
-            self.learn(target, lease, failed(relay.failure, in_ok=True), ask)
+            attempt = failed(relay.failure, in_ok=True)
+            ask.trace.note(step_of(target, lease, attempt, ask))
+            self.learn(target, lease, attempt, ask)
 
     def charge(self, target: Target, lease: Lease, tokens: Tokens | None, ask: Ask) -> None:
         """Count what one provider's part of a request took, for the owner and for the caller."""
@@ -23230,7 +23279,7 @@ class Rescue:
                 continue
             ask = continuing(self._ask, said, prefilled)
             attempt = self._router.attempt(target, lease, ask, self._deadline)
-            ask.trace.note(step_of(target, lease, attempt))
+            ask.trace.note(step_of(target, lease, attempt, ask))
             if attempt.verdict is None:
                 return attempt
             self._walk.rule(target, attempt.verdict)
@@ -25653,6 +25702,7 @@ def respond(
         visit.leave(0)
         if isinstance(error, RouterError):
             error.headers = rate_headers(router, ask)
+            error.logged = ask.unquoted(scrub(error.message, 300))
         raise
 
 
@@ -25862,7 +25912,7 @@ def error_response(router: Router, environ: Json, error: RouterError) -> Reply:
         response.headers["X-Should-Retry"] = "true" if soon else "false"
     if error.attempts:
         response.headers["X-Hermes-Attempts"] = str(error.attempts)
-    text = scrub(error.message, 300)
+    text = error.logged or scrub(error.message, 300)
     if trace := trace_of(router, environ):
         ended(router, trace, error.status, "error", text)
     else:

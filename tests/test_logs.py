@@ -114,6 +114,32 @@ def test_no_content_and_no_key_is_kept_anywhere(pair):
         assert SECRET not in text and "sk-proj-a1b2" not in text and KEY not in text
 
 
+@pytest.mark.parametrize("status", [400, 500])
+@pytest.mark.parametrize("frame", ["you said: {}", 'prompt="{}" was refused by our policy', "{}"])
+@pytest.mark.parametrize("prompt", ["my plan for the grey whale", "grey-whale-42"])
+def test_what_a_provider_quotes_of_a_prompt_is_for_its_client_only(
+    pair, caplog, status, frame, prompt
+):
+    error = {"error": {"message": frame.format(prompt)}}
+    live = pair(lambda _: Reply(status, error))
+    answer = live.chat(messages=[{"role": "user", "content": prompt}])
+    assert prompt in answer.json()["error"]["message"]
+    id = answer.headers["X-Request-ID"]
+    texts = [get(live, path).text for path in ("/v1/logs", f"/v1/why/{id}")]
+    for text in (*texts, caplog.text):
+        assert "grey" not in text and "[...]" in text
+    told = get(live, f"/v1/why/{id}").json()["attempts"][0]["text"]
+    assert frame != "{}" or told == "[...]"
+    assert "policy" not in frame or told.endswith("was refused by our policy")
+
+
+def test_errors_that_quote_nothing_stay_as_they_are():
+    said = ("what does the error rate limit reached for model mean", "hi")
+    for text in ("Rate limit reached for model `m`", "internal error while handling: hi", ""):
+        assert router.without_quotes(text, ("hi", "a b c", "")) == text
+    assert router.without_quotes("the rate limit reached for model x", said) == "the [...] x"
+
+
 def test_newest_first_filters_and_limits(pair):
     live = pair(good())
     for n in range(5):
