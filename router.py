@@ -25258,8 +25258,11 @@ class Door:
     def _count(self, environ: Json) -> None:
         try:
             self._addresses.check(environ)
-        except OverQuota:
+        except OverQuota as error:
             self._usage.rejected("address")
+            rate = Rate(self._addresses.most, 0, error.retry_after or 0.0)
+            claude = environ["PATH_INFO"].startswith("/v1/messages")
+            error.headers = told_rates({"requests": rate}, claude)
             raise
 
     def caller(self, environ: Json) -> Caller:
@@ -25782,8 +25785,13 @@ def rate_headers(router: Router, ask: Ask) -> Json:
     """What is left of the caller's limits, where there are any, in the words of the dialect."""
     if not ask.caller.quota.limited:
         return {}
-    claude, found = ask.surface.dialect == "messages", {}
-    for kind, (limit, remaining, reset_s) in router.quotas.rates(ask.caller).items():
+    return told_rates(router.quotas.rates(ask.caller), ask.surface.dialect == "messages")
+
+
+def told_rates(rates: Mapping[str, Rate], claude: bool) -> Json:
+    """Limits as headers, in Anthropic's words or in OpenAI's."""
+    found = {}
+    for kind, (limit, remaining, reset_s) in rates.items():
         names = [f"anthropic-ratelimit-{kind}-", ""] if claude else ["x-ratelimit-", f"-{kind}"]
         back = utc_text(round(time.time() + reset_s)) if claude else short_duration(reset_s)
         for what, value in (("limit", limit), ("remaining", remaining), ("reset", back)):

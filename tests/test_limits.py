@@ -567,13 +567,17 @@ def test_addresses_are_limited_with_and_without_a_key(upstream, serve):
     found = [requests.get(f"{live.url}/v1/models", timeout=9).status_code for _ in range(3)]
     assert found == [401] * 3
     last = live.session.get(f"{live.url}/v1/models")
-    assert last.status_code == 429 and 1 <= int(last.headers["Retry-After"]) <= 61
+    assert last.status_code == 429 and 1 <= int(last.headers["Retry-After"]) <= 60
+    assert last.headers["x-ratelimit-limit-requests"] == "3"
+    assert last.headers["x-ratelimit-remaining-requests"] == "0"
+    claude = live.session.post(f"{live.url}/v1/messages").headers
+    assert claude["anthropic-ratelimit-requests-remaining"] == "0"
     assert last.json()["detail"] == "Rate limit exceeded"
     assert last.json()["error"]["message"].startswith("quota exceeded (3 requests per 60 s")
     for path in ("/health", "/metrics"):
         assert requests.get(live.url + path, timeout=9).status_code == 200
     text = requests.get(f"{live.url}/metrics", timeout=9).text
-    assert 'hermes_router_rejected_requests_total{limit="address"} 1\n' in text
+    assert 'hermes_router_rejected_requests_total{limit="address"} 2\n' in text
 
 
 def environ(peer: str, forwarded: str = "") -> dict[str, str]:
