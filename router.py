@@ -24312,8 +24312,13 @@ def day_usage(config: Config, rows: Spent) -> list[Json]:
 
 
 def requests_by_name(router: Router) -> dict[str, int]:
-    """Requests that were admitted, by the caller's name; two of the same name are one."""
-    names = {"open": "open", **{caller.id: caller.name for caller in router.config.callers}}
+    """Requests that were admitted, by the caller's name; two of the same name are one.
+
+    Who has no name goes by the id: the places of keys change when one is revoked.
+    """
+    config = router.config
+    given = {c.id: config.key_rows.get(c.key, {}).get("name") or c.id for c in config.callers}
+    names = {"open": "open", **given}
     rows = [(p, t) for p, t in router.usage.places() if not p.provider]
     found = summed(rows, lambda place: names.get(place.caller, "(others)"))
     return {name: tally.requests for name, tally in sorted(found.items())}

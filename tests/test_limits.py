@@ -533,6 +533,15 @@ def test_metrics_count_callers_and_refusals(upstream, serve, tmp_path):
     assert 'hermes_router_rejected_requests_total{limit="quota"} 1\n' in text
 
 
+def test_a_metric_of_a_caller_without_a_name_stays_its_own(make_app):
+    app = make_app(PROXY_API_KEYS="sk-first-0123456789,sk-second-0123456789", ECHO_FALLBACK=1)
+    client, headers = app.test_client(), {"Authorization": "Bearer sk-second-0123456789"}
+    client.post("/v1/chat/completions", json={"messages": HELLO}, headers=headers)
+    id = router.caller_id("sk-second-0123456789")
+    text = client.get("/metrics").text
+    assert f'hermes_router_key_requests_total{{key="{id}"}} 1\n' in text
+
+
 # --- settings ---------------------------------------------------------------------------
 
 
