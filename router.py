@@ -2290,7 +2290,9 @@ class Config:
     @property
     def files(self) -> tuple[Path, ...]:
         """What people and programs edit while the router runs."""
-        return self.env_file, self.auth_path, self.home / Path(self.models_file).expanduser()
+        named = [name for name in (self.models_file, self.prices_file) if name]
+        places = (self.home / Path(name).expanduser() for name in named)
+        return self.env_file, self.auth_path, *places
 
     @property
     def callers(self) -> tuple[Caller, ...]:

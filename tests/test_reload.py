@@ -268,6 +268,15 @@ def test_models_json_is_followed(home, upstream):
     )
 
 
+def test_the_prices_are_followed(home, upstream):
+    here = home(provider("groq", upstream()), MODEL_PRICES_FILE="prices.json")
+    (here.folder / "prices.json").write_text('{"groq/m1": [1, 2]}')
+    here.becomes(lambda: here.hub.config.prices)
+    (here.folder / "prices.json").write_text('{"groq/m1": [1, 2')
+    here.becomes(lambda: "prices.json" in (here.told["error"] or ""))
+    assert here.hub.config.prices["groq/m1"][:2] == (1, 2)
+
+
 def test_the_log_level_is_followed(home):
     here, root = home(), logging.getLogger()
     old = root.level
