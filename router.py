@@ -25836,7 +25836,8 @@ class Visit:
             trace = self.ask.trace
             broken = answer and isinstance(answer.body, Relay) and answer.body.broken
             outcome = "cancelled" if status == 499 else "error" if broken else ""
-            ended(self._router, trace, status, outcome or "success")
+            why = trace.steps[-1].text if broken and trace.steps else ""
+            ended(self._router, trace, status, outcome or "success", why)
             if status == 499:
                 log.info("%s 499 the client left", trace.id)
 

@@ -8,7 +8,19 @@ import stat
 
 import pytest
 import requests
-from upstream import AUTH, HELLO, KEY, Hang, Reply, failing_first, good, provider, until
+from upstream import (
+    AUTH,
+    HELLO,
+    KEY,
+    Hang,
+    Reply,
+    Stream,
+    chunks,
+    failing_first,
+    good,
+    provider,
+    until,
+)
 
 import router
 
@@ -138,6 +150,14 @@ def test_errors_that_quote_nothing_stay_as_they_are():
     for text in ("Rate limit reached for model `m`", "internal error while handling: hi", ""):
         assert router.without_quotes(text, ("hi", "a b c", "")) == text
     assert router.without_quotes("the rate limit reached for model x", said) == "the [...] x"
+
+
+def test_a_stream_that_breaks_off_says_why_in_the_log(pair):
+    live = pair(Stream(chunks=chunks(*["one two three "] * 10), stop_at=900), RESCUE=0)
+    assert b"stream_interrupted" in live.chat(stream=True, messages=ASK).content
+    until(lambda: entries(live), 5)
+    (entry,) = entries(live, status="error")
+    assert entry["http_status"] == 200 and "reset" in entry["error"]
 
 
 def test_newest_first_filters_and_limits(pair):
