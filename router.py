@@ -15750,8 +15750,8 @@ def codex_stated(headers: Mapping[str, str]) -> Iterator[Stated]:
         minutes = finite_number(headers.get(f"x-codex-{name}-window-minutes"))
         reset = headers.get(f"x-codex-{name}-reset-after-seconds")
         reset = reset or headers.get(f"x-codex-{name}-reset-at", "")
-        if used is not None and minutes:
-            left = max(0.0, 100.0 - used)
+        if used is not None and minutes and 0 < minutes <= MONTH / 60:
+            left = min(max(0.0, 100.0 - used), 100.0)
             yield Stated(("percent", minutes * 60), True, left, 100.0, reset)
 
 

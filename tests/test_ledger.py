@@ -207,6 +207,8 @@ def test_what_they_say_about_the_end_of_a_window(clock):
         {"x-ratelimit-limit-requests": "20"},
         {"ratelimit": "x" * 5000, "ratelimit-policy": ";;;,,,"},
         {"x-codex-primary-used-percent": "", "x-codex-primary-window-minutes": "5"},
+        {"x-codex-primary-used-percent": "100", "x-codex-primary-window-minutes": "-1065512161"},
+        {"x-codex-primary-used-percent": "100", "x-codex-primary-window-minutes": "1e300"},
     ],
 )
 def test_headers_that_say_nothing(clock, heads):
