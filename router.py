@@ -22085,9 +22085,10 @@ class Broadcast:
                 if block:
                     self._blocks.append(block)
                     self._bytes += len(block)
-                while self._bytes > self._most and not self._has_more():
-                    self._bytes -= len(self._blocks.popleft())
-                    self._first += 1
+                while self._bytes > self._most:
+                    if not self._has_more():
+                        self._bytes -= len(self._blocks.popleft())
+                        self._first += 1
                 self._some.notify_all()
         return block
 

@@ -622,7 +622,8 @@ def test_who_came_later_has_its_own_time(serve, upstream, post):
 def test_who_reads_a_broadcast_too_slowly_loses_it():
     relay = router.Relay(None, router.Flow(router.Passage(router.DIALECTS["chat"], None)), None)
     relay._next = iter([b"x" * (6 << 20)] * 5 + [b""]).__next__
-    broadcast, guard = router.Broadcast(relay), router.Guard()
+    guard = router.Guard()
+    broadcast = router.Broadcast(relay, guard)
     number = 0
     while broadcast.block(number, guard):
         number += 1
