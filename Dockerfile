@@ -23,12 +23,14 @@ RUN useradd --uid 1000 --create-home router \
     && install -d -o router -g router -m 700 /data
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/tiktoken /opt/tiktoken
-COPY LICENSE router.py /app/
+COPY LICENSE router.py hr /app/
+RUN ln -s /app/hr /usr/local/bin/hr # docker exec ... hr status
 # hadolint ignore=DL3064  # a folder, no secret
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONPATH=/app \
+    PYTHON=/opt/venv/bin/python \
     TIKTOKEN_CACHE_DIR=/opt/tiktoken \
     HOST=0.0.0.0 \
     PORT=8319 \

@@ -227,6 +227,7 @@ class RouterError(Exception):
         self.code = code or type(self).code
         self.retry_after, self.tried = retry_after, tuple(tried)
         self.attempts = 0  # candidates that were tried
+        self.logged = ""  # the message without words of the prompt, where it may hold some
         self.sizes = (0, 0)  # of an overflow: tokens asked for, and the most anybody takes
 
 
@@ -2292,7 +2293,9 @@ class Config:
     @property
     def files(self) -> tuple[Path, ...]:
         """What people and programs edit while the router runs."""
-        return self.env_file, self.auth_path, self.home / Path(self.models_file).expanduser()
+        named = [name for name in (self.models_file, self.prices_file) if name]
+        places = (self.home / Path(name).expanduser() for name in named)
+        return self.env_file, self.auth_path, *places
 
     @property
     def callers(self) -> tuple[Caller, ...]:
@@ -2379,10 +2382,17 @@ def staying(old: Config, new: Config) -> frozenset[str]:
     return frozenset(s.name for s in new.services if (s.name, s.url) in places)
 
 
+def text_of_file(path: Path, errors: str = "strict") -> str:
+    """What a file holds, read as UTF-8; OSError for a pipe, which might be waited for forever."""
+    if stat.S_ISFIFO(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is a pipe, not a file")
+    return path.read_text(encoding="utf-8-sig", errors=errors)
+
+
 def read_dotenv(path: Path) -> dict[str, str]:
     """KEY=VALUE lines of a .env file; a missing file is an empty one."""
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
+        text = text_of_file(path, "replace")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
@@ -2480,7 +2490,7 @@ class SettingsReader:
     def document(self, path: Path) -> Json:
         """The JSON object in a file; missing = empty, unreadable = a warning."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8-sig"))
+            data = json.loads(text_of_file(path))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except OSError as error:  # whose own text holds the whole path
@@ -2968,6 +2978,8 @@ def edit_file(path: Path, change: Callable[[bytes], bytes]) -> bool:
         real.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(real):
             sweep_left(real, time.time())
+            if real.exists() and not real.is_file():  # a pipe, a folder; /dev/null
+                raise OSError(errno.EINVAL, "it is no regular file")
             old = real.read_bytes() if real.exists() else b""
             new = change(old)
             if new != old:
@@ -4334,6 +4346,35 @@ def scrub(text: str, limit: int = 600) -> str:
         last = words.pop()  # it may end in half a key, which nothing would recognise
         words = words or [last[:-200]]
     return SECRET.sub(r"\g<1>[redacted]", " ".join(words))[:limit]
+
+
+QUOTED_WORDS: Final = 3  # so many words in a row are a quotation, as is a whole short text
+QUOTED_LETTERS: Final = 8
+AROUND_QUOTES: Final = "\"'`()[]{}<>.,:;\u2026"
+
+
+def without_quotes(text: str, said: Sequence[str]) -> str:
+    """One line of an error without what it repeats of a prompt; `said`: its texts, on one line."""
+    for whole in said:
+        if len(whole) >= QUOTED_LETTERS:
+            text = text.replace(whole, "[...]")
+    words, made, at = text.split(" "), [], 0
+    while at < len(words):
+        end = at + QUOTED_WORDS
+        if end <= len(words) and is_quoted(words[at:end], said):
+            while end < len(words) and is_quoted(words[at : end + 1], said):
+                end += 1
+            made.append("[...]")
+            at = end
+        else:
+            made.append(words[at])
+            at += 1
+    return " ".join(made)
+
+
+def is_quoted(words: Sequence[str], said: Iterable[str]) -> bool:
+    phrase = " ".join(words).strip(AROUND_QUOTES)
+    return len(phrase) >= QUOTED_LETTERS and any(phrase in text for text in said)
 
 
 # --- what an error says ---
@@ -13890,6 +13931,10 @@ class Trace:
             self.cost = (self.cost or 0.0) + cost
 
 
+MOST_SAID: Final = 16  # messages
+LONGEST_SAID: Final = 4000  # characters of each
+
+
 @dataclass
 class Ask:
     """One client request on its way: as sent, as parsed, as chat, and who waits for it."""
@@ -13933,6 +13978,19 @@ class Ask:
     def opening(self) -> Opening:
         model = self.body.get("model") or "hermes-router"
         return Opening(secrets.token_hex(12), model, int(time.time()), self.tokens, self.body)
+
+    @functools.cached_property
+    def said(self) -> tuple[str, ...]:
+        """The texts of the latest messages, or what shall be embedded: cut, each on one line."""
+        texts = [message_text(message) for message in chat_messages(self.chat)[-MOST_SAID:]]
+        given = self.body.get("input")
+        texts += [given] if isinstance(given, str) else []
+        texts += [text for text in as_list(given)[-MOST_SAID:] if isinstance(text, str)]
+        return tuple(" ".join(text[:LONGEST_SAID].split()) for text in texts)
+
+    def unquoted(self, text: str) -> str:
+        """What an error says, for logs and traces: without what it repeats of the request."""
+        return without_quotes(text, self.said) if text else ""
 
 
 def masked(data: bytes, secret: bytes) -> bytes:
@@ -15890,8 +15948,8 @@ def codex_stated(headers: Mapping[str, str]) -> Iterator[Stated]:
         minutes = finite_number(headers.get(f"x-codex-{name}-window-minutes"))
         reset = headers.get(f"x-codex-{name}-reset-after-seconds")
         reset = reset or headers.get(f"x-codex-{name}-reset-at", "")
-        if used is not None and minutes:
-            left = max(0.0, 100.0 - used)
+        if used is not None and minutes and 0 < minutes <= MONTH / 60:
+            left = min(max(0.0, 100.0 - used), 100.0)
             yield Stated(("percent", minutes * 60), True, left, 100.0, reset)
 
 
@@ -16165,8 +16223,8 @@ class Balance:
     """What one place used in all, and its windows: a key with one model, or with ANY."""
 
     __slots__ = (
-        "calm_until", "gauges", "probed", "recent", "seen", "spare", "spare_until",
-        "totals",
+        "calm_digits", "calm_until", "gauges", "probed", "recent", "seen", "spare",
+        "spare_until", "totals",
     )  # fmt: skip
     SLOT_S: ClassVar[float] = 300.0
 
@@ -16174,7 +16232,8 @@ class Balance:
         self.totals, self.seen = [0.0, 0.0, 0.0], now  # by kind
         self.gauges: dict[Span, Gauge] = {}
         self.recent: deque[list[float]] = deque(maxlen=13)  # [since, requests, tokens]: an hour
-        self.calm_until = 0.0  # plenty was stated a moment ago
+        self.calm_until = 0.0  # plenty was stated a moment ago ...
+        self.calm_digits = 0  # ... in so many digits
         self.spare = (0.0, 0.0)  # totals up to which nobody need look, until
         self.spare_until = 0.0
         self.probed = 0.0  # a window that only our count calls dry is tried until then
@@ -16497,15 +16556,17 @@ class Ledger:
         row: Provider,
         lease: Lease,
         shared: bool,
-        senses: Iterable[Sense],
+        senses: Sequence[Sense],
         headers: Mapping[str, str],
         all_of_it: bool = True,
     ) -> None:
-        """`all_of_it`: even where plenty was stated a moment ago."""
+        """`all_of_it`: even where plenty was stated a moment ago and is as long a number now."""
         now = self._wall()
+        digits = sum([len(headers.get(sense.left, "")) for sense in senses])
         with self._lock:
             place, balance, totals = self._spot(lease, shared, now)
-            if not all_of_it and now < balance.calm_until <= now + self.CALM_S:
+            recent = now < balance.calm_until <= now + self.CALM_S
+            if recent and digits == balance.calm_digits and not all_of_it:
                 return
             calm, balance.spare_until = True, 0.0
             for sense in senses:
@@ -16524,6 +16585,7 @@ class Ledger:
                 if left <= gauge.low:
                     self._tight.add(place)
             balance.calm_until = now + self.CALM_S if calm else 0.0
+            balance.calm_digits = digits
 
     def refused(self, row: Provider, lease: Lease, why: str, body: bytes, wait: float) -> None:
         """A refusal because of a limit that ends in `wait` seconds: what it says, and confirms."""
@@ -17464,9 +17526,10 @@ NANO: Final = 1_000_000_000  # money is counted in nano-dollars: sums of whole n
 
 
 class Window:
-    """How many events the last so many seconds saw, on a clock in steps of a 480th of that.
+    """How many events the last so many seconds saw.
 
-    An event is never forgotten too early, and at most one step too late.
+    Above 480 at once they are put together, in steps of a 480th of that time: none is forgotten
+    too early, and then at most one step too late.
     """
 
     __slots__ = ("_marks", "_step", "count", "seconds")
@@ -17484,7 +17547,8 @@ class Window:
         return self.count
 
     def add(self, now: float) -> None:
-        until = math.ceil(now / self._step) * self._step + self.seconds
+        many = len(self._marks) >= self.STEPS
+        until = (math.ceil(now / self._step) * self._step if many else now) + self.seconds
         self.count += 1
         if self._marks and self._marks[-1][0] >= until:
             self._marks[-1][1] += 1
@@ -17497,8 +17561,12 @@ class Window:
         for until, many in self._marks:
             left -= int(many)
             if left < limit:
-                return until - now
+                return round(until - now, 6)  # a difference of sums may be a hair too long
         return 0.0
+
+    def end(self, now: float) -> float:
+        """Seconds until none is left."""
+        return round(self._marks[-1][0] - now, 6) if self._marks else 0.0
 
 
 @dataclass(slots=True)
@@ -17712,7 +17780,7 @@ class Quotas:
         with self._lock:
             meter, day = self._look(caller.id)
             made = meter.window.slide(now)
-            soon = meter.window.wait(now, 1)
+            soon = meter.window.end(now)
         found = []
         if quota.rpm:
             found.append(Rate(quota.rpm, max(quota.rpm - made, 0), soon))
@@ -20048,11 +20116,13 @@ def plan(
 
 
 def ordered(groups: Sequence[Group], limits: Limits, turn: int) -> Iterator[Candidate]:
-    """Group by group: the well before the ill; equals in turn, those with plenty of quota first."""
+    """Group by group: the well first, the nearly dry last; equals by quota, then in turn."""
     for group in groups:
         turns = (rotated(equals, turn) for equals in group)
         if limits.headroom:
-            turned = [t for equals in turns for t in sorted(equals, key=limits.headroom)]
+            left = limits.headroom
+            turned = [t for equals in turns for t in sorted(equals, key=left)]
+            turned.sort(key=lambda t: left(t) > 1)  # what is nearly dry, whatever it costs
         else:
             turned = [t for equals in turns for t in equals]
         if any(limits.health(t.provider) for t in turned):
@@ -22222,9 +22292,10 @@ class Broadcast:
                 if block:
                     self._blocks.append(block)
                     self._bytes += len(block)
-                while self._bytes > self._most and not self._has_more():
-                    self._bytes -= len(self._blocks.popleft())
-                    self._first += 1
+                while self._bytes > self._most:
+                    if not self._has_more():
+                        self._bytes -= len(self._blocks.popleft())
+                        self._first += 1
                 self._some.notify_all()
         return block
 
@@ -22320,7 +22391,8 @@ class Embedder:
             answer = self._embed(ask)
         except RouterError as error:
             self._rests[caller.id] = self._now() + self.REST_S
-            log.warning("questions are not compared for a while: %s", error.message[:200])
+            told = ask.unquoted(error.message[:200])
+            log.warning("questions are not compared for a while: %s", told)
             return None
         made = objects_in(read_json(cast(bytes, answer.body))["data"])
         return embedding_family(answer.model), made[0].get("embedding") if made else None
@@ -22506,7 +22578,8 @@ class Sharing:
             answer = self._given(self._cache.peek(place[0]), ask, "hit") or make()
             crowd.answer = answer
         except RouterError as error:
-            crowd.error = error
+            if self.now() < ask.started + self._deadline:  # else only this one's time is over
+                crowd.error = error
             raise
         finally:
             follows = self._crowds.close(place)
@@ -22645,10 +22718,10 @@ class Walk:
         return tuple({f"{label}: " for label, _ in self.tried})
 
 
-def step_of(target: Target, lease: Lease, attempt: Attempt) -> Step:
+def step_of(target: Target, lease: Lease, attempt: Attempt, ask: Ask) -> Step:
     verdict, outcome = attempt.verdict, attempt.outcome
-    name = verdict.name if verdict else "ok"
-    return Step(target.label, lease.tail, name, outcome.status, attempt.seconds, outcome.text[:200])
+    name, text = verdict.name if verdict else "ok", ask.unquoted(outcome.text[:200])
+    return Step(target.label, lease.tail, name, outcome.status, attempt.seconds, text)
 
 
 class Gate:
@@ -22939,7 +23012,7 @@ class Router:
                     attempt = self.attempt(target, lease, ask, deadline, queue.empty)
                 first = walk.first_failure(target.label, attempt)
                 walk.tried.append((target.label, attempt))
-                ask.trace.note(step_of(target, lease, attempt))
+                ask.trace.note(step_of(target, lease, attempt, ask))
                 if attempt.verdict is None:
                     answer = self.deliver(target, lease, ask, attempt, walk.candidates)
                     if attempt.stream and self.config.rescue:
@@ -22988,7 +23061,7 @@ class Router:
         if self.keys.another(target.provider, target.model, tried, keys):
             return False  # its other keys come next
         walk.repeated = True
-        ask.trace.note(step_of(target, lease, attempt))
+        ask.trace.note(step_of(target, lease, attempt, ask))
         self.count_failed(target, lease, ask, attempt)
         log.info("%s: %s, asked again in %.1f s", target.label, verdict.name, pause)
         until = self.now() + pause
@@ -23161,7 +23234,7 @@ class Router:
             lease.tail,
             verdict.name,
             outcome.status or outcome.sort,
-            outcome.text[:200],
+            ask.unquoted(outcome.text[:200]),
             f" [{verdict.advice}]" if verdict.advice else "",
         )
 
@@ -23209,8 +23282,9 @@ class Router:
         """What one provider's part of a stream cost, and what its end means."""
         self.charge(target, lease, relay.flow.spent(), ask)
         if relay.failure:
-            ask.trace.note(step_of(target, lease, failed(relay.failure, in_ok=True)))
-            self.learn(target, lease, failed(relay.failure, in_ok=True), ask)
+            attempt = failed(relay.failure, in_ok=True)
+            ask.trace.note(step_of(target, lease, attempt, ask))
+            self.learn(target, lease, attempt, ask)
 
     def charge(self, target: Target, lease: Lease, tokens: Tokens | None, ask: Ask) -> None:
         """Count what one provider's part of a request took, for the owner and for the caller."""
@@ -23432,7 +23506,7 @@ class Rescue:
                 continue
             ask = continuing(self._ask, said, prefilled)
             attempt = self._router.attempt(target, lease, ask, self._deadline)
-            ask.trace.note(step_of(target, lease, attempt))
+            ask.trace.note(step_of(target, lease, attempt, ask))
             if attempt.verdict is None:
                 return attempt
             self._walk.rule(target, attempt.verdict)
@@ -23825,6 +23899,23 @@ def places_of_callers(config: Config, variables: str) -> str:
     return ", ".join(places) or variables
 
 
+def caller_variables() -> tuple[str, ...]:
+    """The variables that may hold keys of callers."""
+    rows = setting_fields()
+    return tuple(n for row in ("PROXY_API_KEYS", "ADMIN_KEYS") for n in env_names(rows[row]))
+
+
+def place_of_caller(config: Config, key: str) -> str:
+    """Where one caller's key stands: the variables that hold it, auth.json."""
+    texts = layered(read_dotenv(config.env_file), config.given)
+    found = [name for name in caller_variables() if key in split_list(texts.get(name))]
+    return ", ".join([*found, *[config.auth_path.name] * (key in config.key_rows)])
+
+
+def env_names(row: Any) -> tuple[str, ...]:
+    return row.metadata["env"], *row.metadata.get("also", ())
+
+
 def setting_states(config: Config) -> list[Json]:
     """Every setting as it is in effect, and where it comes from; of secrets the tails."""
     lines = read_dotenv(config.env_file)
@@ -24211,8 +24302,7 @@ def keep_an_admin(config: Config, key: str) -> None:
 
 def take_out_of_env(config: Config, key: str) -> None:
     """Take a caller's key out of the lines of .env that hold it."""
-    rows = setting_fields()
-    names = [n for row in ("PROXY_API_KEYS", "ADMIN_KEYS") for n in env_names(rows[row])]
+    names = caller_variables()
     for name in names:
         if key in split_list(config.given.get(name)):
             raise Conflict(
@@ -24227,10 +24317,6 @@ def take_out_of_env(config: Config, key: str) -> None:
     }
     if changes:
         edit_env(config.env_file, changes)
-
-
-def env_names(row: Any) -> tuple[str, ...]:
-    return row.metadata["env"], *row.metadata.get("also", ())
 
 
 Errand = Callable[..., Json]
@@ -24453,8 +24539,13 @@ def day_usage(config: Config, rows: Spent) -> list[Json]:
 
 
 def requests_by_name(router: Router) -> dict[str, int]:
-    """Requests that were admitted, by the caller's name; two of the same name are one."""
-    names = {"open": "open", **{caller.id: caller.name for caller in router.config.callers}}
+    """Requests that were admitted, by the caller's name; two of the same name are one.
+
+    Who has no name goes by the id: the places of keys change when one is revoked.
+    """
+    config = router.config
+    given = {c.id: config.key_rows.get(c.key, {}).get("name") or c.id for c in config.callers}
+    names = {"open": "open", **given}
     rows = [(p, t) for p, t in router.usage.places() if not p.provider]
     found = summed(rows, lambda place: names.get(place.caller, "(others)"))
     return {name: tally.requests for name, tally in sorted(found.items())}
@@ -24493,6 +24584,15 @@ def quota_samples(router: Router) -> Iterator[tuple[Mapping[str, object], float]
         for key, model, _, told in router.ledger.rows(service.name):
             labels = {"provider": service.name, "key": places.get(key, 0), "model": model}
             yield {**labels, "window": told["window"]}, told["remaining"]
+
+
+def cooldown_samples(router: Router) -> Iterator[tuple[Mapping[str, object], float]]:
+    """What rests now, and how long; keys as above."""
+    for service in router.config.services:
+        for place, key in enumerate(router.keys.snapshot(service.name, service.models), 1):
+            for model, rest in key["models"].items():
+                labels = {"provider": service.name, "key": place, "model": model}
+                yield labels, rest["ready_in"]
 
 
 def service_status(router: Router, service: Service) -> Json:
@@ -24630,7 +24730,7 @@ def log_entries(router: Router, caller: Caller, wanted: Mapping[str, str]) -> Js
     """The latest requests that `caller` may see and that fit `wanted`."""
     size, latest = router.traces.size, router.traces.latest()
     limit = wanted.get("limit", "")
-    most = min(int(limit) if re.fullmatch(r"[0-9]{1,6}", limit) else 100, size)
+    most = min(int(limit) if re.fullmatch(r"[0-9]{1,18}", limit) else 100, size)
     keys = (("status", "outcome"), ("endpoint", "endpoint"), ("provider", "provider"))
     asked = [(member, value) for name, member in keys if (value := wanted.get(name))]
     fitting = (
@@ -24695,7 +24795,8 @@ def explain(router: Router, trace: Trace) -> Json:
             {
                 "candidate": candidate.target.label,
                 "why": candidate.why,
-                "outcome": states.get(candidate.target.label, "not asked"),
+                "outcome": states.get(candidate.target.label)
+                or not_asked(router, candidate.target, trace.tokens),
             }
             for candidate in order
         ],
@@ -24711,6 +24812,15 @@ def explain(router: Router, trace: Trace) -> Json:
         "cache": trace.cache,
         "rescued_by": trace.rescuer or None,
     }
+
+
+def not_asked(router: Router, target: Target, tokens: int) -> str:
+    """What became of a candidate whom nobody asked: too small for the request, or not its turn."""
+    if too_large(target, tokens):
+        return f"skipped: it takes at most {target.service.skip_tokens_over} tokens"
+    if 0 < (window := router.window(target)) < tokens:
+        return f"not asked: its window is {window} tokens"
+    return "not asked"
 
 
 class Metric(NamedTuple):
@@ -24760,6 +24870,7 @@ METRICS: Final = (
         "Mean time to an answer, or to a stream's first useful event.",
         per_provider(lambda t: 1000 * t.latency_s / t.answered if t.answered else 0),
     ),
+    Metric("cooldown_seconds", "gauge", "Until a key is used for a model again.", cooldown_samples),
     Metric("quota_remaining", "gauge", "What is left of a known quota.", quota_samples),
     Metric("requests_total", "counter", "Attempts.", per_provider(lambda t: t.requests)),
     Metric(
@@ -25043,11 +25154,12 @@ function drawModels() {
   table("Candidates", ["provider", "model", "rating", "tools", "images", "reasoning", "window", "cost"], rows(data.status.providers).flatMap(([name, p]) =>
     list(p.model_caps).map(m => [name, m.model, right(m.rating), m.supports_tools ? "yes" : "no", m.supports_vision ? "yes" : "no", m.reasoning ? "yes" : "no", right(num(m.context_window)), right(["free", "low", "medium", "high", "very high"][m.cost_bucket] ?? m.cost_bucket)])))];
 }
-const QUOTAS = [["rpm", "requests/min"], ["req_per_day", "requests/day"], ["tokens_per_day", "tokens/day"], ["cost_per_day", "USD/day"]];
-const limits = given => Object.fromEntries(QUOTAS.map(([name]) => [name, Number(given[name] || 0)]));
+const QUOTAS = [["rpm", "requests/min"], ["req_per_day", "requests/day"], ["tokens_per_day", "tokens/day"], ["cost_per_day", "USD/day"], ["streams", "streams at once"]];
+// Empty = what the settings say for everybody, which 0 would lift.
+const limits = given => Object.fromEntries(QUOTAS.map(([name]) => [name, given[name] === "" ? null : Number(given[name])]));
 function drawCallers() {
   const used = Object.fromEntries(list(data.usage?.keys).map(row => [row.id, row])), keys = list(data.callers?.keys);
-  const inputs = row => QUOTAS.map(([name, label]) => field(label, { name, type: "number", min: "0", step: name === "cost_per_day" ? "any" : "1", value: row.limits?.[name] || "", size: "8" }));
+  const inputs = row => QUOTAS.map(([name, label]) => field(label, { name, type: "number", min: "0", step: name === "cost_per_day" ? "any" : "1", value: row.limits?.[name] ?? "", size: "8" }));
   if (!data.admin) return [h("h2", {}, "Callers"), readOnly(), usedTable(list(data.usage?.keys))];
   return [h("h2", {}, "Callers"), form("new-caller", async (given, made) => {
     const scope = given.providers.split(",").map(x => x.trim()).filter(Boolean);
@@ -25055,7 +25167,7 @@ function drawCallers() {
     made.reset(); tell("A new key for " + (told.name || "a caller"), h("p", {}, "Shown only now: "), h("p", {}, h("code", { id: "new-key" }, told.key)), h("button", { id: "copy", onclick: () => navigator.clipboard.writeText(told.key) }, "Copy"));
   }, "New key", field("Name", { name: "name", maxlength: "80" }), field("Only these providers, comma list", { name: "providers" }), inputs({})),
   keys.map((row, n) => h("section", { "aria-label": row.name || row.key_tail }, h("h2", {}, (row.name || "key") + " …" + row.key_tail), h("p", { class: "dim" }, (row.admin ? "admin · " : "") + (list(row.allowed_providers).join(", ") || "all providers")),
-    form("limit-" + n, given => change("proxy-keys/" + enc(row.id), "POST", limits(given), "Limits of …" + row.key_tail + " are set (0 = none)."), "Set limits", inputs(row)),
+    form("limit-" + n, given => change("proxy-keys/" + enc(row.id), "POST", limits(given), "Limits of …" + row.key_tail + " are set (empty = the usual, 0 = none)."), "Set limits", inputs(row)),
     button("revoke-" + n, "Revoke", () => change("proxy-keys/" + enc(row.id), "DELETE", null, "Revoked …" + row.key_tail + "."), "Revoke the key …" + row.key_tail + "? Its clients get 401 at once."), usedTable(used[row.id] ? [used[row.id]] : [])))];
 }
 function usedTable(lines) {
@@ -25383,8 +25495,11 @@ class Door:
     def _count(self, environ: Json) -> None:
         try:
             self._addresses.check(environ)
-        except OverQuota:
+        except OverQuota as error:
             self._usage.rejected("address")
+            rate = Rate(self._addresses.most, 0, error.retry_after or 0.0)
+            claude = environ["PATH_INFO"].startswith("/v1/messages")
+            error.headers = told_rates({"requests": rate}, claude)
             raise
 
     def caller(self, environ: Json) -> Caller:
@@ -25827,6 +25942,7 @@ def respond(
         visit.leave(0)
         if isinstance(error, RouterError):
             error.headers = rate_headers(router, ask)
+            error.logged = ask.unquoted(scrub(error.message, 300))
         raise
 
 
@@ -25906,8 +26022,13 @@ def rate_headers(router: Router, ask: Ask) -> Json:
     """What is left of the caller's limits, where there are any, in the words of the dialect."""
     if not ask.caller.quota.limited:
         return {}
-    claude, found = ask.surface.dialect == "messages", {}
-    for kind, (limit, remaining, reset_s) in router.quotas.rates(ask.caller).items():
+    return told_rates(router.quotas.rates(ask.caller), ask.surface.dialect == "messages")
+
+
+def told_rates(rates: Mapping[str, Rate], claude: bool) -> Json:
+    """Limits as headers, in Anthropic's words or in OpenAI's."""
+    found = {}
+    for kind, (limit, remaining, reset_s) in rates.items():
         names = [f"anthropic-ratelimit-{kind}-", ""] if claude else ["x-ratelimit-", f"-{kind}"]
         back = utc_text(round(time.time() + reset_s)) if claude else short_duration(reset_s)
         for what, value in (("limit", limit), ("remaining", remaining), ("reset", back)):
@@ -25945,7 +26066,8 @@ class Visit:
             trace = self.ask.trace
             broken = answer and isinstance(answer.body, Relay) and answer.body.broken
             outcome = "cancelled" if status == 499 else "error" if broken else ""
-            ended(self._router, trace, status, outcome or "success")
+            why = trace.steps[-1].text if broken and trace.steps else ""
+            ended(self._router, trace, status, outcome or "success", why)
             if status == 499:
                 log.info("%s 499 the client left", trace.id)
 
@@ -26036,7 +26158,7 @@ def error_response(router: Router, environ: Json, error: RouterError) -> Reply:
         response.headers["X-Should-Retry"] = "true" if soon else "false"
     if error.attempts:
         response.headers["X-Hermes-Attempts"] = str(error.attempts)
-    text = scrub(error.message, 300)
+    text = error.logged or scrub(error.message, 300)
     if trace := trace_of(router, environ):
         ended(router, trace, error.status, "error", text)
     else:
@@ -28190,9 +28312,39 @@ def cmd_why(args: argparse.Namespace) -> int:
         name = shown_name(args.request)
         hint = f"`{program()} logs --requests` lists those that are remembered"
         raise Trouble(f"nothing is remembered of {name}; {hint}") from None
-    told = {name: value for name, value in answer.items() if value not in (None, "", [], {})}
-    show_tree(answer if args.json else told, args.json)
+    if args.json:
+        return show_json(answer)
+    print(*why_lines(answer), sep="\n")
     return DONE_OK
+
+
+def why_lines(answer: Json) -> Iterator[str]:
+    """What /v1/why tells, for people; what it leaves out is left out here."""
+    time_of_day, status, endpoint, caller, by, latency, tokens, id = log_cells(answer)
+    yield f"{id}: {status} after {latency} ({endpoint} of {caller}, {time_of_day})"
+    cost = answer.get("cost_usd")
+    spent = f"cost ${cost:.6f}" if isinstance(cost, int | float) else "cost unknown"
+    answered = f"answered by {by}, {tokens} tokens, {spent}" if tokens != "-" else f"from {by}"
+    yield f"{answered}; cache {told(answer.get('cache'))}" if by != "-" else "nobody answered it"
+    if answer.get("error"):
+        yield told(answer["error"])
+    if answer.get("choice"):
+        yield (
+            f"asked for {told(answer.get('asked') or None)}: {told(answer['choice'])}, difficulty"
+            f" {told(answer.get('difficulty'))}, about {told(answer.get('est_tokens'))} tokens"
+        )
+    members = {
+        "candidates": ("candidate", "outcome", "why"),
+        "attempts": ("label", "key_tail", "verdict", "status", "seconds", "text"),
+        "left_out": ("candidate", "why"),
+    }
+    for name, cells in members.items():
+        if rows := objects_in(answer.get(name)):
+            head = tuple("" if cell == "text" else cell.upper().replace("_", " ") for cell in cells)
+            lines = [tuple(told(row.get(cell)) for cell in cells) for row in rows]
+            yield from ("", *columns([(name.replace("_", " ").upper(), *head[1:]), *lines]))
+    if skipped := answer.get("skipped"):
+        yield from ("", "SKIPPED", *map(told, skipped))
 
 
 def tree(value: Any, indent: str = "") -> Iterator[str]:
@@ -29519,7 +29671,7 @@ def cmd_keys_list(args: argparse.Namespace) -> int:
             "id": caller.id,
             "admin": caller.admin,
             "providers": sorted(caller.scope),
-            "from": "auth.json" if caller.key in config.key_rows else "settings",
+            "from": place_of_caller(config, caller.key),
         }
         for caller in config.callers
     ]
@@ -29799,10 +29951,11 @@ def look_at_path(exam: Exam) -> Iterator[Finding]:
 
 def look_at_boot(exam: Exam) -> Iterator[Finding]:
     """Is there a service that starts at boot? Its files are looked at, nobody is asked."""
+    name = exam.env.get("HERMES_ROUTER_SERVICE") or SERVICE_NAME
     places = (
-        Path(exam.env.get("HR_SYSTEM_UNITS") or "/etc/systemd/system") / f"{SERVICE_NAME}.service",
-        home_of(exam.env, "XDG_CONFIG_HOME", ".config") / f"systemd/user/{SERVICE_NAME}.service",
-        Path.home() / f"Library/LaunchAgents/com.hermes-router.{SERVICE_NAME}.plist",
+        Path(exam.env.get("HR_SYSTEM_UNITS") or "/etc/systemd/system") / f"{name}.service",
+        home_of(exam.env, "XDG_CONFIG_HOME", ".config") / f"systemd/user/{name}.service",
+        Path.home() / f"Library/LaunchAgents/com.hermes-router.{name}.plist",
     )
     found = [str(place) for place in places if place.exists()]
     if len(found) > 1:
@@ -30152,7 +30305,7 @@ class Command:
     """One row of the command line: its words, what it does, its function, its arguments.
 
     Without a function it is a word before others (`auth`); `hr` marks what only the script hr
-    can do, because it deals with processes.
+    can do, because it deals with processes. `also` are other words for its last one.
     """
 
     name: str
@@ -30160,6 +30313,7 @@ class Command:
     run: Callable[[argparse.Namespace], int] | None = None
     arguments: Arguments = ()
     hr: bool = False
+    also: tuple[str, ...] = ()
 
 
 LOG_FORMAT: Final = "%(asctime)s [%(levelname)s] %(message)s"
@@ -30541,6 +30695,7 @@ COMMANDS: Final = (
         "take over the ChatGPT sign-in of Codex CLI",
         cmd_auth_import,
         ((("--file",), {"default": "", "help": "another auth.json of Codex CLI"}),),
+        also=("codex",),
     ),
     Command("auth providers", "list the providers and where to sign up", cmd_auth_providers),
     Command("model", "models that are asked"),
@@ -30728,7 +30883,8 @@ def build_parser() -> argparse.ArgumentParser:
         place = groups[group[0]] if group else commands
         # Words for hr are not looked at here: with no prefix, every option is a word.
         taken: Any = {"prefix_chars": "\0", "add_help": False} if command.hr else {}
-        sub = place.add_parser(word, help=command.help, description=command.help, **taken)
+        told: Any = {"help": command.help, "description": command.help, "aliases": command.also}
+        sub = place.add_parser(word, **told, **taken)
         if command.run is None:
             inner = sub.add_subparsers(dest="subcommand", metavar="command", required=True)
             groups[command.name] = inner

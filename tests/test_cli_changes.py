@@ -406,11 +406,20 @@ def test_keys_of_callers(call, home):
     assert auth(home)["proxy_keys"] == {}
 
 
+def test_the_older_word_for_import_codex(call, home):
+    done = call("auth", "codex", "--file", str(home / "nowhere.json"))
+    assert done.status == 1 and "codex login" in done.err
+
+
 def test_an_admin(call, home):
     key = call("keys", "new", "--name", "boss", "--admin").out.strip()
     assert auth(home)["proxy_keys"][key]["admin"] is True
     rows = json.loads(call("keys", "list", "--json").out)
     assert [row["name"] for row in rows if row["admin"]] == ["boss"]
+    other = call("keys", "list", "--json", ADMIN_KEYS=key, ROUTER_SHARED_SECRET="shared-0123456789")
+    places = {row["name"]: row["from"] for row in json.loads(other.out)}
+    assert places["boss"] == "ADMIN_KEYS, auth.json"
+    assert "ROUTER_SHARED_SECRET" in places.values()
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,13 @@ def test_a_dry_run_only_prints(machine: Machine, kind: str) -> None:
     assert machine.calls == "" and not (machine.root / ".config").exists()
 
 
+def test_a_service_of_another_name(machine: Machine) -> None:
+    words = ("service", "install", "--dry-run", "--user", "launchd")
+    done = machine.hr(*words, HERMES_ROUTER_SERVICE="second")
+    assert "<string>com.hermes-router.second</string>" in done.stdout
+    assert machine.hr(*words, HERMES_ROUTER_SERVICE="../x").returncode == 2
+
+
 @pytest.mark.parametrize("scope", ["user", "system"])
 def test_a_service_from_its_installation_to_its_end(machine: Machine, scope: str) -> None:
     file = machine.scope(scope)

@@ -118,7 +118,10 @@ def test_one_request_is_listed_and_explained(live, call):
     assert [entry["id"] for entry in json.loads(out)["entries"]] == [id]
     status, out, _ = call("why", id, "--url", live.url)
     assert status == 0
-    assert "groq/m1" in out and "mistral/m1" in out and "429" in out
+    assert out.startswith(f"{id}: 200 success after ") and "answered by mistral/m1, 7+3" in out
+    assert "asked for groq/m1: named provider/model, difficulty" in out
+    assert re.search(r"^CANDIDATES +OUTCOME +WHY\ngroq/m1 +rate_limited +named", out, re.M), out
+    assert re.search(r"^groq/m1 +\S+ +rate_limited +429 +[\d.]+", out, re.M), out
     status, out, _ = call("why", id, "--json", "--url", live.url)
     assert json.loads(out)["id"] == id
 

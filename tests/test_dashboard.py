@@ -10,7 +10,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from upstream import HELLO, KEY, Reply, failing_first, good, provider
+from upstream import HELLO, KEY, Reply, failing_first, good, provider, until
 
 import router
 
@@ -284,7 +284,7 @@ def test_a_limit_holds_at_once(desk, tmp_path):
     desk.open("callers")
     desk.tab.fill("#limit-1 input[name=rpm]", "1")
     desk.tab.click("#limit-1-go")
-    desk.sees("are set (0 = none)")
+    desk.sees("are set (empty = the usual, 0 = none)")
     headers = {"Authorization": f"Bearer {GUEST}"}
     url = f"{desk.live.url}/v1/chat/completions"
     codes = [
@@ -292,7 +292,13 @@ def test_a_limit_holds_at_once(desk, tmp_path):
         for _ in range(2)
     ]
     assert codes == [200, 429]
-    assert stored(tmp_path)["proxy_keys"][GUEST]["rpm"] == 1
+    assert stored(tmp_path)["proxy_keys"][GUEST] == {"name": "guest", "rpm": 1}
+    desk.tab.fill("#limit-1 input[name=rpm]", "0")
+    desk.tab.fill("#limit-1 input[name=streams]", "2")
+    desk.tab.click("#limit-1-go")
+    until(lambda: stored(tmp_path)["proxy_keys"][GUEST].get("streams") == 2)
+    assert stored(tmp_path)["proxy_keys"][GUEST] == {"name": "guest", "rpm": 0, "streams": 2}
+    assert desk.tab.input_value("#limit-1 input[name=rpm]") == "0"
 
 
 def test_a_callers_key_is_made_shown_once_and_revoked(desk, tmp_path):

@@ -440,6 +440,18 @@ def test_no_python(place: Place) -> None:
     assert not (place.home / ".venv").exists()
 
 
+def test_a_python_that_has_everything_is_used(place: Place) -> None:
+    (place.home / ".venv").unlink()
+    done = place.hr("check", PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert not (place.home / ".venv").exists() and "installing" not in done.stderr
+    bare = place.root / "bare"
+    bare.write_text("#!/bin/sh\nexit 1\n")
+    bare.chmod(0o755)
+    done = place.hr("check", PYTHON=str(bare), HR_PYTHON="/nonexistent/python")
+    assert "HR_PYTHON=/nonexistent/python" in done.stderr, "then a .venv is made as ever"
+
+
 def test_no_venv_module(place: Place) -> None:
     """Debian's python3 without python3-venv."""
     (place.home / ".venv").unlink()

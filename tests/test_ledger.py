@@ -207,6 +207,8 @@ def test_what_they_say_about_the_end_of_a_window(clock):
         {"x-ratelimit-limit-requests": "20"},
         {"ratelimit": "x" * 5000, "ratelimit-policy": ";;;,,,"},
         {"x-codex-primary-used-percent": "", "x-codex-primary-window-minutes": "5"},
+        {"x-codex-primary-used-percent": "100", "x-codex-primary-window-minutes": "-1065512161"},
+        {"x-codex-primary-used-percent": "100", "x-codex-primary-window-minutes": "1e300"},
     ],
 )
 def test_headers_that_say_nothing(clock, heads):
@@ -487,6 +489,14 @@ def test_plenty_is_not_read_anew_for_every_answer(clock):
     ledger.hear(row("xai"), lease, heads(40, 100, unit="requests"))
     ledger.hear(row("xai"), lease, heads(39, 100, unit="requests"))
     assert windows(ledger, "xai")["requests/minute"] == (39, 100)
+
+
+def test_plenty_that_is_suddenly_gone_is_noticed_at_once(clock):
+    ledger, lease = Ledger((), clock), Lease("xai", "key", "m")
+    ledger.hear(row("xai"), lease, heads(90, 100, unit="requests"))
+    ledger.hear(row("xai"), lease, heads(0, 100, unit="requests"))
+    assert windows(ledger, "xai")["requests/minute"] == (0, 100)
+    assert not drawn(ledger, "xai", "key")
 
 
 def test_where_windows_refill_part_of_it_is_back_early(clock):

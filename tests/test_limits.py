@@ -78,6 +78,16 @@ def test_a_minute_is_a_rolling_one(quotas, clock):
     assert refused(quotas.admit, bob).retry_after == pytest.approx(10)
 
 
+def test_nobody_waits_longer_than_a_minute(quotas, clock):
+    bob = caller(rpm=2)
+    clock.now += 0.0301
+    quotas.admit(bob)
+    quotas.admit(bob)
+    clock.pass_by(0.2)
+    assert refused(quotas.admit, bob).retry_after == pytest.approx(59.8)
+    assert quotas.rates(bob)["requests"].reset_s == pytest.approx(59.8)
+
+
 def test_what_is_refused_does_not_count(quotas, clock):
     bob = caller(rpm=1)
     quotas.admit(bob)
@@ -228,7 +238,7 @@ def test_many_requests_take_little_memory():
         window.slide(clock.now)
         window.add(clock.now)
         clock.pass_by(0.001)
-    assert window.slide(clock.now) >= 60_000 and len(window._marks) <= window.STEPS + 1
+    assert window.slide(clock.now) >= 60_000 and len(window._marks) <= 2 * window.STEPS
 
 
 STEPS = st.lists(
@@ -523,6 +533,15 @@ def test_metrics_count_callers_and_refusals(upstream, serve, tmp_path):
     assert 'hermes_router_rejected_requests_total{limit="quota"} 1\n' in text
 
 
+def test_a_metric_of_a_caller_without_a_name_stays_its_own(make_app):
+    app = make_app(PROXY_API_KEYS="sk-first-0123456789,sk-second-0123456789", ECHO_FALLBACK=1)
+    client, headers = app.test_client(), {"Authorization": "Bearer sk-second-0123456789"}
+    client.post("/v1/chat/completions", json={"messages": HELLO}, headers=headers)
+    id = router.caller_id("sk-second-0123456789")
+    text = client.get("/metrics").text
+    assert f'hermes_router_key_requests_total{{key="{id}"}} 1\n' in text
+
+
 # --- settings ---------------------------------------------------------------------------
 
 
@@ -557,13 +576,17 @@ def test_addresses_are_limited_with_and_without_a_key(upstream, serve):
     found = [requests.get(f"{live.url}/v1/models", timeout=9).status_code for _ in range(3)]
     assert found == [401] * 3
     last = live.session.get(f"{live.url}/v1/models")
-    assert last.status_code == 429 and 1 <= int(last.headers["Retry-After"]) <= 61
+    assert last.status_code == 429 and 1 <= int(last.headers["Retry-After"]) <= 60
+    assert last.headers["x-ratelimit-limit-requests"] == "3"
+    assert last.headers["x-ratelimit-remaining-requests"] == "0"
+    claude = live.session.post(f"{live.url}/v1/messages").headers
+    assert claude["anthropic-ratelimit-requests-remaining"] == "0"
     assert last.json()["detail"] == "Rate limit exceeded"
     assert last.json()["error"]["message"].startswith("quota exceeded (3 requests per 60 s")
     for path in ("/health", "/metrics"):
         assert requests.get(live.url + path, timeout=9).status_code == 200
     text = requests.get(f"{live.url}/metrics", timeout=9).text
-    assert 'hermes_router_rejected_requests_total{limit="address"} 1\n' in text
+    assert 'hermes_router_rejected_requests_total{limit="address"} 2\n' in text
 
 
 def environ(peer: str, forwarded: str = "") -> dict[str, str]:

@@ -8,7 +8,19 @@ import stat
 
 import pytest
 import requests
-from upstream import AUTH, HELLO, KEY, Hang, Reply, failing_first, good, provider, until
+from upstream import (
+    AUTH,
+    HELLO,
+    KEY,
+    Hang,
+    Reply,
+    Stream,
+    chunks,
+    failing_first,
+    good,
+    provider,
+    until,
+)
 
 import router
 
@@ -61,6 +73,17 @@ def test_what_rests_and_what_cannot_serve_is_told_as_well(pair):
     assert {"candidate": "cerebras/m1", "why": "does not support tools"} in why["left_out"]
 
 
+def test_who_is_too_small_for_a_request_is_told(pair):
+    live = pair(good(), GROQ_SKIP_TOKENS_OVER="50", CEREBRAS_MODEL="m1,gpt-oss-120b")
+    long = [{"role": "user", "content": "word " * 200_000}]
+    id = live.chat(messages=long, model="cerebras/m1").headers["X-Request-ID"]
+    told = get(live, f"/v1/why/{id}").json()["candidates"]
+    outcome = {row["candidate"]: row["outcome"] for row in told}
+    assert outcome["cerebras/m1"] == "ok"
+    assert outcome["groq/m1"] == "skipped: it takes at most 50 tokens"
+    assert outcome["cerebras/gpt-oss-120b"].startswith("not asked: its window is 131072")
+
+
 def test_a_resting_candidate_is_skipped_with_its_reason(pair):
     live = pair(failing_first(LIMITED), GROQ_MODEL="m1", ROUTE_PREFER="fit")
     rested = live.chat().headers["X-Provider"]
@@ -69,6 +92,14 @@ def test_a_resting_candidate_is_skipped_with_its_reason(pair):
     why = get(live, f"/v1/why/{id}").json()
     assert why["choice"] == "named provider/model" and why["asked"] == f"{other}/m1"
     assert [line for line in why["skipped"] if line.startswith(f"{other}/m1: resting")]
+
+
+def test_what_rests_is_a_metric(pair):
+    live = pair(failing_first(LIMITED), GROQ_MODEL="m1", CEREBRAS_MODEL="m1")
+    live.chat()
+    line = r'hermes_router_cooldown_seconds\{provider="(groq|cerebras)",key="1",model="m1"\} (\d+)'
+    ((_, seconds),) = re.findall(line, get(live, "/metrics").text)
+    assert 0 < int(seconds) <= 60
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -95,6 +126,40 @@ def test_no_content_and_no_key_is_kept_anywhere(pair):
         assert SECRET not in text and "sk-proj-a1b2" not in text and KEY not in text
 
 
+@pytest.mark.parametrize("status", [400, 500])
+@pytest.mark.parametrize("frame", ["you said: {}", 'prompt="{}" was refused by our policy', "{}"])
+@pytest.mark.parametrize("prompt", ["my plan for the grey whale", "grey-whale-42"])
+def test_what_a_provider_quotes_of_a_prompt_is_for_its_client_only(
+    pair, caplog, status, frame, prompt
+):
+    error = {"error": {"message": frame.format(prompt)}}
+    live = pair(lambda _: Reply(status, error))
+    answer = live.chat(messages=[{"role": "user", "content": prompt}])
+    assert prompt in answer.json()["error"]["message"]
+    id = answer.headers["X-Request-ID"]
+    texts = [get(live, path).text for path in ("/v1/logs", f"/v1/why/{id}")]
+    for text in (*texts, caplog.text):
+        assert "grey" not in text and "[...]" in text
+    told = get(live, f"/v1/why/{id}").json()["attempts"][0]["text"]
+    assert frame != "{}" or told == "[...]"
+    assert "policy" not in frame or told.endswith("was refused by our policy")
+
+
+def test_errors_that_quote_nothing_stay_as_they_are():
+    said = ("what does the error rate limit reached for model mean", "hi")
+    for text in ("Rate limit reached for model `m`", "internal error while handling: hi", ""):
+        assert router.without_quotes(text, ("hi", "a b c", "")) == text
+    assert router.without_quotes("the rate limit reached for model x", said) == "the [...] x"
+
+
+def test_a_stream_that_breaks_off_says_why_in_the_log(pair):
+    live = pair(Stream(chunks=chunks(*["one two three "] * 10), stop_at=900), RESCUE=0)
+    assert b"stream_interrupted" in live.chat(stream=True, messages=ASK).content
+    until(lambda: entries(live), 5)
+    (entry,) = entries(live, status="error")
+    assert entry["http_status"] == 200 and "reset" in entry["error"]
+
+
 def test_newest_first_filters_and_limits(pair):
     live = pair(good())
     for n in range(5):
@@ -107,7 +172,7 @@ def test_newest_first_filters_and_limits(pair):
     assert [e["id"] for e in entries(live, limit=3, status="success")] == ["r4", "r3", "r2"]
     assert len(entries(live, status="error")) == 1
     assert entries(live, endpoint="messages") == []
-    assert len(entries(live, limit="x")) == 6
+    assert len(entries(live, limit="x")) == len(entries(live, limit=10**9)) == 6
     whole = get(live, "/v1/logs", limit=2).json()
     assert (whole["buffer_size"], whole["stored"], whole["returned"]) == (500, 6, 2)
 

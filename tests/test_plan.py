@@ -323,3 +323,11 @@ def test_arrangements_are_remembered_within_bounds(directory, monkeypatch):
     for number in range(40):
         made.arranged(Traits(3, scope=frozenset({f"p{number}"})))
     assert len(made._arranged) <= 4
+
+
+def test_quotas_come_before_prices_only_where_they_are_nearly_spent(directory):
+    made = directory(groq="m1", openai="m1")  # free and dear, equally strong
+    for left, first in ((0, "groq"), (1, "groq"), (2, "openai")):
+        headroom = {"groq": left, "openai": 0}
+        around = limits()._replace(headroom=lambda t, h=headroom: h[t.provider])
+        assert providers(order(made, around=around))[0] == first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -267,6 +268,15 @@ def test_models_json_is_followed(home, upstream):
     )
 
 
+def test_the_prices_are_followed(home, upstream):
+    here = home(provider("groq", upstream()), MODEL_PRICES_FILE="prices.json")
+    (here.folder / "prices.json").write_text('{"groq/m1": [1, 2]}')
+    here.becomes(lambda: here.hub.config.prices)
+    (here.folder / "prices.json").write_text('{"groq/m1": [1, 2')
+    here.becomes(lambda: "prices.json" in (here.told["error"] or ""))
+    assert here.hub.config.prices["groq/m1"][:2] == (1, 2)
+
+
 def test_the_log_level_is_followed(home):
     here, root = home(), logging.getLogger()
     old = root.level
@@ -305,6 +315,22 @@ def test_a_broken_env_changes_nothing_until_it_is_mended(home, upstream, caplog)
     here.becomes(lambda: here.told["error"] is None)
     assert here.live.chat().status_code == 200 and up.requests[-1].key == "g9"
     assert here.told["loaded_at"] > loaded_at
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders")
+@pytest.mark.parametrize("name", [".env", "auth.json"])
+def test_a_pipe_in_place_of_a_file_holds_nothing_up(home, upstream, tmp_path, name):
+    up = upstream()
+    here = home(provider("groq", up))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    here.becomes(lambda: "pipe" in (here.told["error"] or ""))
+    with pytest.raises(router.FileProblem, match="no regular file"):
+        router.edit_file(tmp_path / name, lambda old: b"new")
+    (tmp_path / name).unlink()
+    here.env(provider("groq", up, keys="g9"))
+    here.becomes(lambda: here.told["error"] is None)
+    assert here.live.chat().status_code == 200 and up.requests[-1].key == "g9"
 
 
 @pytest.mark.parametrize("broken", ['{"proxy_keys": {"guest', "[]", '{"a": 1,}'])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -605,10 +606,24 @@ def test_who_waits_gives_up_at_its_deadline(serve, upstream, post):
     until(lambda: waiting(live) == 0)
 
 
+def test_who_came_later_has_its_own_time(serve, upstream, post):
+    up = upstream(Hang(60), good("in time"))
+    live = serve(**provider("groq", up), **ON, REQUEST_DEADLINE="1.5")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(post, live)
+        up.wait_for(1)
+        time.sleep(0.7)
+        second = pool.submit(post, live)
+        assert first.result().status_code == 503
+        assert second.result().status_code == 200
+    until(lambda: waiting(live) == 0)
+
+
 def test_who_reads_a_broadcast_too_slowly_loses_it():
     relay = router.Relay(None, router.Flow(router.Passage(router.DIALECTS["chat"], None)), None)
     relay._next = iter([b"x" * (6 << 20)] * 5 + [b""]).__next__
-    broadcast, guard = router.Broadcast(relay), router.Guard()
+    guard = router.Guard()
+    broadcast = router.Broadcast(relay, guard)
     number = 0
     while broadcast.block(number, guard):
         number += 1
