@@ -13610,6 +13610,7 @@ class Dialect:
     canonical: Callable[[Json, str, Json], Json]  # a whole answer made canonical
     only_content: Callable[[bytes], bool] = only_content
     see: Callable[[bytes], Sight] = see_chat
+    named: bool = False  # its events begin with their name, by which clients go
     closing: bytes = DONE  # what a stream ends with
     last: frozenset[str] = frozenset()  # types of the events that end a stream
     # (how the stream began, what was passed on last, why) -> the end of one that breaks
@@ -13646,6 +13647,7 @@ DIALECTS: Final = {
             messages_reply_to_chat,
             only_content_messages,
             see_messages,
+            True,
             MESSAGE_STOP,
             frozenset({"message_stop"}),
             lambda _first, _last, error: messages_event(messages_error(error)),
@@ -13659,6 +13661,7 @@ DIALECTS: Final = {
             *IN_RESPONSES,
             only_content_responses,
             see_responses,
+            False,
             b"",
             RESPONSE_LAST,
             broken_response,
@@ -14274,6 +14277,8 @@ class Flow:
         if self.failure or self.done or not data:
             return b"" if self.failure or self.done else event
         sight = self._dialect.see(data)
+        if self._dialect.named and not event.startswith(b"event:"):
+            sight = sight._replace(odd=True)
         if sight.error:
             self.failure = self._dialect.see(masked(data, self._passage.secret)).error or BROKEN
             return b""
@@ -25507,10 +25512,11 @@ class Door:
 
         Every key is compared, in constant time, as bytes: time tells nothing about them.
         """
-        given = environ.get("HTTP_AUTHORIZATION", "") or environ.get("HTTP_X_API_KEY", "")
+        given = environ.get("HTTP_AUTHORIZATION", "").strip()
         scheme, _, rest = given.partition(" ")
+        given = rest if scheme.lower() == "bearer" else given
         # WSGI hands header bytes over as Latin-1 text.
-        credential = (rest if scheme.lower() == "bearer" else given).strip().encode("latin-1")
+        credential = (given or environ.get("HTTP_X_API_KEY", "")).strip().encode("latin-1")
         found = None
         for key, caller in self._callers:
             if hmac.compare_digest(key, credential):
@@ -30864,11 +30870,12 @@ class CommandParser(argparse.ArgumentParser):
     def told_commands(self, message: str) -> str:
         """A word that is missing, or is none of those that may stand here."""
         own = [action for action in self._actions if action.dest in ("command", "subcommand")]
-        words = [word for action in own for word in action.choices or ()]
+        rows = {word: row for action in own for word, row in dict(action.choices or ()).items()}
+        words = [word for word, row in rows.items() if row.prog.endswith(f" {word}")]  # no aliases
         given = re.search(r"invalid choice: '(.*?)'", message)
         if given is None:
             return f"usage: {self.prog} {'|'.join(words)}"
-        near = difflib.get_close_matches(given[1], words, 1, 0.6)
+        near = difflib.get_close_matches(given[1], rows, 1, 0.6)
         known = ", ".join(words) if len(words) < 10 else f"`{program()} help` lists them"
         hint = f"did you mean {near[0]}?" if near else known
         return f"{self.prog}: unknown command {scrub(given[1], 40)}; {hint}"

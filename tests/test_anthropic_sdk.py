@@ -713,6 +713,19 @@ def test_an_error_in_the_middle_of_a_stream_is_raised(desk, fault):
     assert not {"message_delta", "message_stop"} & set(seen)
 
 
+def test_events_without_a_name_get_one(desk):
+    """The SDK goes by names; a provider that leaves them out would be heard by nobody."""
+
+    def answer(request: Request) -> Stream:
+        pieces = speak(Said("one two three"))(request).pieces()
+        return Stream(
+            chunks=[b"data:" + piece.partition(b"data:")[2] for piece in pieces], done=False
+        )
+
+    told = desk(answer).ask(True)
+    assert [block.text for block in told.content] == ["one two three"]
+
+
 def test_a_silent_provider_times_out(desk):
     at = desk(Hang(30), TTFT_TIMEOUT="0.5")
     with pytest.raises(anthropic.InternalServerError):

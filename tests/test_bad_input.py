@@ -314,6 +314,7 @@ def test_a_bad_key_is_401_before_the_body_is_read(door: Door, name: str) -> None
         {"Authorization": KEY},
         {"x-api-key": KEY},
         {"X-API-Key": KEY, "Authorization": ""},
+        {"X-API-Key": KEY, "Authorization": "Bearer "},
     ],
 )
 def test_a_good_key_is_taken_wherever_it_stands(door: Door, headers: dict[str, str]) -> None:
