@@ -20628,9 +20628,7 @@ MAX_INFLATED_BYTES: Final = 1 << 20  # at a time: few bytes may hold many
 READ_COST: Final = 3  # bytes of memory for one of a whole answer: as it came, as text, as values
 MAX_IDLE_S: Final = 50.0  # below the keep-alive of common front ends (60 s and more)
 MAX_IDLE_PER_ORIGIN: Final = 1024
-# So soon after an answer a connection is used without a look: that would let go of the interpreter,
-# and one found closed is replaced anyway.
-FRESH_S: Final = 0.1
+PEEK: Final = getattr(socket, "MSG_DONTWAIT", 0) and socket.MSG_PEEK | socket.MSG_DONTWAIT
 STALE: Final = (
     EOFError,
     ConnectionResetError,
@@ -21127,9 +21125,18 @@ class Link:
             self.close()
 
     def usable(self, now: float) -> bool:
-        """Idle for a short time only, and not closed by the other side meanwhile."""
-        age = now - self.idle_since
-        return age < FRESH_S or (age < MAX_IDLE_S and self.connection.is_connected)
+        """Idle for a short time only, and nothing came meanwhile: no end, no second answer."""
+        if now - self.idle_since >= MAX_IDLE_S:
+            return False
+        if not (PEEK and isinstance(self.sock, socket.socket)):  # Windows; TLS inside TLS
+            return cast(bool, self.connection.is_connected)
+        try:
+            socket.socket.recv(self.sock, 1, PEEK)  # below a TLS layer
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def close(self) -> None:
         with suppress(OSError, ssl.SSLError):
@@ -25467,14 +25474,8 @@ def stated_length(environ: Json) -> int:
 
 
 def request_id(environ: Json) -> str:
-    """The client's own id where it is a harmless one, else a new one; the same for one request."""
-    made: str | None = environ.get("hermes.request_id")
-    if made is None:
-        given = environ.get("HTTP_X_REQUEST_ID", "")
-        # A name and no secret: asking the system for bytes would let go of the interpreter.
-        own = f"req_{random.getrandbits(128):032x}"
-        made = environ["hermes.request_id"] = given if HARMLESS_ID.fullmatch(given) else own
-    return made
+    """As the door named it."""
+    return cast(str, environ["hermes.request_id"])
 
 
 class Door:
@@ -25482,6 +25483,8 @@ class Door:
 
     def __init__(self, router: Router) -> None:
         self._addresses, self._usage = router.addresses, router.usage
+        # Ids are names and no secrets: asking the system each time would let go of the interpreter.
+        self._dice = random.Random()
 
     def adopt(self, config: Config, _stay: frozenset[str]) -> None:
         self._stranger = Caller("open", "open", quota=config.quota)
@@ -25491,11 +25494,18 @@ class Door:
 
     def check(self, environ: Json) -> None:
         """Before anything else of a request is looked at; RouterError stops it here."""
+        environ["hermes.request_id"] = self._name(environ.get("HTTP_X_REQUEST_ID", ""))
         path = environ["PATH_INFO"] or "/"
         if self._addresses.most and path not in FREELY_ASKED:
             self._count(environ)
         if path not in self._public:
             environ["hermes.caller"] = self.caller(environ)
+
+    def _name(self, given: str) -> str:
+        """The client's own id where it is a harmless one, else a new one."""
+        if given and HARMLESS_ID.fullmatch(given):
+            return given
+        return f"req_{self._dice.getrandbits(128):032x}"
 
     def _count(self, environ: Json) -> None:
         try:

@@ -199,7 +199,7 @@ SCENES: Mapping[str, tuple[Scene, ...]] = {
     ),
     "features disable": (scene("features disable fast_routing", "is off"),),
     "keys": (scene("keys", "usage", status=2),),
-    "keys list": (scene("keys list", f"^\\S+ +…{GUEST[-6:]} +.* +settings$"),),
+    "keys list": (scene("keys list", f"^\\S+ +…{GUEST[-6:]} +.* +PROXY_API_KEYS$"),),
     "keys new": (
         scene("keys new --name desk", "this once", "^sk-router-", wrote=("auth.json", "desk")),
         scene("keys new --rpm many", "a whole number", status=1, left=("auth.json", "proxy_keys")),
