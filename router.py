@@ -26630,6 +26630,8 @@ class Sockets(dict[int, Any]):
             self.before_wait()
             for fd, flags in self._epoll.poll(timeout):
                 if part := self.get(fd):
+                    if flags & select.EPOLLRDHUP:  # told where the loop does not read: it does now
+                        flags |= select.EPOLLIN
                     waitress.wasyncore.readwrite(part, flags)
                     self._changed.append(fd)
 
@@ -26646,6 +26648,8 @@ class Sockets(dict[int, Any]):
     @staticmethod
     def _wishes(part: Any) -> int:
         wanted = select.EPOLLIN if part.readable() else 0
+        if getattr(part, "stays", False):
+            wanted = select.EPOLLRDHUP
         return wanted | (select.EPOLLOUT if part.writable() and not part.accepting else 0)
 
     def _want(self, fd: int, wanted: int) -> None:
@@ -26672,6 +26676,9 @@ class QuietServer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._server, name)
 
+    def wake_loop(self) -> None:
+        self._server.pull_trigger()
+
     def pull_trigger(self) -> None:
         channel = self._channel
         unsent = channel.total_outbufs_len or channel.close_when_flushed or channel.will_close
@@ -26682,11 +26689,21 @@ class QuietServer:
 
 
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
-    """A client connection that runs a callback when it closes."""
+    """A client connection that runs a callback when it closes.
+
+    A client that asks without pause stays with the thread that served it: that reads its next
+    request, and neither the loop nor another thread is woken for it.
+    """
+
+    QUICK_S: ClassVar[float] = 0.01  # from an answer to the next request
+    QUICK_ONES: ClassVar[int] = 3  # in a row, after which it stays
 
     def __init__(self, server: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(server, *arguments, **options)
         self.server = QuietServer(server, self)
+        self.stays = False  # the loop does not read
+        self._reading = threading.RLock()  # one thread at a time
+        self._quick, self._ended = 0, 0.0  # when the last request did, monotonic seconds
 
     task_class = AppTask
     error_task_class = JsonErrorTask
@@ -26699,19 +26716,61 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             callback()
 
     def handle_read(self) -> None:
-        """What the client sent; nothing where a worker that drains was faster (JsonErrorTask)."""
+        """What the client sent; nothing where another thread was faster."""
+        with self._reading:
+            try:
+                data = self.recv(self.adj.recv_bytes)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.handle_close()
+                return
+            if data:
+                if not self.requests and self.request is None:
+                    pause = time.monotonic() - self._ended
+                    self._quick = self._quick + 1 if pause < self.QUICK_S else 0
+                self.last_activity = time.time()
+                self.received(data)
+            else:
+                self.connected = False  # recv has closed it
+
+    def service(self) -> None:
+        """Serve a request; read the next one here where the client asks without pause."""
+        super().service()
+        self._ended = time.monotonic()
+        came = self._may_stay() and self._hears()
+        with self._reading:  # whoever serves a request says at its end who reads on
+            stays = came and self._read_here()
+            changed, self.stays = stays != self.stays, stays
+        if changed:
+            self._map.touch(self)
+            if not stays:  # the other way round the loop hears of it soon enough
+                self.server.wake_loop()
+
+    def _may_stay(self) -> bool:
+        if self._quick < self.QUICK_ONES or not isinstance(self._map, Sockets):
+            return False
+        ends = self.will_close or self.close_when_flushed or self.total_outbufs_len
+        return self.connected and not (ends or self.requests)
+
+    def _hears(self) -> bool:
+        """Wait for the client, for a moment."""
+        fd, poll = self._fileno, select.poll()
+        if fd is None:  # closed just now
+            return False
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(self.QUICK_S * 1000))
+
+    def _read_here(self) -> bool:
+        """Whether what came is the next request; its end, or a part of it, is for the loop."""
         try:
-            data = self.recv(self.adj.recv_bytes)
-        except BlockingIOError:
-            return
+            data = self.socket.recv(self.adj.recv_bytes) if self.socket else b""
         except OSError:
-            self.handle_close()
-            return
+            data = b""
         if data:
             self.last_activity = time.time()
             self.received(data)
-        else:
-            self.connected = False  # recv has closed it
+        return bool(self.requests)
 
     def handle_write(self) -> None:
         if self.socket is not None:  # handle_read of the same round may have closed it
@@ -26747,7 +26806,11 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             return sent + cast(int, super().write_soon(rest))
 
     def handle_close(self) -> None:
+        # A thread that reads has done so in a moment; whatever it does, this ends.
+        alone = self._reading.acquire(timeout=0.1)
         super().handle_close()
+        if alone:
+            self._reading.release()
         if self.request is not None:  # of which only a part had come
             self.request.close()
         callback, self.callback = self.callback, None

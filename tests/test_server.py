@@ -470,6 +470,108 @@ def test_requests_sent_ahead_are_answered_in_order(upstream, serve):
     at_rest(live)
 
 
+# -- clients that ask without pause ---------------------------------------------------------
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.fixture
+def hasty(serve, upstream) -> Iterator[tuple[socket.socket, Any, Any]]:
+    """A client whose connection stays with the thread that serves it, its channel, a provider."""
+    channels: list[Any] = []
+
+    class Seen(router.Channel):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            channels.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router, "Channel", Seen)
+        up = upstream(lambda request: Hang(20, chat()) if b"slow" in request.body else chat())
+        live = serve(**provider("groq", up))
+        with socket.create_connection(("127.0.0.1", live.port), timeout=10) as sock:
+            until(lambda: ask_often(sock) and channels[-1].stays)
+            yield sock, channels[-1], up
+
+
+def ask_often(sock: socket.socket) -> bool:
+    for _ in range(8):
+        sock.sendall(HEALTH)
+        read_until(sock, b"}")
+    return True
+
+
+def test_a_hasty_client_may_pause_and_go_on(hasty):
+    sock, channel, _ = hasty
+    for pause in (0.0, 0.03, 0.0, 0.005, 0.01, 0.012, 0.0, 0.2):
+        time.sleep(pause)
+        sock.sendall(HEALTH)
+        assert read_until(sock, b"}").startswith(b"HTTP/1.1 200 OK")
+    until(lambda: not channel.stays)
+
+
+def test_a_hasty_client_may_send_in_pieces_and_ahead(hasty):
+    sock, _, up = hasty
+    whole = request_bytes()
+    for cut in (1, 20, len(whole) - 5):
+        ask_often(sock)
+        sock.sendall(whole[:cut])
+        time.sleep(0.005)
+        sock.sendall(whole[cut:])
+        read_until(sock, b"hello")
+    ask_often(sock)
+    sock.sendall(HEALTH + whole + HEALTH)
+    data = b""
+    while data.count(b"HTTP/1.1 200 OK") < 3 or not data.endswith(b"}\n"):
+        data += sock.recv(65536)
+    assert len(up.requests) == 4
+
+
+def test_a_hasty_client_that_leaves_is_noticed(hasty):
+    sock, channel, up = hasty
+    sock.sendall(request_bytes(user="slow"))
+    up.wait_for(1)
+    sock.close()
+    assert up.requests[0].closed.wait(5)
+    until(lambda: not channel.connected)
+
+
+def test_a_hasty_client_that_sends_rubbish_is_told_and_closed(hasty):
+    sock, channel, _ = hasty
+    sock.sendall(b"rubbish\r\n\r\n")
+    data = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert data.startswith(b"HTTP/1.0 400") or data.startswith(b"HTTP/1.1 400")
+    until(lambda: not channel.connected)
+
+
+def test_many_hasty_clients_get_their_own_answers(upstream, serve):
+    """More than there are threads at rest, some with pauses, each with a body of its own."""
+    live = serve(**provider("groq", upstream(good())))
+    wrong: list[bytes] = []
+
+    def client(number: int) -> None:
+        with socket.create_connection(("127.0.0.1", live.port), timeout=20) as sock:
+            for turn in range(60):
+                if turn % 20 == number:
+                    time.sleep(0.015)
+                own = f"{number}-{turn}"
+                sock.sendall(
+                    b"GET /%b HTTP/1.1\r\nHost: x\r\nX-Request-ID: %b\r\n\r\n"
+                    % (b"health", own.encode())
+                )
+                told = read_until(sock, b"}")
+                if f"X-Request-ID: {own}\r\n".encode() not in told:
+                    wrong.append(told)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert not wrong
+
+
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 @pytest.mark.parametrize("connection", ["", "close", "keep-alive"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
