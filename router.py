@@ -12244,14 +12244,15 @@ class CompactionWriter(ResponsesWriter):
 
 
 def is_a_summary(chunks: Iterable[Json]) -> bool:
-    """Do the chunks of a whole answer hold one: text, and no refusal nor filter?"""
-    text = False
+    """Do the chunks of a whole answer hold one: text, no refusal, no filter, no mere thought?"""
+    text = thought = ""
     for choice in (c for chunk in chunks for c in chunk.get("choices") or ()):
         delta = choice.get("delta") or {}
         if delta.get("refusal") or choice.get("finish_reason") == "content_filter":
             return False
-        text = text or bool((delta.get("content") or "").strip())
-    return text
+        text += delta.get("content") or ""
+        thought += delta.get("reasoning_content") or ""
+    return bool(text.strip()) and text != thought  # what was only thought is told as text, too
 
 
 def chat_reply_to_compaction(reply: Json, opening: Opening, codex: bool = False) -> Json:
