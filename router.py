@@ -14242,12 +14242,16 @@ class Flow:
         """
         if not self._plain:
             return self._look_on(block)
-        if self._mould and (like := self._mould.fits(block)):
-            return block if like == len(block) else block[:like] + self._look_on(block[like:])
+        like = self._mould.fits(block) if self._mould else 0
+        passed, block = block[:like], block[like:]
+        if not block:
+            return passed
         if self._dialect.only_content(block):
-            return self._recast(block) if self._casts else block
+            return passed + (self._recast(block) if self._casts else block)
         cut = last_event_end(block[: len(block) // 2])
-        return self._sift(block[:cut]) + self._sift(block[cut:]) if cut else self._look_on(block)
+        if not cut:
+            return passed + self._look_on(block)
+        return passed + self._sift(block[:cut]) + self._sift(block[cut:])
 
     def _recast(self, block: bytes) -> bytes:
         """Content, the last event of which is looked at for another mould; done a few times."""
@@ -26260,7 +26264,7 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
     def add_task(self, task: Any) -> None:
         with self._guard:
             self._tasks.append(task)
-            if threading.get_ident() in self._own:  # a client's next request: it comes to that
+            if self.is_served_here():  # a client's next request: it comes to that
                 return
             if self._idle:
                 self._due.append(self._idle.pop())
@@ -26275,6 +26279,10 @@ class Workers(waitress.task.ThreadedTaskDispatcher):  # type: ignore[misc]
         except RuntimeError:  # the system gives no more threads: those there are will do it
             with self._guard:
                 self._count -= 1
+
+    def is_served_here(self) -> bool:
+        """Whether the thread that asks is one of these."""
+        return threading.get_ident() in self._own
 
     def wake(self) -> None:
         """Wake the threads for the tasks that were added."""
@@ -26481,6 +26489,7 @@ PLAIN_HEAD: Final = re.compile(
     rb"((?:[!#$&'*+.^`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)+)\r\n"
 )
 MANY_DIGITS: Final = 19  # no body is that long
+LONG_BLANK: Final = re.compile(rb"[ \t]{128}")
 
 
 class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
@@ -26531,6 +26540,8 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
     def _parse_any(self, header_plus: bytes) -> None:
         words = header_plus.split(None, 2)
         self.path = words[1].decode("latin-1") if len(words) > 1 else ""  # for its errors
+        if LONG_BLANK.search(header_plus):  # Waitress's pattern takes the square of its length
+            raise waitress.parser.ParsingError("a header with a long blank")
         try:
             super().parse_header(header_plus)
         except waitress.parser.TransferEncodingNotImplemented as error:
@@ -26609,6 +26620,7 @@ class Sockets(dict[int, Any]):
 
     def __setitem__(self, fd: int, part: Any) -> None:
         super().__setitem__(fd, part)
+        self._wanted.pop(fd, None)  # what another connection of that number waited for
         self._changed.append(fd)
 
     def __delitem__(self, fd: int) -> None:
@@ -26709,6 +26721,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     task_class = AppTask
     error_task_class = JsonErrorTask
     parser_class = Parser
+    requests: list[Any]  # that have come whole, the one being served first
     callback: Callable[[], None] | None = None
 
     def on_close(self, callback: Callable[[], None] | None) -> None:
@@ -26737,16 +26750,35 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
     def service(self) -> None:
         """Serve a request; read the next one here where the client asks without pause."""
-        super().service()
-        self._ended = time.monotonic()
-        came = self._may_stay() and self._hears()
-        with self._reading:  # whoever serves a request says at its end who reads on
-            stays = came and self._read_here()
-            changed, self.stays = stays != self.stays, stays
-        if changed:
-            self._map.touch(self)
-            if not stays:  # the other way round the loop hears of it soon enough
-                self.server.wake_loop()
+        came = False
+        try:
+            super().service()
+            self._ended = time.monotonic()
+            if not self.connected:
+                self._drop_requests()
+            came = self._may_stay() and self._hears()
+        finally:
+            self._say_who_reads(came)
+
+    def _drop_requests(self) -> None:
+        """What a client sent ahead that has gone: it will not be served."""
+        with self.requests_lock:
+            left, self.requests = self.requests, []
+        for request in left:
+            request.close()
+
+    def _say_who_reads(self, came: bool) -> None:
+        """Whoever served a request decides it at the end: this thread, or the loop."""
+        with self._reading:
+            stays = False
+            try:
+                stays = came and self._read_here()
+            finally:
+                changed, self.stays = stays != self.stays, stays
+                if changed:
+                    self._map.touch(self)
+                if changed and not stays:  # the other way round the loop hears of it soon enough
+                    self.server.wake_loop()
 
     def _may_stay(self) -> bool:
         if self._quick < self.QUICK_ONES or not isinstance(self._map, Sockets):
@@ -26805,6 +26837,12 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
                 return sent
             rest = memoryview(data)[sent:] if len(data) > LARGE_BYTES else data[sent:]
             return sent + cast(int, super().write_soon(rest))
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        """One thread at a time; only the loop closes, which goes through all channels."""
+        with self.outbuf_lock:
+            here = self.server.task_dispatcher.is_served_here()
+            return cast(bool, super()._flush_some(do_close and not here))
 
     def handle_close(self) -> None:
         # A thread that reads has done so in a moment; whatever it does, this ends.

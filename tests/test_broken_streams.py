@@ -367,3 +367,10 @@ def test_a_block_is_told_as_its_events_one_by_one(stream):
     kind = b"event: x\n" if name == "messages" else b""
     events = [kind + b"data: " + data + b"\n\n" for data in datas]
     assert taken(name, [b"".join(events)]) == taken(name, events)
+
+
+@pytest.mark.parametrize("between", [b": ping\n\n", b'data: {"choices":[],"usage":null}\n\n'])
+def test_a_block_of_many_odd_events_is_read_to_its_end(between):
+    content = b"data: " + EVENTS["chat"][0] + b"\n\n"
+    told, (failure, *_), _ = taken("chat", [content, (content + between) * 5000])
+    assert failure is None and told.count(b'"content":"hi"') == 5001
