@@ -26754,18 +26754,9 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         try:
             super().service()
             self._ended = time.monotonic()
-            if not self.connected:
-                self._drop_requests()
             came = self._may_stay() and self._hears()
         finally:
             self._say_who_reads(came)
-
-    def _drop_requests(self) -> None:
-        """What a client sent ahead that has gone: it will not be served."""
-        with self.requests_lock:
-            left, self.requests = self.requests, []
-        for request in left:
-            request.close()
 
     def _say_who_reads(self, came: bool) -> None:
         """Whoever served a request decides it at the end: this thread, or the loop."""
@@ -26845,13 +26836,14 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
             return cast(bool, super()._flush_some(do_close and not here))
 
     def handle_close(self) -> None:
-        # A thread that reads has done so in a moment; whatever it does, this ends.
-        alone = self._reading.acquire(timeout=0.1)
+        # Whoever holds these locks lets go in a moment; whatever happens, this ends.
+        held = [lock for lock in (self._reading, self.requests_lock) if lock.acquire(timeout=0.1)]
         super().handle_close()
-        if alone:
-            self._reading.release()
-        if self.request is not None:  # of which only a part had come
-            self.request.close()
+        unserved = self.requests[1:]  # sent ahead: nobody will serve them now
+        for lock in held:
+            lock.release()
+        for request in unserved if self.request is None else (*unserved, self.request):
+            request.close()
         callback, self.callback = self.callback, None
         if callback:
             callback()
