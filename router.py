@@ -182,6 +182,7 @@ import urllib3.exceptions
 import waitress.buffers
 import waitress.channel
 import waitress.parser
+import waitress.proxy_headers
 import waitress.receiver
 import waitress.server
 import waitress.task
@@ -14515,8 +14516,13 @@ def finished_well(event: bytes) -> bytes:
     return encode_event(chunk)
 
 
+SOME_WORDS: Final = re.compile(rb'"content": ?"[^"]')
+
+
 def has_words(block: bytes) -> bool:
     """Whether a block of Chat events holds text, or something that only a parser could tell."""
+    if SOME_WORDS.search(block):
+        return True
     count, marks = (
         block.count,
         (b'"content":""', b'"content": ""', b'"content":null', b'"content": null'),
@@ -20834,15 +20840,28 @@ class Watchdog:
 CHUNK_SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,15}")
 
 
+class ChunkSizes(dict[bytes, int]):
+    """What lines say that are nothing but the size of a chunk; those of a stream repeat.
+
+    -1 for the last chunk's and for what is more than a size.
+    """
+
+    MOST: ClassVar[int] = 64
+
+    def __missing__(self, line: bytes) -> int:
+        size = CHUNK_SIZE.fullmatch(line) and int(line, 16) or -1
+        if len(self) < self.MOST:
+            self[line] = size
+        return size
+
+
 class Dechunker:
     """HTTP/1.1 chunked coding undone: bytes in any pieces in, content out."""
-
-    MAX_SIZES: ClassVar[int] = 64
 
     __slots__ = ("_left", "_rest", "_sizes", "_state", "finished", "surplus")
 
     def __init__(self) -> None:
-        self._sizes: dict[bytes, int] = {}  # lines that were read: those of a stream repeat
+        self._sizes = ChunkSizes()
         self._left = 0
         self._rest = b""
         self._state: Literal["size", "data", "gap", "trailer"] = "size"
@@ -20879,25 +20898,25 @@ class Dechunker:
 
     def _whole_chunks(self, data: bytes, at: int, out: list[bytes]) -> int:
         """Take the chunks that have come whole, which most do; returns where the rest begins."""
-        find, ends, known = data.find, data.startswith, self._sizes.get
+        at = at or self._plain_chunks(data, out)
+        find, ends, sizes = data.find, data.startswith, self._sizes
         while (stop := find(b"\r\n", at, at + 17)) >= 0:
-            line = data[at:stop]
-            start = stop + 2
-            end = start + (known(line) or self._size(line))
-            if end == start or not ends(b"\r\n", end):
+            size, start = sizes[data[at:stop]], stop + 2
+            if size < 0 or not ends(b"\r\n", start + size):
                 break
-            out.append(data[start:end])
-            at = end + 2
+            at = start + size + 2
+            out.append(data[start : at - 2])
         return at
 
-    def _size(self, line: bytes) -> int:
-        """The size of a chunk; 0 for the last one and for what is more than a size."""
-        if not CHUNK_SIZE.fullmatch(line):
-            return 0
-        size = int(line, 16)
-        if len(self._sizes) < self.MAX_SIZES:
-            self._sizes[line] = size
-        return size
+    def _plain_chunks(self, data: bytes, out: list[bytes]) -> int:
+        """The same for those at the start that hold no CRLF, all in one go."""
+        parts = data.split(b"\r\n")
+        lines, contents = parts[:-2:2], parts[1:-1:2]
+        odd = list(map(operator.ne, map(len, contents), map(self._sizes.__getitem__, lines)))
+        if True in odd:
+            del lines[odd.index(True) :], contents[odd.index(True) :]
+        out += contents
+        return sum(map(len, lines)) + sum(map(len, contents)) + 4 * len(lines)
 
     def _line(self, line: bytes) -> None:
         """One line that is not content: a size, the gap after a chunk, a trailer."""
@@ -26347,6 +26366,9 @@ def http_date(second: int) -> str:
     return formatdate(second, usegmt=True)
 
 
+LEADING_SLASHES: Final = re.compile("^//+")
+
+
 class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
     """Tells the app how to hear that the client has gone; keeps connections alive after streams.
 
@@ -26360,12 +26382,27 @@ class AppTask(waitress.task.WSGITask):  # type: ignore[misc]
     close_on_finish: bool = False
 
     def get_environment(self) -> dict[str, Any]:
-        environ: dict[str, Any] = super().get_environment()
-        environ[ON_CLOSE] = self.channel.on_close
-        environ[HANG_UP] = self.channel.hang_up
+        """What WSGI asks for (PEP 3333), and what the app is told besides."""
+        request, channel = self.request, self.channel
+        headers, left_out = request.headers, channel.adj.left_out
+        environ: dict[str, Any] = {
+            f"HTTP_{name}": value for name, value in headers.items() if name not in left_out
+        }
+        if "CONTENT_LENGTH" in headers:
+            environ["CONTENT_LENGTH"] = environ.pop("HTTP_CONTENT_LENGTH")
+        if "CONTENT_TYPE" in headers:
+            environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE")
+        environ.update(channel.surroundings)
+        environ["REQUEST_METHOD"] = request.command.upper()
+        environ["SERVER_PROTOCOL"] = f"HTTP/{self.version}"
+        environ["PATH_INFO"] = LEADING_SLASHES.sub("/", request.path)
+        environ["REQUEST_URI"], environ["QUERY_STRING"] = request.request_uri, request.query
+        environ["wsgi.url_scheme"] = request.url_scheme
+        environ["wsgi.input"] = request.get_body_stream()
+        environ[ON_CLOSE], environ[HANG_UP] = channel.on_close, channel.hang_up
         environ[SEND] = self.send_aside
-        if self.request.share:
-            environ[SHARE] = self.request.share
+        if request.share:
+            environ[SHARE] = request.share
         return environ
 
     def send_aside(self, data: bytes, headers: Sequence[tuple[str, str]] = ()) -> None:
@@ -26553,6 +26590,13 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             self.chunked, self.body_rcv = False, None
             raise waitress.parser.ParsingError("the length of the body is told in two ways")
 
+    def get_body_stream(self) -> Any:
+        """The body; a small one, which lies there as bytes, without Waitress's three layers."""
+        buffer = self.body_rcv and self.body_rcv.getbuf()
+        if buffer and buffer.buf is None:
+            return io.BytesIO(buffer.strbuf)
+        return super().get_body_stream()
+
     def close(self) -> None:
         """The request has been answered, or its client has gone."""
         super().close()
@@ -26685,6 +26729,9 @@ class QuietServer:
 
     def __init__(self, server: Any, channel: Any) -> None:
         self._server, self._channel = server, channel
+        # Asked for with each request: found without __getattr__.
+        self.application, self.task_dispatcher = server.application, server.task_dispatcher
+        self.add_task = server.task_dispatcher.add_task
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._server, name)
@@ -26701,6 +26748,25 @@ class QuietServer:
                 self._server.pull_trigger()
 
 
+def surroundings(server: Any, address: Sequence[Any]) -> dict[str, Any]:
+    """What the environ of every request of a connection says."""
+    return {
+        "REMOTE_ADDR": address[0],
+        "REMOTE_HOST": address[0],
+        "REMOTE_PORT": str(address[1]),
+        "SERVER_PORT": str(server.effective_port),
+        "SERVER_NAME": server.server_name,
+        "SERVER_SOFTWARE": server.adj.ident,
+        "SCRIPT_NAME": "",
+        "wsgi.version": (1, 0),
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": False,
+        "wsgi.run_once": False,
+        "wsgi.input_terminated": True,  # it ends where the body does
+    }
+
+
 class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     """A client connection that runs a callback when it closes.
 
@@ -26714,6 +26780,7 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     def __init__(self, server: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(server, *arguments, **options)
         self.server = QuietServer(server, self)
+        self.surroundings = surroundings(server, self.addr)
         self.stays = False  # the loop does not read
         self._reading = threading.RLock()  # one thread at a time
         self._quick, self._ended = 0, 0.0  # when the last request did, monotonic seconds
@@ -26872,9 +26939,10 @@ def make_server(app: flask.Flask, config: Config) -> Any:
         outbuf_overflow=4 << 20,  # more than ever waits: no answer goes by way of the disk
         inbuf_overflow=64 << 20,
         ident="hermes-router",
-        clear_untrusted_proxy_headers=not config.trusted_proxies,
+        clear_untrusted_proxy_headers=False,  # see Ceilings
     )
     server.adj.room = app.extensions["router"].room
+    server.adj.left_out = untrusted_headers(config)
     for part in sockets.values():
         if isinstance(part, waitress.server.BaseWSGIServer):
             part.channel_class = Channel
@@ -26895,7 +26963,14 @@ class Ceilings:
     def adopt(self, config: Config, _stay: frozenset[str]) -> None:
         self._adjustments.max_request_body_size = config.max_request_bytes
         self._adjustments.connection_limit = most_connections(config)
+        self._adjustments.left_out = untrusted_headers(config)
         self._workers.most = config.max_streams + RESERVED_THREADS
+
+
+def untrusted_headers(config: Config) -> frozenset[str]:
+    """Headers, as the parser names them, that only a proxy may set."""
+    known = frozenset() if config.trusted_proxies else waitress.proxy_headers.PROXY_HEADERS
+    return cast("frozenset[str]", known)
 
 
 def most_connections(config: Config) -> int:
