@@ -26539,13 +26539,41 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
 
     chunked: bool = False
     path: str = ""  # Waitress logs it even where it came to no path
+    headers_finished: bool = False
     body_rcv: Any = None
     share: Share | None = None  # of the room, where the body is large or may be
+    whole = b""  # the body, if it came together with its head
+
+    def received(self, data: bytes) -> int:
+        """As Waitress has it; a request that comes whole is taken in one go."""
+        if self.headers_finished or self.header_plus:
+            return cast(int, super().received(data))
+        plain, limits = PLAIN_HEAD.match(data), self.adj
+        start = plain.end() if plain else 0
+        if not (plain and start < limits.max_request_header_size and self._parse_plain(plain)):
+            return cast(int, super().received(data))
+        if self.content_length >= limits.max_request_body_size:
+            return cast(int, super().received(data))
+        self.headers_finished = True
+        end = start + self.content_length
+        self.completed = end <= len(data)
+        if self.completed:
+            self.whole = data[start:end]
+            return end
+        self._await_body()
+        return start
 
     def parse_header(self, header_plus: bytes) -> None:
         plain = PLAIN_HEAD.fullmatch(header_plus)
         if not (plain and self._parse_plain(plain)):
             self._parse_any(header_plus)
+        self._await_body()
+
+    def _await_body(self) -> None:
+        """Something to receive it, unless Waitress chose that."""
+        if self.body_rcv is None and self.content_length:
+            buffer = waitress.buffers.OverflowableBuffer(self.adj.inbuf_overflow)
+            self.body_rcv = waitress.receiver.FixedStreamReceiver(self.content_length, buffer)
         if self.chunked or self.content_length > LARGE_BYTES:
             self.share = Share()
             self.body_rcv = Metered(self.body_rcv, self.adj.room, self.share)
@@ -26569,9 +26597,6 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
         self.url_scheme = self.adj.url_scheme
         self.connection_close = headers.get("CONNECTION", "").lower() == "close"
         self.content_length = int(length)
-        if self.content_length:
-            buffer = waitress.buffers.OverflowableBuffer(self.adj.inbuf_overflow)
-            self.body_rcv = waitress.receiver.FixedStreamReceiver(self.content_length, buffer)
         return True
 
     def _parse_any(self, header_plus: bytes) -> None:
@@ -26591,11 +26616,7 @@ class Parser(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
             raise waitress.parser.ParsingError("the length of the body is told in two ways")
 
     def get_body_stream(self) -> Any:
-        """The body; a small one, which lies there as bytes, without Waitress's three layers."""
-        buffer = self.body_rcv and self.body_rcv.getbuf()
-        if buffer and buffer.buf is None:
-            return io.BytesIO(buffer.strbuf)
-        return super().get_body_stream()
+        return io.BytesIO(self.whole) if self.body_rcv is None else super().get_body_stream()
 
     def close(self) -> None:
         """The request has been answered, or its client has gone."""
