@@ -345,6 +345,7 @@ def finite_float(digits: str) -> float:
     return value
 
 
+READER = json.JSONDecoder()
 DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite_float)
 
 
@@ -358,6 +359,16 @@ def strict_json(text: str) -> Any:
 
 def read_json(body: bytes | str) -> Any:
     """The JSON value in `body`, or None. A gateway's padding in front is tolerated."""
+    try:
+        return READER.decode(body if isinstance(body, str) else body.decode())
+    except ValueError:  # perhaps in another coding than plain UTF-8
+        return None if isinstance(body, str) else read_coded_json(body)
+    except RecursionError:
+        return None
+
+
+def read_coded_json(body: bytes) -> Any:
+    """The same for bytes with a byte order mark, in UTF-16 or UTF-32, with halves of pairs."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -18209,7 +18220,8 @@ def digest(ask: Ask, *told: object) -> bytes:
     caller = ask.caller
     whose = (CACHE_FORM, caller.id, sorted(caller.scope), ask.surface.dialect)
     # Fast where texts are long, and the same for equal values: version 2 knows no references.
-    data = marshal.dumps(cast(Any, (whose, ask.forward, ask.terms, told)), 2)
+    whole: Any = (whose, ask.forward, ask.terms, told)
+    data = marshal.dumps(whole, 2)
     return hashlib.blake2b(data, digest_size=32, key=caller.secret).digest()
 
 
@@ -19822,11 +19834,11 @@ def find_complex(vocabulary: frozenset[bytes], phrased: bytes) -> str:
 
 def weigh(chat: Mapping[str, object]) -> tuple[str, int]:
     """The text of the last user turn, and the weighted size of everything in tokens."""
-    chat = chat if isinstance(chat, Mapping) else {}
+    chat = chat if isinstance(chat, dict) else {}
     messages, turn = chat.get("messages"), None
     history, background = 0, tool_chars(chat.get("tools"))
     for message in reversed(messages) if isinstance(messages, (list, tuple)) else ():
-        role = message.get("role") if isinstance(message, Mapping) else None
+        role = message.get("role") if isinstance(message, dict) else None
         content = message.get("content") if role else None
         if role == "user" and turn is None:
             turn = " ".join(texts_of(content))
@@ -19845,7 +19857,7 @@ def texts_of(content: object) -> Iterator[str]:
         yield content
     elif isinstance(content, (list, tuple)):
         for part in content:
-            text = part.get("text") if isinstance(part, Mapping) else part
+            text = part.get("text") if isinstance(part, dict) else part
             if isinstance(text, str):
                 yield text
 
@@ -19863,8 +19875,8 @@ def tool_chars(tools: object) -> int:
 
 
 def description_chars(tool: object) -> int:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    described = function.get("description") if isinstance(function, Mapping) else None
+    function = tool.get("function") if isinstance(tool, dict) else None
+    described = function.get("description") if isinstance(function, dict) else None
     return len(described) if isinstance(described, str) else 0
 
 
@@ -20638,6 +20650,7 @@ MAX_ANSWER_BYTES: Final = 50 << 20
 MAX_INFLATED_BYTES: Final = 1 << 20  # at a time: few bytes may hold many
 READ_COST: Final = 3  # bytes of memory for one of a whole answer: as it came, as text, as values
 MAX_IDLE_S: Final = 50.0  # below the keep-alive of common front ends (60 s and more)
+TIDY_S: Final = 1.0
 MAX_IDLE_PER_ORIGIN: Final = 1024
 PEEK: Final = getattr(socket, "MSG_DONTWAIT", 0) and socket.MSG_PEEK | socket.MSG_DONTWAIT
 STALE: Final = (
@@ -21139,12 +21152,11 @@ class Link:
 
     def keep(self) -> None:
         """Ready for the next request to the same origin."""
-        self.idle_since = now = time.monotonic()
-        with suppress(IndexError):  # another thread may be faster
-            while now - self.origin.idle[0].idle_since > MAX_IDLE_S:
-                self.origin.idle.popleft().close()
-        if len(self.origin.idle) < MAX_IDLE_PER_ORIGIN:
-            self.origin.idle.append(self)
+        origin, self.idle_since = self.origin, time.monotonic()
+        if self.idle_since > origin.tidied + TIDY_S:
+            origin.tidy(self.idle_since)
+        if len(origin.idle) < MAX_IDLE_PER_ORIGIN:
+            origin.idle.append(self)
         else:
             self.close()
 
@@ -21175,7 +21187,15 @@ class Origin:
         self.url, self.host = url, parts.netloc
         self.path = parts.path.rstrip("/")
         self.idle: deque[Link] = deque()
+        self.tidied = -math.inf  # monotonic seconds
         self.tls = parts.scheme == "https"
+
+    def tidy(self, now: float) -> None:
+        """Close the links that nobody has needed for long."""
+        self.tidied = now
+        with suppress(IndexError):  # another thread may be faster
+            while now - self.idle[0].idle_since > MAX_IDLE_S:
+                self.idle.popleft().close()
 
 
 class Transport:
@@ -25499,7 +25519,8 @@ def stated_length(environ: Json) -> int:
 
 def request_id(environ: Json) -> str:
     """As the door named it."""
-    return cast(str, environ["hermes.request_id"])
+    own: str = environ["hermes.request_id"]
+    return own
 
 
 class Door:
@@ -25970,8 +25991,7 @@ def respond(
         on_close(ask.guard.client_gone)
         ask.guard.hang_up = environ.get(HANG_UP, ask.guard.cut_off)
         ask.guard.room, ask.guard.share = router.room, environ.get(SHARE)
-        with Prelude(router, environ, ask):
-            made = answer()
+        made = kept_alive(router, environ, ask, answer) if ask.stream else answer()
         return handed_over(router, environ, visit, made, keep)
     except ClientGone:
         visit.leave(499)
@@ -26037,7 +26057,7 @@ class Prelude:
         self._send: Callable[..., None] | None = environ.get(SEND)
         self._after = router.config.keepalive_after
         self._headers = [*EVENT_STREAM.items(), ("X-Request-ID", ask.request_id)]
-        if ask.stream and self._after and self._send:
+        if self._after and self._send:
             ask.guard.quiet_since = ask.started + self._after - Watchdog.BEAT_S
             ask.guard.show_life(self._beat)
 
@@ -26056,6 +26076,12 @@ class Prelude:
             self._environ[IN_STREAM] = functools.partial(failed_stream, self._ask)
         if self._send:
             self._send(self._ask.surface.beat, self._headers)
+
+
+def kept_alive(router: Router, environ: Json, ask: Ask, answer: Callable[[], Answer]) -> Answer:
+    """A stream is answered, with signs of life until it begins."""
+    with Prelude(router, environ, ask):
+        return answer()
 
 
 def rate_headers(router: Router, ask: Ask) -> Json:
@@ -26804,6 +26830,8 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self.surroundings = surroundings(server, self.addr)
         self.stays = False  # the loop does not read
         self._reading = threading.RLock()  # one thread at a time
+        self._sending = threading.RLock()
+        self.outbuf_lock = threading.Condition(self._sending)  # as Waitress names it
         self._quick, self._ended = 0, 0.0  # when the last request did, monotonic seconds
 
     task_class = AppTask
@@ -26907,15 +26935,21 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
 
         The lock is one that Waitress takes again inside: nothing gets between the two parts.
         """
-        sent = 0
-        with self.outbuf_lock:
-            if self.connected and not self.total_outbufs_len and not self.will_close:
-                with suppress(OSError):  # full, or broken: Waitress's own way deals with both
-                    sent = self.socket.send(data)
+        with self._sending:
+            sent = self._sent_at_once(data)
             if sent == len(data):
                 return sent
             rest = memoryview(data)[sent:] if len(data) > LARGE_BYTES else data[sent:]
             return sent + cast(int, super().write_soon(rest))
+
+    def _sent_at_once(self, data: bytes) -> int:
+        if self.total_outbufs_len or self.will_close or not self.connected:
+            return 0
+        try:
+            sent: int = self.socket.send(data)
+        except OSError:  # full, or broken: Waitress's own way deals with both
+            return 0
+        return sent
 
     def _flush_some(self, do_close: bool = True) -> bool:
         """One thread at a time; only the loop closes, which goes through all channels."""
@@ -26942,7 +26976,7 @@ def make_server(app: flask.Flask, config: Config) -> Any:
     workers = Workers(config.worker_threads, config.max_streams + RESERVED_THREADS)
     sockets: dict[int, Any] = Sockets() if hasattr(select, "epoll") else {}
     server = waitress.server.create_server(
-        app,
+        app.wsgi_app,
         map=sockets,
         _dispatcher=workers,
         host=config.host,
