@@ -50,26 +50,28 @@ Contents (each section uses only the ones above it):
   JUDGEMENT   40. Difficulty       how hard is this request?
               41. Plan             which candidates, in what order, and why
               42. Verdicts         what an outcome means, and what rests for how long
-  ACTION      43. Transport        connections to providers, cut when nobody waits any more
-              44. Upstream         one attempt: send, wait for something useful, judge
-              45. Checks           keys that a provider called dead, asked again in the background
-              46. Sharing          one answer for identical requests: from memory, or from one call
-              47. Router           plan, try, learn, answer
-              48. Reload           changed settings taken over while requests go on
-  SURFACE     49. Configuration    what admins see and change over HTTP
-              50. Status           what /v1/status, /v1/models and /metrics say
-              51. Dashboard        one page to see it all
-              52. Endpoints        Flask: routes, auth, errors
-              53. Server           Waitress: elastic workers, JSON errors, closed clients noticed
-              54. Crash test       how these settings fare when providers misbehave
-              55. Documents        .env.example and the printed pages of docs/
-              56. Terminal         what commands print and ask; the running router
-              57. Views            status, logs, why, config and a few timed answers for people
-              58. Connect          clients whose settings are written, shown and taken back
-              59. Changes          commands that change keys, models, limits
-              60. Doctor           what may be wrong, and what to do about it
-              61. Setup            the wizard, from nothing to the first answer
-              62. Command line     the table of commands, and what comes from it
+              43. Listings         what a provider's list of models says, and which of them to use
+  ACTION      44. Transport        connections to providers, cut when nobody waits any more
+              45. Upstream         one attempt: send, wait for something useful, judge
+              46. Checks           keys that a provider called dead, asked again in the background
+              47. Discovery        providers asked in the background which models they have
+              48. Sharing          one answer for identical requests: from memory, or from one call
+              49. Router           plan, try, learn, answer
+              50. Reload           changed settings taken over while requests go on
+  SURFACE     51. Configuration    what admins see and change over HTTP
+              52. Status           what /v1/status, /v1/models and /metrics say
+              53. Dashboard        one page to see it all
+              54. Endpoints        Flask: routes, auth, errors
+              55. Server           Waitress: elastic workers, JSON errors, closed clients noticed
+              56. Crash test       how these settings fare when providers misbehave
+              57. Documents        .env.example and the printed pages of docs/
+              58. Terminal         what commands print and ask; the running router
+              59. Views            status, logs, why, config and a few timed answers for people
+              60. Connect          clients whose settings are written, shown and taken back
+              61. Changes          commands that change keys, models, limits
+              62. Doctor           what may be wrong, and what to do about it
+              63. Setup            the wizard, from nothing to the first answer
+              64. Command line     the table of commands, and what comes from it
 
 docs/architecture.md tells how a request walks through them, and what each word means.
 """
@@ -513,6 +515,10 @@ class Provider:
     refills: bool = False  # windows it states fill up little by little, not at once at their end
     accounts: bool = False  # its keys are accounts whose tokens are renewed (section Accounts)
     key_check: str = "/models"  # a GET that needs a valid key; "" = none does, a tiny chat does
+    # Which of the models that it lists discovery may add: all, those whose id says that they are
+    # free, those at price 0; unasked = it is not even asked, unless its own variable says so.
+    lists: Literal["all", "free ids", "free prices", "unasked"] = "all"
+    list_prefix: str = ""  # what its list puts before each id
     signup: str = ""
     extra_env: tuple[tuple[str, str], ...] = ()  # (placeholder in url, variable that fills it)
     key_prefix: tuple[str, ...] = ()  # how its keys start; empty = no fixed shape
@@ -552,6 +558,7 @@ PROVIDERS = (
         note="2026-11: 2.5 Flash and Pro end 2026-12-01; free prompts train outside EEA, CH, UK.",
         signup="https://aistudio.google.com/app/apikey",
         key_prefix=("AIza",),
+        list_prefix="models/",
     ),
     Provider(
         "openrouter",
@@ -586,6 +593,7 @@ PROVIDERS = (
         signup="https://openrouter.ai/keys",
         key_prefix=("sk-or-v1-",),
         key_check="/key",  # anybody may read its list
+        lists="free ids",
     ),
     Provider(
         "sambanova",
@@ -755,6 +763,7 @@ PROVIDERS = (
         signup="https://naga.ac/dashboard/api-keys",
         key_prefix=("ng-",),
         key_check="",  # its list is not known to need a key
+        lists="free ids",
     ),
     Provider(
         "nvidia",
@@ -803,6 +812,7 @@ PROVIDERS = (
         signup="https://huggingface.co/settings/tokens",
         key_prefix=("hf_",),
         key_check="",  # its list is not known to need a key
+        lists="unasked",
     ),
     Provider(
         "kimi",
@@ -833,6 +843,7 @@ PROVIDERS = (
         signup="https://opencode.ai/auth",
         key_prefix=("sk-",),
         key_check="",  # its list is not known to need a key
+        lists="free ids",
     ),
     Provider(
         "opencode_go",
@@ -888,6 +899,7 @@ PROVIDERS = (
         signup="https://platform.claude.com/settings/keys",
         key_prefix=("sk-ant-",),
         refills=True,
+        lists="unasked",
     ),
     Provider(
         "codex",
@@ -906,6 +918,7 @@ PROVIDERS = (
         note="2026-08: gpt-5.5 and older left; proxying a plan may break OpenAI's terms.",
         signup="https://chatgpt.com",
         key_check="/models?client_version=0.0.0",  # 2026-08: hermes-agent#93295
+        lists="unasked",
     ),
     Provider(
         "local",
@@ -921,6 +934,7 @@ PROVIDERS = (
         state_date="2026-11-20",
         note="2026-11: what the server lists counts more than these names.",
         key_check="",  # llama.cpp and others list without a key
+        lists="unasked",
     ),
     Provider(
         "xai",
@@ -1046,6 +1060,7 @@ PROVIDERS = (
         note="2026-10: prompts to free models are logged; the pool rotates.",
         signup="https://app.kilo.ai/profile",
         key_check="",  # its list is not known to need a key
+        lists="free ids",
     ),
     Provider(
         "llm7",
@@ -1126,6 +1141,7 @@ PROVIDERS = (
         signup="https://app.requesty.ai/api-keys",
         key_prefix=("rqsty-",),
         key_check="",  # its list is not known to need a key
+        lists="free prices",
     ),
     Provider(
         "vercel_ai_gateway",
@@ -1595,10 +1611,19 @@ NOTHING: Final = Price(0.0, 0.0)
 
 
 class ModelFacts:
-    """Looks up models: overrides first, then MODELS, then what the name gives away."""
+    """Looks up models: overrides, then MODELS, then what its provider says or its name tells."""
 
-    def __init__(self, overrides: Mapping[str, Mapping[str, object]] | None = None) -> None:
-        """`overrides` is keyed "provider/id" or "id"; ValueError names a bad key and field."""
+    def __init__(
+        self,
+        overrides: Mapping[str, Mapping[str, object]] | None = None,
+        listed: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    ) -> None:
+        """`overrides` is keyed "provider/id" or "id"; ValueError names a bad key and field.
+
+        `listed` is what providers say of their models, keyed "provider/id" in lower case: it
+        counts where nothing else is known.
+        """
+        self._listed = listed
         rows = {} if overrides is None else overrides
         if not isinstance(rows, Mapping):
             raise ValueError("model overrides: must be an object keyed by model id")
@@ -1627,18 +1652,21 @@ class ModelFacts:
 
     def _look_up(self, provider: str, id: str) -> Model:
         low = id.lower()
+        said = self._listed.get(f"{provider}/{low}", {})
         if model := self._exact.get((provider, low)):
-            return replace(model, id=id)
-        if model := self._by_id.get(low) or self._by_family.get(family(low)):
+            model = replace(model, id=id)
+        elif model := self._by_id.get(low) or self._by_family.get(family(low)):
             # A price and a retirement belong to one provider's offer, not to the model.
             model = replace(
                 model, provider=provider, id=id, price_in=None, price_out=None, retired=False
             )
         else:
-            model = Model(provider, id, rate_model(id), vision=sees_images(id))
+            sees = said.get("vision", sees_images(id))  # what it says is worth more than a name
+            model = Model(provider, id, rate_model(id), vision=sees)
         if is_free_id(id):
             model = replace(model, price_in=0.0, price_out=0.0)
-        return model
+        new = {name: value for name, value in said.items() if getattr(model, name) is None}
+        return replace(model, **new) if new else model
 
     def _overridden(self, model: Model) -> Model:
         for key in (model.id.lower(), f"{model.provider}/{model.id}".lower()):
@@ -1813,11 +1841,15 @@ class Service:
     embed_model: str = ""
     skip_tokens_over: int = 0
     max_output_tokens: int = 0
-    tools: Mapping[str, bool] = field(default_factory=dict)  # by model, "" = every model
+    tools: Mapping[str, bool] = field(default_factory=dict)  # by `env_suffix`, "" = every model
     reasoning: Mapping[str, bool] = field(default_factory=dict)
     headers: tuple[tuple[str, str], ...] = ()
     caps: Mapping[str, int] = field(default_factory=dict)  # RPM, RPD, TPM, TPD as set; 0 = none
     resting: str = ""  # why it is never tried: retired, or nothing left of its models
+    named: bool = False  # the models were chosen by the user
+    excluded: frozenset[str] = frozenset()  # models never used, in lower case
+    discover: bool | None = None  # whether its list is asked for; None = as for the others
+    unlisted: tuple[str, ...] = ()  # chosen models that its list lacks: for those who name them
 
     @functools.cached_property
     def name(self) -> str:
@@ -2109,6 +2141,21 @@ class Config:
         "Routing",
         "tokens added to a request's max_tokens for reasoning models; 0 = none",
     )
+    auto_discover_models: bool = setting(
+        False,
+        "AUTO_DISCOVER_MODELS",
+        "Routing",
+        "1 = providers are asked which models they have: those configured that are gone are left"
+        " out, the best of the others added; <PROVIDER>_AUTO_DISCOVER_MODELS wins",
+    )
+    auto_discover_limit: int = setting(
+        8,
+        "AUTO_DISCOVER_MODEL_LIMIT",
+        "Routing",
+        "models of a provider up to which listed ones are added to those configured",
+        low=1,
+        high=1000,
+    )
     session_affinity: bool = setting(
         True,
         "SESSION_AFFINITY",
@@ -2243,6 +2290,7 @@ class Config:
     key_rows: Mapping[str, Json] = field(default_factory=dict, repr=False)  # of auth.json
     model_overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     prices: Mapping[str, Price] = field(default_factory=dict)  # of MODEL_PRICES_FILE
+    listed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by providers' lists
     home: Path = Path(".")
     env_file: Path = Path(".env")
     warnings: tuple[str, ...] = ()
@@ -2340,7 +2388,7 @@ class Config:
 
 
 # Where an empty value says something: off, or none.
-EMPTY_SAYS: Final = re.compile(r".+_(?:EMBED_MODEL|SUPPORTS_TOOLS|REASONING)")
+EMPTY_SAYS: Final = re.compile(r".+_(?:EMBED_MODEL|SUPPORTS_TOOLS|REASONING|AUTO_DISCOVER_MODELS)")
 
 
 def layered(file: Mapping[str, str], process: Mapping[str, str]) -> dict[str, str]:
@@ -2703,8 +2751,9 @@ def read_service(
     url, own_url = read_base_url(reader, row, port)
     if not url:
         return None
-    models = read_models(reader, row)
-    tools = read_overrides(reader, prefix, models, "SUPPORTS_TOOLS")
+    excluded = split_list(reader.env.get(f"{prefix}_EXCLUDE_MODELS", "").lower())
+    models = read_models(reader, row, excluded)
+    discover = f"{prefix}_AUTO_DISCOVER_MODELS"
     return Service(
         provider=row,
         url=url,
@@ -2714,19 +2763,25 @@ def read_service(
         embed_model=reader.env.get(f"{prefix}_EMBED_MODEL", row.embed_model).strip(),
         skip_tokens_over=reader.count(f"{prefix}_SKIP_TOKENS_OVER", row.skip_tokens_over),
         max_output_tokens=reader.count(f"{prefix}_MAX_OUTPUT_TOKENS", row.max_output_tokens),
-        tools=tools,
-        reasoning=read_overrides(reader, prefix, models, "REASONING"),
+        tools=read_overrides(reader, prefix, "SUPPORTS_TOOLS"),
+        reasoning=read_overrides(reader, prefix, "REASONING"),
         headers=read_headers(reader, row),
         caps=read_caps(reader, row),
         resting=why_resting(row, own_url, models),
+        named=bool(split_list(reader.env.get(f"{prefix}_MODEL"))),
+        excluded=frozenset(excluded),
+        discover=reader.flag(discover, False) if discover in reader.env else None,
     )
+
+
+NO_MODELS: Final = "no models are left"
 
 
 def why_resting(row: Provider, own_url: bool, models: Sequence[str]) -> str:
     """A provider that is configured but never tried says why."""
     if row.state == "retired" and not own_url:
         return f"retired on {row.state_date}: {row.note}"
-    return "" if models else "no models are left"
+    return "" if models else NO_MODELS
 
 
 def read_keys(reader: SettingsReader, row: Provider, stored: Json) -> list[tuple[str, str]]:
@@ -2796,10 +2851,11 @@ def fill(reader: SettingsReader, variable: str) -> str:
     return text
 
 
-def read_models(reader: SettingsReader, row: Provider) -> tuple[str, ...]:
+def read_models(
+    reader: SettingsReader, row: Provider, excluded: Collection[str]
+) -> tuple[str, ...]:
     prefix = row.name.upper()
     names = split_list(reader.env.get(f"{prefix}_MODEL")) or row.models
-    excluded = {m.lower() for m in split_list(reader.env.get(f"{prefix}_EXCLUDE_MODELS"))}
     usable = []
     for name in dict.fromkeys(names):
         if not re.fullmatch(r"[\w.\-:/@+]+", name):
@@ -2809,14 +2865,16 @@ def read_models(reader: SettingsReader, row: Provider) -> tuple[str, ...]:
     return tuple(usable)
 
 
-def read_overrides(
-    reader: SettingsReader, prefix: str, models: Sequence[str], suffix: str
-) -> Mapping[str, bool]:
-    """<PROVIDER>_SUPPORTS_TOOLS and <PROVIDER>_<MODEL>_SUPPORTS_TOOLS, the latter winning."""
-    names = {"": f"{prefix}_{suffix}"} | {m: f"{prefix}_{env_suffix(m)}_{suffix}" for m in models}
-    return MappingProxyType(
-        {model: reader.flag(name, True) for model, name in names.items() if name in reader.env}
-    )
+def read_overrides(reader: SettingsReader, prefix: str, suffix: str) -> Mapping[str, bool]:
+    """<PROVIDER>_SUPPORTS_TOOLS as "" and <PROVIDER>_<MODEL>_SUPPORTS_TOOLS as <MODEL>."""
+    shape = re.compile(rf"{prefix}_(?:(.+)_)?{suffix}")
+    found = [match for name in reader.env if (match := shape.fullmatch(name))]
+    return MappingProxyType({match[1] or "": reader.flag(match[0], True) for match in found})
+
+
+def overridden(answers: Mapping[str, bool], model: str, known: bool) -> bool:
+    """What `read_overrides` found says of a model, else what is known."""
+    return answers.get(env_suffix(model), answers.get("", known)) if answers else known
 
 
 def read_caps(reader: SettingsReader, row: Provider) -> Mapping[str, int]:
@@ -16950,11 +17008,20 @@ def longest_rest(why: str) -> float:
     return LONGEST_QUARANTINE_S if why in DEAD else LONGEST_REST_S
 
 
+class Lists(Protocol):
+    """What providers list of their models (section Discovery), as it is kept."""
+
+    def kept(self) -> Json:
+        """The same object as long as nothing changed."""
+
+    def restore(self, rows: Json) -> None: ...
+
+
 Places = list[tuple[tuple[str, str, str], list[Json]]]  # (provider, key, model), its windows
 
 
 class StateFile:
-    """Keeps rests, dead keys, circuits and quotas in a file: a restart does not forget them.
+    """Keeps rests, dead keys, circuits, quotas and lists of models in a file, over a restart.
 
     One thread writes, at most every EVERY_S seconds and only what changed. No key stands in the
     file, not even a part of one: only an HMAC of it, with a salt of this file. Whatever happens
@@ -16978,9 +17045,11 @@ class StateFile:
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         ledger: Ledger | None = None,
+        lists: Lists | None = None,
     ) -> None:
         self._path, self._keys, self._breakers = path, keys, breakers
         self._now, self._wall, self._ledger = now, wall, ledger or Ledger((), wall)
+        self._lists = lists
         self._quotas: Places = []
         self._quotas_at = -math.inf
         self._salt = secrets.token_bytes(16)
@@ -17031,17 +17100,19 @@ class StateFile:
 
     def _seen(
         self,
-    ) -> tuple[dict[tuple[str, str, str], Rest], dict[str, tuple[str, float]], Places]:
+    ) -> tuple[dict[tuple[str, str, str], Rest], dict[str, tuple[str, float]], Places, Json]:
         now = self._now()
         if now - self._quotas_at >= self.QUOTAS_EVERY_S:
             self._quotas, self._quotas_at = self._ledger.kept(self.MAX_QUOTAS), now
-        return self._keys.rests(), self._breakers.circuits(), self._quotas
+        lists = self._lists.kept() if self._lists else {}
+        return self._keys.rests(), self._breakers.circuits(), self._quotas, lists
 
     def _document(
         self,
         rests: Mapping[tuple[str, str, str], Rest],
         circuits: Mapping[str, tuple[str, float]],
         quotas: Places,
+        lists: Json,
     ) -> Json:
         wall = self._wall()
         ahead = wall - self._now()  # of the pool's clock
@@ -17078,6 +17149,7 @@ class StateFile:
                 for (provider, key, model), windows in quotas
                 if len(model) <= self.MAX_NAME
             ],
+            "lists": lists,
         }
 
     def _fingerprint(self, provider: str, key: str) -> str:
@@ -17159,6 +17231,8 @@ class StateFile:
             if provider in self._keys.held() and isinstance(circuit, dict)
         ]
         self._restore_quotas(document.get("quotas"), keys)
+        if self._lists:
+            self._lists.restore(as_dict(document.get("lists")))
         return sum(rests), sum(opened)
 
     def _restore_quotas(self, rows: Any, keys: Mapping[tuple[str, str], str]) -> None:
@@ -19998,17 +20072,20 @@ Group = tuple[tuple[Target, ...], ...]  # equals within each inner tuple
 
 def make_target(service: Service, model: str, known: ModelFacts) -> Target:
     facts = known.facts(service.name, model)
-    tools = service.tools.get(model, service.tools.get("", facts.tools is not False))
-    reasoning = service.reasoning.get(model, service.reasoning.get("", bool(facts.reasoning)))
-    told = service.tools.get(model, service.tools.get("", facts.tools is True))
+    tools = overridden(service.tools, model, facts.tools is not False)
+    reasoning = overridden(service.reasoning, model, bool(facts.reasoning))
+    told = overridden(service.tools, model, facts.tools is True)
     cost = cost_bucket(service, facts)
     return Target(service, model, facts, tools, bool(facts.vision), reasoning, cost, told)
 
 
 def cost_bucket(service: Service, facts: Model) -> int:
+    """Coarse price of a target: what a free tier, a plan or this machine serves costs nothing."""
+    return 0 if service.provider.tier in ("free", "local", "subscription") else price_bucket(facts)
+
+
+def price_bucket(facts: Model) -> int:
     """Coarse price, so that cents never beat fit; unknown is not free (it counts as dear)."""
-    if service.provider.tier in ("free", "local", "subscription"):
-        return 0
     if facts.price_in is None or facts.price_out is None:
         return 3
     price = facts.price_in + facts.price_out
@@ -20176,7 +20253,7 @@ class Directory:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._known = ModelFacts(config.model_overrides)
+        self._known = ModelFacts(config.model_overrides, config.listed)
         self.services = {s.name: s for s in config.services if not s.resting}
         self.targets = tuple(
             make_target(s, model, self._known) for s in self.services.values() for model in s.models
@@ -20184,6 +20261,10 @@ class Directory:
         self._by_id: dict[str, list[Target]] = {}
         for target in self.targets:
             self._by_id.setdefault(target.model.lower(), []).append(target)
+        for service in self.services.values():  # a list that forgets a model must break nobody
+            for model in service.unlisted:
+                if model.lower() not in self._by_id:
+                    self._by_id[model.lower()] = [make_target(service, model, self._known)]
         self._aliases = [
             (pattern.strip().lower(), goal.strip())
             for pattern, _, goal in (row.partition("=") for row in config.model_aliases)
@@ -20642,7 +20723,222 @@ def rest_seconds(verdict: Verdict, outcome: Outcome, clock: Clock, wall: float) 
 
 
 # =============================================================================
-# 43. Transport
+# 43. Listings
+# =============================================================================
+
+MODEL_ID: Final = re.compile(r"[\w.\-:/@+]{1,200}", re.ASCII)
+MAX_OFFERS: Final = 5000  # of one list
+# Words in the id or the type of what is no chat model, as of 2026-11.
+NO_CHAT: Final = re.compile(
+    r"(?<![a-z])(?:embed\w*|bge|e5|gte|minilm|rerank\w*|reward|retriev\w*|moderat\w*|safety"
+    r"|\w*guard|shield\w*|detector|tts|asr|stt|speech|whisper|voice|audio|transcri\w*|transl\w*"
+    r"|realtime|live|music|lyria|orpheus|image\w*|dall|flux|\w*diffusion|sdxl|video|veo|sora|kling"
+    r"|ocr|parse|aqa|babbage|davinci|turbo-instruct|base|deep-research|computer-use)(?![a-z])"
+)
+# Where a row of a list says more of its model, beside the row itself.
+INNER: Final = ("capabilities", "architecture", "top_provider", "limits", "model_spec")
+WORD_LISTS: Final = (
+    "supported_parameters", "supported_features", "features", "capabilities", "tags",
+    "input_modalities",
+)  # fmt: skip
+# What a model can do, in the words of lists: without `supports`, capitals and marks.
+LISTED_ABILITIES: Final[Mapping[str, tuple[str, ...]]] = {
+    "tools": ("tools", "functioncalling", "tooluse", "toolcalling", "toolcall", "toolcalls"),
+    "vision": ("vision", "image", "imageinput"),
+    "reasoning": ("reasoning", "includereasoning", "thinking"),
+}
+LISTED_SIZES: Final[Mapping[str, tuple[str, ...]]] = {
+    "window": (
+        "context_length", "context_window", "max_model_len", "max_context_length",
+        "max_input_tokens", "inputTokenLimit", "context_size", "availableContextTokens",
+    ),
+    "max_output": ("max_output_tokens", "max_completion_tokens", "outputTokenLimit"),
+}  # fmt: skip
+LISTED_PRICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "price_in": ("prompt", "input", "input_price"),
+    "price_out": ("completion", "output", "output_price"),
+}
+# What a list says of a model that chats: one of the words must be in the text beside them.
+WAYS: Final = (
+    ("endpoints", "chat"),
+    ("supportedGenerationMethods", "generateContent"),
+    ("output_modalities", "text"),
+)
+GONE: Final = ("archived", "deprecated", "is_deprecated", "disabled")
+
+
+class Offer(NamedTuple):
+    """One model that a provider lists."""
+
+    id: str
+    chats: bool
+    facts: dict[str, Any]  # what the list says of it: some fields of Model
+
+
+def offers_in(document: object, row: Provider) -> list[Offer]:
+    """The models of a list in any of its shapes, each once; [] for what is none, or too long."""
+    places = (as_dict(document).get(name) for name in ("data", "models", "result"))
+    rows = document if isinstance(document, list) else as_list(next(filter(None, places), None))
+    if len(rows) > MAX_OFFERS:
+        return []
+    found = (offer_from(as_dict(item) or {"id": item}, row) for item in rows)
+    return list({offer.id.lower(): offer for offer in found if offer}.values())
+
+
+def offer_from(item: Json, row: Provider) -> Offer | None:
+    names = (as_text(item.get(name)).strip() for name in ("id", "name", "slug", "model"))
+    id = next(filter(None, names), "").removeprefix(row.list_prefix)
+    if not MODEL_ID.fullmatch(id):
+        return None
+    spec = as_dict(as_dict(item.get("model_spec")).get("capabilities"))
+    parts = [item, *(as_dict(item.get(name)) for name in INNER), spec]
+    facts = {**listed_sizes(parts), **listed_prices(item, row), **listed_abilities(parts)}
+    return Offer(id, is_for_chats(id, parts), facts)
+
+
+def listed_sizes(parts: Sequence[Json]) -> dict[str, int]:
+    """Window and longest answer in tokens, where they are numbers that can be meant."""
+    found = {
+        field: [finite_number(part.get(name)) or 0 for name in names for part in parts]
+        for field, names in LISTED_SIZES.items()
+    }
+    sizes = {field: next((n for n in ns if 256 <= n < 1e9), 0) for field, ns in found.items()}
+    return {field: int(size) for field, size in sizes.items() if size}
+
+
+def listed_prices(item: Json, row: Provider) -> dict[str, float]:
+    """USD per 1M tokens; {} unless both are known.
+
+    Lists give them per token or per 1M. A 0 is believed only of those who have free models:
+    others write it where they sell something else.
+    """
+    found, parts = {}, (as_dict(item.get("pricing")), item)
+    for name, words in LISTED_PRICES.items():
+        told = (finite_number(part.get(word)) for part in parts for word in words)
+        price = next((number for number in told if number is not None), -1.0)
+        if not 0 <= price < 1e4 or (price == 0 and row.tier != "free"):
+            return {}
+        found[name] = round(price * 1e6 if price < 0.001 else price, 6)
+    return found
+
+
+def listed_abilities(parts: Sequence[Json]) -> dict[str, bool]:
+    """What a list says that a model can or cannot do."""
+    words = {
+        name: {plain_word(as_text(word)) for part in parts for word in as_list(part.get(name))}
+        for name in WORD_LISTS
+    }
+    told = {plain_word(name): v for part in parts for name, v in part.items() if type(v) is bool}
+    said = {**told, **dict.fromkeys(set().union(*words.values()), True)}
+    # Of these two lists it means something what they leave out.
+    whole = {"tools": words["supported_parameters"], "vision": words["input_modalities"]}
+    answers = {}
+    for ability, names in LISTED_ABILITIES.items():
+        answer = next((said[name] for name in names if name in said), None)
+        if answer is not None or whole.get(ability):
+            answers[ability] = bool(answer)
+    return answers
+
+
+def plain_word(text: str) -> str:
+    """`supportsFunctionCalling` and `function-calling` are one word."""
+    return re.sub(r"[^a-z]", "", text.lower()).removeprefix("supports")
+
+
+def is_for_chats(id: str, parts: Sequence[Json]) -> bool:
+    """Whether it answers chats and goes on doing so, by its name and what its list says."""
+    item = parts[0]
+    kind = " ".join([id, as_text(item.get("type")), as_text(item.get("task"))])
+    if NO_CHAT.search(kind.lower()) or item.get("active") is False:
+        return False
+    if any(part.get("completion_chat") is False for part in parts):
+        return False
+    if any(item.get(name) is True for name in GONE):
+        return False
+    ways = ((as_list(part.get(name)), word) for part in parts for name, word in WAYS)
+    return all(word in str(found) for found, word in ways if found)
+
+
+def names_listed(offers: Iterable[Offer]) -> set[str]:
+    """Every name, in lower case, by which a listed model may be asked for."""
+    ids = {offer.id.lower() for offer in offers}
+    undated = {DATE_SUFFIX.sub("", id) for id in ids}
+    return ids | undated | {id.removesuffix(":latest") for id in ids}
+
+
+def is_listed(model: str, names: Collection[str]) -> bool:
+    """Whether a list has it: `x-latest`, and `x:nitro` or another host of it, are as good as x."""
+    low = model.lower()
+    plain = low if is_free_id(low) else OFFER_SUFFIX.sub("", low)
+    return not {low, plain, plain.removesuffix("-latest")}.isdisjoint(names)
+
+
+def offer_kind(id: str) -> tuple[str, bool]:
+    """The same for all names of one model, the free offer apart."""
+    return family(id), is_free_id(id)
+
+
+def best_listed(service: Service, offers: Iterable[Offer], known: ModelFacts) -> list[str]:
+    """Ids that may be added, each model once: cheapest first, then strongest, then by name."""
+    row = service.provider
+    free_only = row.lists in ("free ids", "free prices")
+    ranks: dict[tuple[str, bool], tuple[int, int, str]] = {}
+    newest = sorted(offers, key=lambda offer: offer.id, reverse=True)
+    for offer in sorted(newest, key=lambda offer: bool(DATE_SUFFIX.search(offer.id))):
+        facts, priced = known.facts(service.name, offer.id), "price_in" in offer.facts
+        cost = price_bucket(facts) if priced else cost_bucket(service, facts)
+        free = is_free_id(offer.id) or (row.lists == "free prices" and priced and cost == 0)
+        fits = offer.chats and not (facts.embedding or facts.retired) and (free or not free_only)
+        if fits and offer.id.lower() not in service.excluded:
+            ranks.setdefault(offer_kind(offer.id), (cost, facts.rating, offer.id))
+    return [id for *_, id in sorted(ranks.values())]
+
+
+def with_listed(
+    service: Service, offers: Sequence[Offer], known: ModelFacts, most: int
+) -> Service | None:
+    """The service with those of its models that are listed, then the best of the others.
+
+    Those are added up to `most` models in all. None if nothing would be left.
+    """
+    names = names_listed(offers)
+    kept = [model for model in service.models if is_listed(model, names)]
+    kinds = {offer_kind(model) for model in kept}
+    new = [id for id in best_listed(service, offers, known) if offer_kind(id) not in kinds]
+    models = (*kept, *new[: max(0, most - len(kept))])
+    gone = tuple(model for model in service.models if model not in kept)
+    return replace(service, models=models, unlisted=gone, resting="") if models else None
+
+
+def asks_for_models(service: Service, config: Config) -> bool:
+    """Whether a provider is asked for its models. One that is retired is not."""
+    usual = config.auto_discover_models and service.provider.lists != "unasked"
+    wanted = usual if service.discover is None else service.discover
+    return wanted and service.resting in ("", NO_MODELS)
+
+
+def next_page(document: object) -> str:
+    """Where a list goes on that is told in pages, as Anthropic does; "" = this was all."""
+    last = as_dict(document).get("last_id")
+    more = as_dict(document).get("has_more") is True and isinstance(last, str)
+    fits = more and MODEL_ID.fullmatch(str(last))
+    return f"/models?{urlencode({'limit': 1000, 'after_id': last})}" if fits else ""
+
+
+def kept_offer(row: object) -> Offer | None:
+    """An offer as the state file holds it; None for anything else."""
+    if not isinstance(row, list) or len(row) != 3:
+        return None
+    id, chats, facts = as_text(row[0]), row[1], as_dict(row[2])
+    if not MODEL_ID.fullmatch(id) or type(chats) is not bool:
+        return None
+    known = {name: v for name, v in facts.items() if name in OVERRIDE_CHECKS}
+    good = {name: v for name, v in known.items() if OVERRIDE_CHECKS[name](v) and v is not None}
+    return Offer(id, chats, good)
+
+
+# =============================================================================
+# 44. Transport
 # =============================================================================
 
 READ_BYTES: Final = 65_536
@@ -21362,7 +21658,7 @@ class Transport:
 
 
 # =============================================================================
-# 44. Upstream
+# 45. Upstream
 # =============================================================================
 
 ANSWERED: Final = frozenset({200, 201, 202, 203})  # web frameworks answer a POST with 201
@@ -21750,6 +22046,23 @@ class Upstream:
 
     def look_up(self, service: Service, key: str, path: str, guard: Guard) -> Outcome:
         """What a GET with a key says: its status, and of a failure the reason."""
+        response, secret = self._get(service, key, path, guard)
+        if response.status == 200:  # a list of models may be large
+            response.close()
+            return Outcome(200, "")
+        return self._refused(response, secret.encode(), service.provider).outcome
+
+    def look_into(
+        self, service: Service, key: str, path: str, guard: Guard, limit: int
+    ) -> tuple[Outcome, bytes]:
+        """The same, and of a success the body: TransportError if it is above `limit` bytes."""
+        response, secret = self._get(service, key, path, guard)
+        if response.status == 200:
+            return Outcome(200, ""), response.read(limit)
+        return self._refused(response, secret.encode(), service.provider).outcome, b""
+
+    def _get(self, service: Service, key: str, path: str, guard: Guard) -> tuple[Response, str]:
+        """A GET with a key, and what was shown of it."""
         secret = self._accounts.access_token(key) if service.provider.accounts else key
         dialect = service.provider.dialects[0]
         if service.provider.accounts:
@@ -21760,12 +22073,9 @@ class Upstream:
             headers += CLAUDE_VERSION
         origin = self._transport.origin(service.url)
         response = self._transport.get(origin, path, headers, guard)
-        if response.status == 200:  # a list of models may be large
-            response.close()
-            return Outcome(200, "")
         if response.status == 401 and service.provider.accounts:
             self._accounts.reject(key, secret)  # the next time with a new one
-        return self._refused(response, secret.encode(), service.provider).outcome
+        return response, secret
 
     def _refused(self, response: Response, secret: bytes, provider: Provider) -> Attempt:
         """A status other than 200, with the provider's reason."""
@@ -21986,7 +22296,7 @@ def not_a_stream(response: Response, start: bytes, flow: Flow) -> Attempt:
 
 
 # =============================================================================
-# 45. Checks
+# 46. Checks
 # =============================================================================
 
 Standing = Literal["valid", "dead", "unclear"]
@@ -22199,7 +22509,303 @@ class KeyChecks:
 
 
 # =============================================================================
-# 46. Sharing
+# 47. Discovery
+# =============================================================================
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a provider listed last, and how the latest question went."""
+
+    url: str
+    offers: tuple[Offer, ...] = ()
+    at: float = 0.0  # unix seconds of the list; 0 = none came yet
+    error: str = ""  # why the latest question brought none
+    keys: int = 0  # hash of the keys that the provider had then
+    wait_s: float = 0.0
+    due: float = 0.0  # when it is asked again, on the router's clock
+
+
+class NoList(Exception):
+    """A provider answered, but not with a list of models."""
+
+
+class Discovery:
+    """Providers are asked in the background which models they have, now and then.
+
+    One thread, and while there is something to ask up to MOST more; none while nothing is to be
+    discovered. `changed` is called when a list came that differs from the one before. Whatever
+    goes wrong, the models stay as they are.
+    """
+
+    EVERY_S: ClassVar[float] = 86_400.0
+    RETRY_S: ClassVar[float] = 900.0  # after a failure, at first; doubles
+    LIMIT_S: ClassVar[float] = 10.0  # for one list
+    TICK_S: ClassVar[float] = 0.25
+    MOST: ClassVar[int] = 4
+    MAX_KEYS: ClassVar[int] = 3  # tried one after the other when a key is refused
+    MAX_PAGES: ClassVar[int] = 5
+    MAX_BYTES: ClassVar[int] = 4 << 20  # of a page
+    MAX_KEPT: ClassVar[int] = 4000  # offers in the state file, of all providers
+    KEPT_S: ClassVar[float] = 7 * 86_400.0  # older ones are not gone by after a restart
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        keys: KeyPool,
+        watchdog: Watchdog,
+        changed: Callable[[], None],
+        now: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._upstream, self._keys, self._watchdog = upstream, keys, watchdog
+        self._changed, self._now, self._wall = changed, now, wall
+        self._config = Config()
+        self._found: dict[str, Listing] = {}  # replaced, never changed
+        self._used = self._found
+        self._told: dict[str, tuple[Sequence[str], Sequence[str]]] = {}
+        self._kept: tuple[dict[str, Listing], Json] = (self._found, {})
+        self._guards: set[Guard] = set()
+        self._bell, self._lock = threading.Event(), threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._on = self._closed = False
+
+    # -- settings --------------------------------------------------------------------------
+
+    def adopt(self, config: Config, _stay: frozenset[str]) -> None:
+        self._config = config
+        self._wake()
+
+    def applied(self, config: Config) -> Config:
+        """`config` with the models that its providers list."""
+        found = {s.name: one.offers for s in config.services if (one := self._listing(s, config))}
+        if not found:
+            return config
+        facts = {
+            f"{name}/{offer.id}".lower(): offer.facts
+            for name, offers in found.items()
+            for offer in offers
+            if offer.facts
+        }
+        known, most = ModelFacts(config.model_overrides, facts), config.auto_discover_limit
+        services = (
+            with_listed(s, found[s.name], known, most) or s if s.name in found else s
+            for s in config.services
+        )
+        return replace(config, services=tuple(services), listed=MappingProxyType(facts))
+
+    def _listing(self, service: Service, config: Config) -> Listing | None:
+        """What this provider listed at this place, if it is to be used."""
+        listing = self._found.get(service.name)
+        fits = listing and listing.offers and listing.url == service.url
+        return listing if fits and asks_for_models(service, config) else None
+
+    def snapshot(self, service: Service, chosen: Collection[str]) -> Json | None:
+        """What /v1/status says of a provider whose models were `chosen`; None = it is not asked."""
+        if not asks_for_models(service, self._config):
+            return None
+        listing = self._found.get(service.name) or Listing(service.url)
+        return {
+            "listed": len(listing.offers),
+            "listed_at": round(listing.at, 3) or None,
+            "added": [model for model in service.models if model not in chosen],
+            "unlisted": list(service.unlisted),
+            "error": listing.error or None,
+        }
+
+    # -- asking ----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._on = True
+        self._wake()
+
+    def close(self) -> None:
+        """Cut off the questions under way; no other one is asked."""
+        self._on, self._closed = False, True
+        self._bell.set()
+        for guard in self._guards.copy():
+            guard.client_gone()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def _wake(self) -> None:
+        if not self._on or not self._wanted():
+            return
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="discovery", daemon=True)
+                self._thread.start()
+        self._bell.set()
+
+    def _wanted(self) -> list[Service]:
+        return [s for s in self._config.services if asks_for_models(s, self._config)]
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._bell.clear()
+            try:
+                wait = self.run_due()
+            except Exception:  # the next list may be better
+                log.exception("the lists of models could not be looked at")
+                wait = self.RETRY_S
+            self._bell.wait(wait)
+
+    def run_due(self) -> float | None:
+        """Ask what is due now; seconds until the next question, None while there is none."""
+        due = deque(service for service in self._wanted() if self._is_due(service))
+        crew = [
+            threading.Thread(target=self._ask_all, args=(due,), name="discovery", daemon=True)
+            for _ in range(min(self.MOST, len(due)))
+        ]
+        for thread in crew:
+            thread.start()
+        for thread in crew:
+            while thread.is_alive() and not self._closed:  # each list is used as it comes
+                thread.join(self.TICK_S)
+                self._take_over()
+        self._take_over()
+        waits = [self._found[s.name].due for s in self._wanted() if s.name in self._found]
+        return max(0.0, min(waits) - self._now()) if waits else None
+
+    def _is_due(self, service: Service) -> bool:
+        listing = self._found.get(service.name)
+        if listing is None or (listing.url, listing.keys) != (service.url, hash(service.keys)):
+            return True
+        return listing.due <= self._now()
+
+    def _ask_all(self, due: deque[Service]) -> None:
+        while not self._closed:
+            try:
+                service = due.popleft()
+            except IndexError:
+                return
+            try:
+                offers = self._ask(service)
+            except ClientGone:  # the router is on its way out
+                return
+            except (NoList, TransportError, AccountError) as error:
+                self._failed(service, scrub(str(error), 200))
+            except Exception:
+                log.exception("the list of %s could not be read", service.name)
+                self._failed(service, "it could not be read")
+            else:
+                due_in = self.EVERY_S * jitter()
+                self._note(service, Listing(service.url, tuple(offers), self._wall()), due_in)
+
+    def _note(self, service: Service, listing: Listing, wait_s: float) -> None:
+        asked = replace(listing, keys=hash(service.keys), wait_s=wait_s, due=self._now() + wait_s)
+        with self._lock:
+            self._found = {**self._found, service.name: asked}
+
+    def _failed(self, service: Service, why: str) -> None:
+        old = self._found.get(service.name)
+        if old is None or old.url != service.url:
+            old = Listing(service.url)
+        if why != old.error:
+            log.warning("%s: its list of models did not come: %s", service.name, why)
+        wait = min(2 * old.wait_s, self.EVERY_S) if old.error else self.RETRY_S * jitter()
+        self._note(service, replace(old, error=why), wait)
+
+    def _ask(self, service: Service) -> list[Offer]:
+        """What a provider lists, with the first of its keys that it does not refuse."""
+        dead = {key for provider, key in self._keys.dead() if provider == service.name}
+        outcome, offers = Outcome(0, "none of its keys works"), list[Offer]()
+        for key in [key for key in service.keys if key not in dead][: self.MAX_KEYS]:
+            outcome, offers = self._fetch(service, key)
+            if outcome.status not in (401, 403):
+                break
+        if outcome.status != 200:
+            raise NoList(f"{outcome.status or ''} {outcome.text}".strip())
+        known = ModelFacts(self._config.model_overrides)
+        if not offers or with_listed(service, offers, known, 1) is None:
+            raise NoList("none of its models can be used" if offers else "what came holds none")
+        return offers
+
+    def _fetch(self, service: Service, key: str) -> tuple[Outcome, list[Offer]]:
+        """All pages of a list with one key, within LIMIT_S."""
+        row, guard = service.provider, Guard()
+        deadline = self._now() + self.LIMIT_S
+        guard.begin(deadline, deadline)
+        self._guards.add(guard)
+        self._watchdog.watch(guard)
+        # Where a list is told of in the table it is asked for in those words.
+        path = row.key_check if row.key_check.startswith("/models") else "/models"
+        offers: list[Offer] = []
+        try:
+            for _ in range(self.MAX_PAGES):
+                if self._closed:
+                    raise ClientGone
+                outcome, body = self._upstream.look_into(service, key, path, guard, self.MAX_BYTES)
+                document = read_json(body)
+                offers += offers_in(document, row)
+                path = next_page(document)
+                if not path:
+                    return outcome, offers
+            raise NoList(f"it has more than {self.MAX_PAGES} pages")
+        finally:
+            self._watchdog.unwatch(guard)
+            self._guards.discard(guard)
+
+    # -- taking over -----------------------------------------------------------------------
+
+    def _take_over(self) -> None:
+        """Have what came used, and tell it once."""
+        if self._used is not self._found:
+            self._used = self._found
+            self._changed()
+        for service in self._wanted():
+            if self._listing(service, self._config):
+                self._tell(service)
+
+    def _tell(self, service: Service) -> None:
+        now = service.models, service.unlisted
+        if self._told.get(service.name) == now:
+            return
+        self._told[service.name] = now
+        log.info("%s: models by its list: %s", service.name, ", ".join(service.models))
+        if service.unlisted:
+            log.log(
+                logging.WARNING if service.named else logging.INFO,
+                "%s does not list %s: asked only where a request names it",
+                service.name,
+                ", ".join(service.unlisted),
+            )
+
+    # -- over a restart --------------------------------------------------------------------
+
+    def kept(self) -> Json:
+        """Lists for the state file: whole ones, and not too many of them."""
+        found, rows = self._kept
+        if found is not self._found:
+            found, left, rows = self._found, self.MAX_KEPT, {}
+            for name, listing in found.items():
+                if 0 < len(listing.offers) <= left:
+                    left -= len(listing.offers)
+                    place = {"place": place_mark(listing.url), "at": round(listing.at, 1)}
+                    rows[name] = {**place, "models": [list(offer) for offer in listing.offers]}
+            self._kept = (found, rows)
+        return rows
+
+    def restore(self, rows: Json) -> None:
+        """Begin with lists that were kept; each is asked for again all the same."""
+        found = dict(self._found)
+        for service in self._config.services:
+            row = as_dict(rows.get(service.name))
+            at = finite_number(row.get("at")) or 0.0
+            if row.get("place") == place_mark(service.url) and 0 <= self._wall() - at < self.KEPT_S:
+                offers = map(kept_offer, as_list(row.get("models"))[: self.MAX_KEPT])
+                listing = Listing(service.url, tuple(filter(None, offers)), at)
+                found[service.name] = listing
+        self._found = found
+
+
+def place_mark(url: str) -> str:
+    """A provider's address as the state file may hold it."""
+    return hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
+# =============================================================================
+# 48. Sharing
 # =============================================================================
 
 MAX_TURNS: Final = 3  # in which a request waits for another one; then it asks for itself
@@ -22653,7 +23259,7 @@ class Sharing:
 
 
 # =============================================================================
-# 47. Router
+# 49. Router
 # =============================================================================
 
 MAX_ATTEMPTS: Final = 48
@@ -22831,7 +23437,8 @@ class Router:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.now, self.sleep, self.wall = now, sleep, wall
-        self.config = config
+        self.settings = self.config = config  # as read, and with what providers list
+        self._adopting = threading.Lock()  # held while settings are taken over
         self.loaded = Loaded(time.time())
         self.keys = KeyPool({}, now=now)
         self.breakers = Breakers(now=now)
@@ -22852,9 +23459,14 @@ class Router:
         self.upstream = Upstream(config, self.transport, now, self.accounts, self.lessons)
         self.probe = KeyProbe(self.upstream, lambda: self.directory, self.watchdog, now)
         self.checks = KeyChecks(self.keys, self.probe.ask, now)
+        self.discovery = Discovery(
+            self.upstream, self.keys, self.watchdog, self.refresh, now=now, wall=wall
+        )
         name = config.state_file
         path = config.home / Path(name).expanduser() if name else None
-        self.state = StateFile(path, self.keys, self.breakers, now, wall, self.ledger)
+        self.state = StateFile(
+            path, self.keys, self.breakers, now, wall, self.ledger, self.discovery
+        )
         self.responses = ResponseStore(now=now)
         self.cache = Cache(
             config.cache_ttl, config.cache_max_size, config.cache_max_bytes, make_shelf(config)
@@ -22875,6 +23487,7 @@ class Router:
             self.accounts,
             self.upstream,
             self.checks,
+            self.discovery,
             self.cache,
             self.sharing,
         ]
@@ -22883,15 +23496,18 @@ class Router:
     def start(self) -> None:
         """What goes on beside requests: health is kept in a file, dead keys are asked again."""
         self.state.start()
+        self.refresh()  # with what providers listed before
         self.usage.start()
         self.quotas.restore(self.usage.places())
         self.cache.start()
         self.checks.start()
+        self.discovery.start()
 
     def close(self) -> None:
         """Stop what `start` began, and let go of the connections to providers."""
         self.probe.close()
         self.checks.close()
+        self.discovery.close()
         self.state.close()
         self.usage.close()
         self.cache.close()
@@ -22902,10 +23518,22 @@ class Router:
     def adopt(self, config: Config) -> None:
         """Take over other settings while requests go on: those under way end as they began.
 
-        What was learnt is kept of keys and providers that stay where they are. One caller at a
-        time (Reloader); a request looks at `directory` once.
+        What was learnt is kept of keys and providers that stay where they are. A request looks
+        at `directory` once.
         """
-        stay = staying(self.config, config)
+        with self._adopting:
+            stay = staying(self.settings, config)
+            self.settings = config
+            self._use(self.discovery.applied(config), stay)
+
+    def refresh(self) -> None:
+        """Take over, in the same way, what providers list now."""
+        with self._adopting:
+            config = self.discovery.applied(self.settings)
+            if config != self.config:
+                self._use(config, staying(config, config))
+
+    def _use(self, config: Config, stay: frozenset[str]) -> None:
         self.config, self.directory = config, Directory(config)
         self.prices = Prices(config.prices, config.model_overrides)
         for part in self.parts:
@@ -23630,7 +24258,7 @@ def echo_events(head: Json, text: str, usage: Json) -> Iterator[bytes]:
 
 
 # =============================================================================
-# 48. Reload
+# 50. Reload
 # =============================================================================
 
 
@@ -23724,7 +24352,7 @@ class Reloader:
 
     def _settle(self, read: Config | None, problem: str) -> None:
         router = self._router
-        old = router.config
+        old = router.settings
         if read is None:
             if problem != router.loaded.error:
                 log.error("the settings were not taken over, the old ones stay: %s", problem)
@@ -23754,7 +24382,7 @@ def file_mark(path: Path) -> tuple[int, int, int] | None:
 
 
 # =============================================================================
-# 49. Configuration
+# 51. Configuration
 # =============================================================================
 
 # -- features --------------------------------------------------------------------
@@ -23851,6 +24479,7 @@ PROVIDER_SETTINGS: Final = frozenset(
         "BASE_URL",
         "MODEL",
         "EXCLUDE_MODELS",
+        "AUTO_DISCOVER_MODELS",
         "EMBED_MODEL",
         "SKIP_TOKENS_OVER",
         "MAX_OUTPUT_TOKENS",
@@ -24411,7 +25040,7 @@ def run_errand(desk: Desk, errand: Errand, body: Json, names: Mapping[str, str])
 
 
 # =============================================================================
-# 50. Status
+# 52. Status
 # =============================================================================
 
 
@@ -24654,6 +25283,7 @@ def cooldown_samples(router: Router) -> Iterator[tuple[Mapping[str, object], flo
 def service_status(router: Router, service: Service) -> Json:
     name, tally = service.name, router.usage.tally(service.name)
     targets = [t for t in router.directory.targets if t.provider == name]
+    chosen = next((s.models for s in router.settings.services if s.name == name), ())
     return {
         "keys": router.keys.snapshot(name, service.models),
         "stats": {
@@ -24677,6 +25307,7 @@ def service_status(router: Router, service: Service) -> Json:
         "tier": service.provider.tier,
         "model": service.models[0] if service.models else None,
         "models": list(service.models),
+        "discovery": router.discovery.snapshot(service, chosen),
         "model_caps": [target_status(t) for t in targets],
         "embed_model": service.embed_model or None,
         "skip_if_tokens_over": service.skip_tokens_over,
@@ -25028,7 +25659,7 @@ def labels_text(labels: Mapping[str, object]) -> str:
 
 
 # =============================================================================
-# 51. Dashboard
+# 53. Dashboard
 # =============================================================================
 
 # One static page: what it shows it asks the endpoints for, with the key that was typed into it.
@@ -25349,7 +25980,7 @@ def dashboard_headers() -> dict[str, str]:
 
 
 # =============================================================================
-# 52. Endpoints
+# 54. Endpoints
 # =============================================================================
 
 ENDPOINT_NAMES: Final = {
@@ -26277,7 +26908,7 @@ def http_error(router: Router, environ: Json, error: HTTPException) -> Reply:
 
 
 # =============================================================================
-# 53. Server
+# 55. Server
 # =============================================================================
 
 RESERVED_THREADS: Final = 32  # beyond MAX_STREAMS, so that /health never waits for one
@@ -27107,7 +27738,7 @@ def allow_many_files() -> None:
 
 
 # =============================================================================
-# 54. Crash test
+# 56. Crash test
 # =============================================================================
 
 MANY: Final = 1_000_000
@@ -27949,7 +28580,7 @@ def crash_notes(runs: Sequence[Run], config: Config) -> list[str]:
 
 
 # =============================================================================
-# 55. Documents
+# 57. Documents
 # =============================================================================
 
 PER_PROVIDER: Final = (
@@ -27957,6 +28588,7 @@ PER_PROVIDER: Final = (
     ("BASE_URL", "another address of the provider"),
     ("MODEL", "models to use, comma list, the first is the primary one"),
     ("EXCLUDE_MODELS", "model ids never used, comma list"),
+    ("AUTO_DISCOVER_MODELS", "0 or 1, wins over AUTO_DISCOVER_MODELS for this provider"),
     ("EMBED_MODEL", "model for /v1/embeddings; empty = none"),
     ("SKIP_TOKENS_OVER", "larger requests are not sent there; 0 = no ceiling"),
     ("MAX_OUTPUT_TOKENS", "max_tokens is lowered to this; 0 = no ceiling"),
@@ -28041,8 +28673,8 @@ def describe_configuration() -> str:
         "An empty value counts as none, so an empty variable of the environment (compose files"
         " pass `NAME=` for what is not set) does not hide the line in `.env`. Only these say"
         " something when they are empty: a switch (default 0 or 1) is off,"
-        " `<PROVIDER>_SUPPORTS_TOOLS` and `<PROVIDER>_REASONING` are 0, `<PROVIDER>_EMBED_MODEL`"
-        " is none, `ROUTER_STATE_FILE` is not kept.",
+        " `<PROVIDER>_SUPPORTS_TOOLS`, `<PROVIDER>_REASONING` and `<PROVIDER>_AUTO_DISCOVER_MODELS`"
+        " are 0, `<PROVIDER>_EMBED_MODEL` is none, `ROUTER_STATE_FILE` is not kept.",
     ]
     for group, rows in itertools.groupby(
         sorted(setting_rows(), key=lambda r: r[0]), lambda r: r[0]
@@ -28124,7 +28756,7 @@ DOCUMENTS: Final = {
 
 
 # =============================================================================
-# 56. Terminal
+# 58. Terminal
 # =============================================================================
 
 DONE_OK, FAILED, USAGE, NOT_RUNNING = 0, 1, 2, 3
@@ -28373,7 +29005,7 @@ def noted_address(config: Config) -> str:
 
 
 # =============================================================================
-# 57. Views
+# 59. Views
 # =============================================================================
 
 DEGRADED: Final = 0.1  # share of errors from which a provider is called so
@@ -28422,6 +29054,9 @@ def status_view(status: Json) -> str:
         f" {counted(status['in_flight'], 'request')} under way"
     )
     notes = [f"! {name}: {row['out_of_use']}" for name, row in providers if row["out_of_use"]]
+    notes += [
+        f"! {note}" for name, row in providers for note in list_notes(name, row.get("discovery"))
+    ]
     notes += [f"! {warning}" for warning in status["warnings"]]
     loaded = status.get("config") or {}
     if loaded.get("error"):
@@ -28433,6 +29068,25 @@ def status_view(status: Json) -> str:
     listed = columns(rows, shades) if providers else [none]
     lines = [first, *listed, *status_footer(status), *quota_lines(status)]
     return "\n".join([*lines, *(paint(note, "yellow") for note in notes)])
+
+
+def list_notes(name: str, row: Json | None) -> list[str]:
+    """What is odd about a provider's list of models."""
+    row = row or {}
+    error, gone = told(row.get("error") or ""), ", ".join(map(told, row.get("unlisted") or ()))
+    return [f"{name}: its list of models did not come: {error}"] * bool(error) + [
+        f"{name} does not list {gone}: asked only where a request names it"
+    ] * bool(gone)
+
+
+def lists_of_models(config: Config) -> dict[str, Json]:
+    """Of each provider whose models are discovered what the running router found; {} without."""
+    owner, rows = Owner(config), {}
+    if any(asks_for_models(service, config) for service in config.services) and owner.answers():
+        with suppress(Trouble):  # what is wrong with the router is not told here
+            rows = as_dict(owner.get("/v1/status").get("providers"))
+    found = {name: as_dict(row).get("discovery") for name, row in rows.items()}
+    return {name: row for name, row in found.items() if isinstance(row, dict)}
 
 
 def quota_lines(status: Json) -> list[str]:
@@ -28733,7 +29387,7 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, int]:
 
 
 # =============================================================================
-# 58. Connect
+# 60. Connect
 # =============================================================================
 
 # What clients keep in their settings files, merged into what stands there. A place in a file is
@@ -29383,7 +30037,7 @@ def undo_client(client: Client, path: Path, reach: Reach, dry_run: bool) -> None
 
 
 # =============================================================================
-# 59. Changes
+# 61. Changes
 # =============================================================================
 
 # Commands that change auth.json and .env, through section Files. A running router reads both
@@ -29712,14 +30366,17 @@ def cmd_auth_import(args: argparse.Namespace) -> int:
 def cmd_model_list(args: argparse.Namespace) -> int:
     config = Config.from_env()
     known = {**read_dotenv(config.env_file), **environment()}
-    services = configured(config)
+    services, lists = configured(config), lists_of_models(config)
     rows = []
     for row in PROVIDERS:
         service = services.get(row.name)
         if service or args.all:
             own = bool(known.get(f"{row.name.upper()}_MODEL", "").strip())
-            models = service.models if service else row.models
+            models: Sequence[str] = service.models if service else row.models
             source = "override" if own else "default"
+            if found := lists.get(row.name):
+                source += ", discovered"
+                models = [*(m for m in models if m not in found["unlisted"]), *found["added"]]
             rows.append({"provider": row.name, "models": list(models), "source": source})
     if args.json:
         return show_json(rows)
@@ -29970,7 +30627,7 @@ def cmd_keys_revoke(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 60. Doctor
+# 62. Doctor
 # =============================================================================
 
 Health = Literal["ok", "note", "bad"]
@@ -30129,6 +30786,16 @@ def look_at_providers(exam: Exam) -> Iterator[Finding]:
         yield Finding("ok", f"{service.name}: {counted(len(service.keys), 'key')} from {sources}")
 
 
+def look_at_models(exam: Exam) -> Iterator[Finding]:
+    """What the running router found when it asked providers for their models."""
+    for name, row in lists_of_models(cast(Config, exam.config)).items():
+        remedy = f"{program()} model set {name} <model>, or {name.upper()}_AUTO_DISCOVER_MODELS=0"
+        notes = list_notes(name, row)
+        yield from (Finding("note", note, remedy) for note in notes)
+        if not notes and row["listed"]:
+            yield Finding("ok", f"{name} lists {counted(row['listed'], 'model')}")
+
+
 def look_at_keys(exam: Exam) -> Iterator[Finding]:
     """Every key, shown to its provider; only with --live."""
     config = cast(Config, exam.config)
@@ -30224,6 +30891,7 @@ DOCTOR_CHECKS: Final = (
     DoctorCheck("file modes", look_at_modes),
     DoctorCheck("folder", look_at_home),
     DoctorCheck("providers", look_at_providers, needs_config=True),
+    DoctorCheck("models", look_at_models, needs_config=True),
     DoctorCheck("keys", look_at_keys, needs_config=True),
     DoctorCheck("callers", look_at_callers, needs_config=True),
     DoctorCheck("port", look_at_port, needs_config=True),
@@ -30266,7 +30934,7 @@ def cmd_doctor(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 61. Setup
+# 63. Setup
 # =============================================================================
 
 # The wizard: a row per step. Every step may be skipped and all of it be run again: each looks
@@ -30534,7 +31202,7 @@ def cmd_setup(args: argparse.Namespace) -> int:
 
 
 # =============================================================================
-# 62. Command line
+# 64. Command line
 # =============================================================================
 
 Arguments = tuple[tuple[tuple[str, ...], dict[str, Any]], ...]

@@ -244,7 +244,8 @@ SAYING = {
     "STATE_FILE": ("x.json", lambda c: c.state_file == ""),
     "GROQ_EMBED_MODEL": ("e1", lambda c: service(c).embed_model == ""),
     "GROQ_SUPPORTS_TOOLS": ("1", lambda c: service(c).tools[""] is False),
-    "GROQ_M1_REASONING": ("1", lambda c: service(c).reasoning["m1"] is False),
+    "GROQ_M1_REASONING": ("1", lambda c: service(c).reasoning["M1"] is False),
+    "GROQ_AUTO_DISCOVER_MODELS": ("1", lambda c: service(c).discover is False),
 }
 
 
