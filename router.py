@@ -2023,7 +2023,8 @@ class Config:
         "router_state.json",
         "ROUTER_STATE_FILE",
         "Files",
-        "rests, dead keys, breakers and quotas, kept over a restart (HR_HOME); empty = not kept",
+        "rests, dead keys, breakers, quotas and lists of models, kept over a restart (HR_HOME);"
+        " empty = not kept",
         also=("STATE_FILE",),
         blank=True,
         restart=True,
@@ -2290,7 +2291,7 @@ class Config:
     key_rows: Mapping[str, Json] = field(default_factory=dict, repr=False)  # of auth.json
     model_overrides: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     prices: Mapping[str, Price] = field(default_factory=dict)  # of MODEL_PRICES_FILE
-    listed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by providers' lists
+    listed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)  # by lists
     home: Path = Path(".")
     env_file: Path = Path(".env")
     warnings: tuple[str, ...] = ()
@@ -20730,10 +20731,11 @@ MODEL_ID: Final = re.compile(r"[\w.\-:/@+]{1,200}", re.ASCII)
 MAX_OFFERS: Final = 5000  # of one list
 # Words in the id or the type of what is no chat model, as of 2026-11.
 NO_CHAT: Final = re.compile(
-    r"(?<![a-z])(?:embed\w*|bge|e5|gte|minilm|rerank\w*|reward|retriev\w*|moderat\w*|safety"
-    r"|\w*guard|shield\w*|detector|tts|asr|stt|speech|whisper|voice|audio|transcri\w*|transl\w*"
-    r"|realtime|live|music|lyria|orpheus|image\w*|dall|flux|\w*diffusion|sdxl|video|veo|sora|kling"
-    r"|ocr|parse|aqa|babbage|davinci|turbo-instruct|base|deep-research|computer-use)(?![a-z])"
+    r"(?<![a-z])(?:embed\w*|bge|e5|gte|minilm|rerank\w*|reward|\w*retriev\w*|moderat\w*|safety"
+    r"|\w*guard|shield\w*|detector|gliner|\w*clip|tts|asr|stt|speech|whisper|voice|audio|music"
+    r"|transcri\w*|transl\w*|realtime|live|lyria|orpheus|image\w*|banana|dall|flux|\w*diffusion"
+    r"|sdxl|video|veo|sora|kling|ocr|parse|aqa|babbage|davinci|turbo-instruct|base|deep-research"
+    r"|computer-use)(?![a-z])"
 )
 # Where a row of a list says more of its model, beside the row itself.
 INNER: Final = ("capabilities", "architecture", "top_provider", "limits", "model_spec")
@@ -22718,7 +22720,9 @@ class Discovery:
             raise NoList(f"{outcome.status or ''} {outcome.text}".strip())
         known = ModelFacts(self._config.model_overrides)
         if not offers or with_listed(service, offers, known, 1) is None:
-            raise NoList("none of its models can be used" if offers else "what came holds none")
+            raise NoList(
+                "none of its models can be used" if offers else "what came is none, or empty"
+            )
         return offers
 
     def _fetch(self, service: Service, key: str) -> tuple[Outcome, list[Offer]]:
@@ -22750,9 +22754,10 @@ class Discovery:
 
     def _take_over(self) -> None:
         """Have what came used, and tell it once."""
-        if self._used is not self._found:
-            self._used = self._found
+        found = self._found
+        if self._used is not found:
             self._changed()
+            self._used = found
         for service in self._wanted():
             if self._listing(service, self._config):
                 self._tell(service)
