@@ -22565,6 +22565,7 @@ class Discovery:
         self._config = Config()
         self._found: dict[str, Listing] = {}  # replaced, never changed
         self._used = self._found
+        self._merges: dict[str, tuple[object, Service]] = {}  # and what each was made of
         self._told: dict[str, tuple[Sequence[str], Sequence[str]]] = {}
         self._kept: tuple[dict[str, Listing], Json] = (self._found, {})
         self._guards: set[Guard] = set()
@@ -22579,7 +22580,7 @@ class Discovery:
         self._wake()
 
     def applied(self, config: Config) -> Config:
-        """`config` with the models that its providers list."""
+        """`config` with the models that its providers list. One caller at a time."""
         found = {s.name: one.offers for s in config.services if (one := self._listing(s, config))}
         if not found:
             return config
@@ -22589,12 +22590,24 @@ class Discovery:
             for offer in offers
             if offer.facts
         }
-        known, most = ModelFacts(config.model_overrides, facts), config.auto_discover_limit
+        known = ModelFacts(config.model_overrides, facts)
         services = (
-            with_listed(s, found[s.name], known, most) or s if s.name in found else s
+            self._merged(s, found[s.name], config, known) if s.name in found else s
             for s in config.services
         )
         return replace(config, services=tuple(services), listed=MappingProxyType(facts))
+
+    def _merged(
+        self, service: Service, offers: Sequence[Offer], config: Config, known: ModelFacts
+    ) -> Service:
+        """A service with what it lists; made once, as it takes a while and lists come together."""
+        most = config.auto_discover_limit
+        parts = (service, offers, config.model_overrides, most)
+        made = self._merges.get(service.name)
+        if made is None or made[0] != parts:
+            merged = with_listed(service, offers, known, most) or service
+            made = self._merges[service.name] = (parts, merged)
+        return made[1]
 
     def _listing(self, service: Service, config: Config) -> Listing | None:
         """What this provider listed at this place, if it is to be used."""
@@ -22787,7 +22800,8 @@ class Discovery:
                 if 0 < len(listing.offers) <= left:
                     left -= len(listing.offers)
                     place = {"place": place_mark(listing.url), "at": round(listing.at, 1)}
-                    rows[name] = {**place, "models": [list(offer) for offer in listing.offers]}
+                    # As a text: it is made once, and the file is written often.
+                    rows[name] = {**place, "models": dump_text(listing.offers)}
             self._kept = (found, rows)
         return rows
 
@@ -22797,8 +22811,10 @@ class Discovery:
         for service in self._config.services:
             row = as_dict(rows.get(service.name))
             at = finite_number(row.get("at")) or 0.0
-            if row.get("place") == place_mark(service.url) and 0 <= self._wall() - at < self.KEPT_S:
-                offers = map(kept_offer, as_list(row.get("models"))[: self.MAX_KEPT])
+            young = -60 < self._wall() - at < self.KEPT_S  # clocks are set, and times rounded
+            if young and row.get("place") == place_mark(service.url):
+                rest = as_list(read_json(as_text(row.get("models"))))[: self.MAX_KEPT]
+                offers = map(kept_offer, rest)
                 listing = Listing(service.url, tuple(filter(None, offers)), at)
                 found[service.name] = listing
         self._found = found

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_accounts import jwt, row
 from upstream import (
     KEY,
     Hang,
@@ -151,9 +152,9 @@ FACTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "row", "facts"), FACTS)
-def test_facts_of_a_list(name, row, facts):
-    assert offer(row, name).facts == facts
+@pytest.mark.parametrize(("name", "listed", "facts"), FACTS)
+def test_facts_of_a_list(name, listed, facts):
+    assert offer(listed, name).facts == facts
 
 
 NO_CHATS = [
@@ -370,9 +371,8 @@ def test_which_providers_are_asked(config, name, env, asked):
     assert [router.asks_for_models(service, made) for service in made.services] == [asked]
 
 
-def test_codex_is_not_asked_unless_it_is_told_to_be(config):
-    row = router.provider_named("codex")
-    assert row.lists == "unasked"
+def test_codex_is_not_asked_unless_it_is_told_to_be():
+    assert router.provider_named("codex").lists == "unasked"
 
 
 def test_the_settings_have_defaults_and_bounds(config):
@@ -514,6 +514,18 @@ def test_a_list_without_an_end_is_given_up(hub, shelf):
     here = hub(provider("anthropic", up, "m"), ANTHROPIC_AUTO_DISCOVER_MODELS="1")
     assert "pages" in here.asked("anthropic")["error"]
     assert (here.models("anthropic"), len(up.gets)) == (["m"], Discovery.MAX_PAGES)
+
+
+def test_a_chatgpt_account_is_asked_with_its_token(hub, shelf, tmp_path):
+    token = jwt(time.time() + 9000)
+    (tmp_path / "auth.json").write_text(json.dumps({"codex_accounts": [row(access=token)]}))
+    up = shelf(Reply(200, {"models": [{"slug": "gpt-9", "context_window": 272_000}]}))
+    here = hub({"CODEX_BASE_URL": up.url, "CODEX_AUTO_DISCOVER_MODELS": "1"})
+    here.asked("codex")
+    assert here.models("codex") == ["gpt-9"]
+    (get,) = up.gets
+    assert (get.path, get.key) == ("/backend-api/codex/models?client_version=0.0.0", token)
+    assert get.headers["chatgpt-account-id"] == "acc-1"
 
 
 def test_a_local_server_is_asked_without_a_key(hub, shelf):
@@ -813,7 +825,7 @@ def editable(serve, tmp_path):
     return start
 
 
-def test_a_reload_loses_nothing_and_asks_nobody_again(editable, shelf):
+def test_a_reload_loses_nothing_and_asks_nobody_again(editable, shelf, tmp_path):
     up = shelf(lists("m1", "m2", "m3"))
     row = provider("groq", up)
     here, change = editable(row)
@@ -826,6 +838,10 @@ def test_a_reload_loses_nothing_and_asks_nobody_again(editable, shelf):
     assert here.models() == ["m1", "m3"]
     change(ON, {**row, "GROQ_MODEL": "m3"})
     assert here.models() == ["m3", "m1", "m2"]
+    (tmp_path / "models.json").write_text('{"groq/m2": {"retired": true}, "m3": {"rating": 1}}')
+    change(ON, row)
+    assert here.models() == ["m1", "m3"]
+    (tmp_path / "models.json").unlink()
     change(row)
     assert (here.models(), here.status()["discovery"]) == (["m1"], None)
     change(ON, row, GROQ_AUTO_DISCOVER_MODELS="0")
@@ -860,8 +876,10 @@ def test_another_place_is_asked_anew_and_other_keys_too(editable, shelf):
 def test_what_another_place_listed_is_not_used(editable, shelf):
     here, change = editable(provider("groq", shelf(lists("m1", "m2"))))
     here.asked()
-    change(ON, provider("groq", shelf(Hang(60))))
+    silent = shelf(Hang(60))
+    change(ON, provider("groq", silent))
     assert here.models() == ["m1"]
+    until(lambda: silent.gets)
 
 
 def test_discovery_is_turned_on_as_a_feature(editable, shelf):
@@ -913,7 +931,9 @@ def test_a_restart_begins_with_what_was_listed(hub, shelf, tmp_path):
         lambda row: row.update(at=time.time() + 9_000),
         lambda row: row.update(at="never"),
         lambda row: row.update(models="m9"),
-        lambda row: row.update(models=[["<b>", True, {}], ["m9"], 7, ["m9", 1, {}]]),
+        lambda row: row.update(models=[["m9", True, {}]]),
+        lambda row: row.update(models='[["<b>", true, {}], ["m9"], 7, ["m9", 1, {}], ["m9"'),
+        lambda row: row.update(models='[["<b>", true, {}], ["m9"], 7, ["m9", 1, {}]]'),
         lambda row: row.clear(),
     ],
 )
@@ -927,7 +947,9 @@ def test_lists_of_the_file_that_cannot_be_used_are_passed_over(hub, shelf, tmp_p
     document = json.loads(path.read_text())
     change(document["lists"]["groq"])
     path.write_text(json.dumps(document))
-    assert hub(provider("groq", up)).models() == ["m1"]
+    after = hub(provider("groq", up))
+    assert after.models() == ["m1"]
+    until(lambda: len(up.gets) == 2)
 
 
 def test_facts_of_the_file_are_checked():
