@@ -3546,8 +3546,7 @@ MAX_COUNTED_CHARS = 65_536
 SAMPLES = 4
 
 
-@dataclass(frozen=True)
-class TokenEstimate:
+class TokenEstimate(NamedTuple):
     """How many tokens a request has: certainly at least, probably, certainly at most."""
 
     low: int
@@ -3565,7 +3564,7 @@ def token_bounds(raw_len: int, chat: Mapping[str, Any]) -> TokenEstimate:
     """Estimate from the length of the body; images cost a flat sum instead of their length."""
     images = [len(source) for source in media_sources(chat)]
     text = max(raw_len - sum(images), 0)
-    small, usual, large = (cost * len(images) for cost in MEDIA_TOKENS)
+    small, usual, large = [cost * len(images) for cost in MEDIA_TOKENS]
     return TokenEstimate(
         low=int(text / BYTES_PER_TOKEN_MAX) + small,
         likely=int(text / BYTES_PER_TOKEN) + usual,
@@ -19093,6 +19092,8 @@ class Mend(NamedTuple):
 
 def mended(raw: bytes, mends: Sequence[Mend]) -> bytes:
     """A body with these changes; the very same bytes where none of them applies."""
+    if not mends:  # nearly always
+        return raw
     body = read_json(raw) if any(may_concern(raw, mend) for mend in mends) else None
     if not isinstance(body, dict):
         return raw
@@ -20256,6 +20257,9 @@ class Directory:
         self._config = config
         self._known = ModelFacts(config.model_overrides, config.listed)
         self.services = {s.name: s for s in config.services if not s.resting}
+        ceilings = {s.skip_tokens_over for s in self.services.values()}
+        # Numbers of tokens on which the way of a request depends.
+        self.bounds = sorted((ceilings | {config.fast_route_threshold}) - {0})
         self.targets = tuple(
             make_target(s, model, self._known) for s in self.services.values() for model in s.models
         )
@@ -22022,6 +22026,8 @@ class Upstream:
         wanted = ask.surface.dialect
         if wanted == "embeddings":
             return [DIALECTS[wanted]]
+        if len(target.dialects) == 1:
+            return [DIALECTS[target.dialects[0]]]
         names = [n for n in target.dialects if (target.provider, n) not in self._lacking]
         names.sort(key=lambda name: name != wanted)
         return [DIALECTS[name] for name in names or target.dialects]
@@ -23349,17 +23355,20 @@ class Walk:
 
     def first_failure(self, label: str, attempt: Attempt) -> bool:
         """Whether this is the first failure of that model: its other keys tell nothing new."""
-        counted = any(seen == label and a.verdict and a.verdict.counts for seen, a in self.tried)
-        return attempt.verdict is not None and not counted
+        if attempt.verdict is None:
+            return False
+        return not any(seen == label and a.verdict and a.verdict.counts for seen, a in self.tried)
 
     def ruled_out(self, target: Target) -> bool:
-        known = target.label in self.out or target.provider in self.out
-        return known or 0 < self.window(target) < self.needs
+        if target.label in self.out or target.provider in self.out:
+            return True
+        needs = self.needs
+        return needs > 0 and 0 < self.window(target) < needs
 
     @property
     def needs(self) -> int:
         """The window this request needs, as overflows so far tell; 0 = any."""
-        return max((a.sizes.needs for a in self.overflows()), default=0)
+        return max((a.sizes.needs for a in self.overflows()), default=0) if self.tried else 0
 
     @property
     def largest(self) -> int:
@@ -24034,14 +24043,10 @@ class Router:
     def size(self, ask: Ask) -> int:
         """The request in tokens; counted exactly only where a decision hangs on it."""
         estimate = token_bounds(text_bytes(ask.raw, ask.escaped), ask.chat)
-        bounds = [
-            s.skip_tokens_over for s in self.directory.services.values() if s.skip_tokens_over
-        ]
-        if self.config.fast_route_threshold:
-            bounds.append(self.config.fast_route_threshold)
-        if any(estimate.exceeds(bound) is None for bound in bounds):
-            self.encoder.start()  # in the background; until it is loaded the estimate decides
-            return count_tokens(ask.chat, self.encoder) or estimate.likely
+        for bound in self.directory.bounds:
+            if estimate.exceeds(bound) is None:
+                self.encoder.start()  # in the background; until it is loaded the estimate decides
+                return count_tokens(ask.chat, self.encoder) or estimate.likely
         return estimate.likely
 
     def exhausted(self, walk: Walk, tokens: int, late: bool, privacy: str = "") -> RouterError:
@@ -26559,13 +26564,30 @@ def make_ask(router: Router, environ: Json, surface: Surface, sent: Sent, chat: 
     environ["hermes.trace"] = trace
     ask = Ask(surface, raw, body, chat, Guard(), stream, caller=caller, trace=trace)
     ask.started, ask.request_id, ask.escaped = started, own, escaped
-    ask.privacy = privacy_of(environ, caller)
+    ask.privacy, ask.terms = caller.privacy, (False,)
+    ask.likeness = router.config.semantic_threshold if router.config.semantic_cache else 0.0
+    if not WISHES.isdisjoint(environ):
+        heed(ask, environ, router.config)
+    return ask
+
+
+WISHES: Final = frozenset(
+    f"HTTP_{name}"
+    for name in (
+        "X_PRIVACY", "X_ROUTE_FALLBACK", "CACHE_CONTROL", "X_HERMES_CACHE", "X_HERMES_TOOL_LOOP",
+        "X_HERMES_WORKLOAD_HINT", "X_LLMROUTER_SEMANTIC_CACHE", "X_LLMROUTER_SEMANTIC_THRESHOLD",
+    )
+) | set(SESSION_HEADERS)  # fmt: skip
+
+
+def heed(ask: Ask, environ: Json, config: Config) -> None:
+    """What the headers of a request wish."""
+    ask.privacy = privacy_of(environ, ask.caller)
     ask.fallback = environ.get("HTTP_X_ROUTE_FALLBACK", "").lower() == "allow"
     ask.terms = (ask.fallback,)
     ask.memory = memory_wish(environ)
     name_work(ask, environ)
-    ask.likeness = likeness_wish(environ, router.config)
-    return ask
+    ask.likeness = likeness_wish(environ, config)
 
 
 def privacy_of(environ: Json, caller: Caller) -> str:
