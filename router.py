@@ -21165,7 +21165,7 @@ class ChunkSizes(dict[bytes, int]):
 
     def __missing__(self, line: bytes) -> int:
         size = CHUNK_SIZE.fullmatch(line) and int(line, 16) or -1
-        if len(self) < self.MOST:
+        if 0 < size and len(self) < self.MOST:
             self[line] = size
         return size
 
@@ -27458,7 +27458,8 @@ class QuietServer:
         return getattr(self._server, name)
 
     def wake_loop(self) -> None:
-        self._server.pull_trigger()
+        with suppress(OSError):  # it has ended
+            self._server.pull_trigger()
 
     def pull_trigger(self) -> None:
         channel = self._channel
@@ -27466,7 +27467,7 @@ class QuietServer:
         if unsent or channel.requests:
             unread = channel._map.touch(channel) if isinstance(channel._map, Sockets) else True
             if unsent or unread:
-                self._server.pull_trigger()
+                self.wake_loop()
 
 
 def surroundings(server: Any, address: Sequence[Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ on loopback: one says a word and keeps quiet, one never answers, one never ends,
 are timed.
 
 Targets: /health below 1 s and every short request right, whoever stands around; 1,000 streams
-held in one process; huge answers stay in the memory that the router allows them. Exit code: 0 every target met, 1 a target missed.
+held in one process; huge answers stay in the memory that the router allows them. Exit code: 0
+every target met, 1 a target missed.
 """
 
 from __future__ import annotations
