@@ -21165,7 +21165,7 @@ class ChunkSizes(dict[bytes, int]):
 
     def __missing__(self, line: bytes) -> int:
         size = CHUNK_SIZE.fullmatch(line) and int(line, 16) or -1
-        if 0 < size and len(self) < self.MOST:
+        if size > 0 and len(self) < self.MOST:
             self[line] = size
         return size
 
