@@ -22012,7 +22012,9 @@ class Upstream:
         text = words_of(attempt.outcome, attempt.refusal, read_json(attempt.refusal))
         sizes = stated_sizes(text)
         self.lessons.learn_window(target.provider, target.model, sizes.most)
-        most = sizes.most or listed_window(target)
+        # A 413 or 429 without a size is about what this provider takes, not about the model.
+        own = attempt.outcome.status in (413, 429)
+        most = sizes.most or (0 if own else listed_window(target))
         attempt.sizes = sizes._replace(most=most)
 
     def _secret(self, target: Target, lease: Lease) -> str:

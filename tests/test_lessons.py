@@ -890,6 +890,25 @@ def test_the_error_tells_the_largest_window_there_is(sized) -> None:
     assert int(found[1]) >= 5000 and found[2] == "3000"
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Reply(413, b""),
+        Reply(413, openai_error("Request too large for model")),
+        Reply(429, openai_error("Request too large", "rate_limit_exceeded")),
+    ],
+    ids=["413", "413 words", "429 words"],
+)
+def test_what_is_too_large_for_one_provider_is_not_for_all(upstream, make_app, refusal) -> None:
+    strict, other = upstream(refusal), upstream(good("fits"))
+    model = "gpt-oss-120b"  # has the same window everywhere
+    rows = provider("groq", strict, model, keys="k1,k2") | provider("cerebras", other, model)
+    client = make_app(**rows, **QUICK).test_client()
+    got = post(client, model=f"groq/{model}")
+    assert (got.status_code, got.headers["X-Provider"]) == (200, "cerebras")
+    assert len(strict.requests) == 1
+
+
 def test_without_numbers_the_listed_window_is_told(upstream, make_app) -> None:
     error = openai_error("Your input exceeds the context window of this model.", "input",
                          "context_length_exceeded")  # fmt: skip
