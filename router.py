@@ -26531,13 +26531,17 @@ def read_body(router: Router, environ: Json) -> Sent:
         raise UnsupportedMedia(f"request bodies with content encoding {coding[:40]!r} are not read")
     length = stated_length(environ)
     if length > router.config.max_request_bytes:
-        raise TooLarge(f"the request is larger than {router.config.max_request_bytes} bytes")
+        raise TooLarge(too_large_text(router.config.max_request_bytes))
     own = environ.get("wsgi.input_terminated")  # it ends where the body does
     raw = gathered(environ["wsgi.input"]) if own else environ["wsgi.input"].read(length)
     if share := environ.get(SHARE):
         make_room(router.room, share, raw)
     escaped = ESCAPE.search(raw) is not None
     return Sent(raw, parse_body(raw, escaped), escaped)
+
+
+def too_large_text(most: int) -> str:
+    return f"the request is larger than {most} bytes (MAX_REQUEST_BYTES)"
 
 
 def gathered(source: Any) -> bytes:
@@ -27335,7 +27339,9 @@ class JsonErrorTask(waitress.task.ErrorTask):  # type: ignore[misc]
         refused = self.request.error
         kind = HTTP_ERRORS.get(refused.code, BadRequest if refused.code < 500 else RouterError)
         own = f"req_{secrets.token_hex(16)}"
-        error = kind(f"{refused.reason}: {refused.body}")
+        most = self.channel.adj.max_request_body_size - 1
+        large = kind is TooLarge
+        error = kind(too_large_text(most) if large else f"{refused.reason}: {refused.body}")
         body = dump_json(envelope_for({"PATH_INFO": self.request.path}, error, own))
         self.status = f"{refused.code} {refused.reason}"
         self.response_headers += [("Content-Type", "application/json"), ("X-Request-ID", own)]
@@ -27659,7 +27665,7 @@ def make_server(app: flask.Flask, config: Config) -> Any:
         host=config.host,
         port=config.port,
         threads=config.worker_threads,
-        max_request_body_size=config.max_request_bytes,
+        max_request_body_size=least_refused(config),
         asyncore_use_poll=True,
         connection_limit=most_connections(config),
         backlog=1024,
@@ -27693,7 +27699,7 @@ class Ceilings:
         self._adjustments, self._workers = adjustments, workers
 
     def adopt(self, config: Config, _stay: frozenset[str]) -> None:
-        self._adjustments.max_request_body_size = config.max_request_bytes
+        self._adjustments.max_request_body_size = least_refused(config)
         self._adjustments.connection_limit = most_connections(config)
         self._adjustments.left_out = untrusted_headers(config)
         self._workers.most = config.max_streams + RESERVED_THREADS
@@ -27703,6 +27709,11 @@ def untrusted_headers(config: Config) -> frozenset[str]:
     """Headers, as the parser names them, that only a proxy may set."""
     known = frozenset() if config.trusted_proxies else waitress.proxy_headers.PROXY_HEADERS
     return cast("frozenset[str]", known)
+
+
+def least_refused(config: Config) -> int:
+    """The size from which on Waitress refuses a body."""
+    return config.max_request_bytes + 1
 
 
 def most_connections(config: Config) -> int:

@@ -391,6 +391,16 @@ def test_a_413_comes_before_the_body_is_sent(
         assert sock.recv(4_096).startswith(b"HTTP/1.1 413")
 
 
+def test_a_body_of_exactly_the_limit_is_taken(
+    serve: Callable[..., Any], upstream: Callable[..., Upstream]
+) -> None:
+    live = serve(**provider("groq", upstream(echo)), MAX_REQUEST_BYTES=2_000)
+    body = with_user(b'"hello"').ljust(2_000)
+    got = [live.session.post(f"{live.url}{CHAT}", raw, timeout=30) for raw in (body, body + b" ")]
+    assert [answer.status_code for answer in got] == [200, 413]
+    assert "2000 bytes" in got[1].json()["error"]["message"]
+
+
 def test_bad_requests_among_good_ones_hurt_nobody(
     serve: Callable[..., Any], upstream: Callable[..., Upstream]
 ) -> None:
