@@ -3909,26 +3909,27 @@ LONE_HALF = re.compile(
 )
 
 
-def parse_body(raw: bytes, escaped: bool = True) -> dict[str, Any]:
+def parse_body(raw: bytes, escaped: bool = True, wanted: str = NOT_AN_OBJECT) -> dict[str, Any]:
     r"""The JSON object in a request body; BadRequest for what could not be sent on as UTF-8 JSON.
 
-    `escaped`: whether there may be a \uXXXX in it, for which a large body is searched only once.
+    `escaped`: whether there may be a \uXXXX in it, for which a large body is searched only once;
+    `wanted`: what to say where it is no object at all.
     """
     if not raw or raw.isspace():
-        raise BadRequest(f"{NOT_AN_OBJECT} (it is empty)")
+        raise BadRequest(f"{wanted} (it is empty)")
     try:
         body = DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadRequest(f"{NOT_AN_OBJECT} in UTF-8 (byte {error.start} is not)") from None
+        raise BadRequest(f"{wanted} in UTF-8 (byte {error.start} is not)") from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
-        raise BadRequest(f"{NOT_AN_OBJECT} ({error.msg}: {where})") from None
+        raise BadRequest(f"{wanted} ({error.msg}: {where})") from None
     except RecursionError:
-        raise BadRequest(f"{NOT_AN_OBJECT} (nested deeper than {MAX_NESTING} levels)") from None
+        raise BadRequest(f"{wanted} (nested deeper than {MAX_NESTING} levels)") from None
     except ValueError:
         raise bad_number(raw) from None
     if not isinstance(body, dict):
-        raise BadRequest(f"{NOT_AN_OBJECT}, not {kind_of(body)}")
+        raise BadRequest(f"{wanted}, not {kind_of(body)}")
     # Of long bodies the counts cost more than the look at what was parsed.
     few = len(raw) < MANY_BYTES and raw.count(b"{") + raw.count(b"[") <= MAX_NESTING
     if not few and nests_too_deep(body):
@@ -26498,7 +26499,7 @@ def delete_stored(router: Router, own: str) -> Json:
 
 
 def serve_embeddings(router: Router, environ: Json) -> Reply:
-    sent = read_body(router, environ)
+    sent = read_body(router, environ, NO_INPUT)
     body = sent.body
     validate_embeddings(body)
     ask = make_ask(router, environ, EMBEDDINGS, sent, body)
@@ -26524,7 +26525,7 @@ class Sent(NamedTuple):
     escaped: bool  # a character may be escaped by its number
 
 
-def read_body(router: Router, environ: Json) -> Sent:
+def read_body(router: Router, environ: Json, wanted: str = NOT_AN_OBJECT) -> Sent:
     """RouterError says what is wrong with it."""
     coding = environ.get("HTTP_CONTENT_ENCODING", "identity").lower()
     if coding not in ("", "identity"):
@@ -26537,7 +26538,7 @@ def read_body(router: Router, environ: Json) -> Sent:
     if share := environ.get(SHARE):
         make_room(router.room, share, raw)
     escaped = ESCAPE.search(raw) is not None
-    return Sent(raw, parse_body(raw, escaped), escaped)
+    return Sent(raw, parse_body(raw, escaped, wanted), escaped)
 
 
 def too_large_text(most: int) -> str:

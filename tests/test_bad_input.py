@@ -170,6 +170,9 @@ def test_every_bad_chat_is_refused_with_the_field_named(door: Door, stream: bool
 def test_every_bad_embeddings_request_is_refused_with_the_field_named(door: Door) -> None:
     for body, param in BAD_EMBEDDINGS:
         assert refused(door.post(EMBEDDINGS, json.dumps(body).encode()))["param"] == param
+    for raw in (b"", b"[]", b"nonsense"):
+        error = refused(door.post(EMBEDDINGS, raw))
+        assert "must be a JSON object with an 'input' field" in error["message"]
     assert door.up.requests == []
 
 
