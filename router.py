@@ -507,6 +507,7 @@ class Provider:
     trains_on_prompts: str = "unknown"  # yes, no or unknown; yes is about the free tier
     aliases: tuple[str, ...] = ()
     keyless: bool = False  # answers without a key
+    bearer: str = ""  # no secret: sent instead of a key where none is configured
     state: str = "alive"  # alive, changed or retired, as seen on `state_date`
     state_date: str = ""
     note: str = ""
@@ -931,6 +932,7 @@ PROVIDERS = (
         trains_on_prompts="no",
         aliases=("ollama", "lmstudio", "lm_studio", "llama.cpp", "llamacpp", "vllm"),
         keyless=True,
+        bearer="local",
         state_date="2026-11-20",
         note="2026-11: what the server lists counts more than these names.",
         key_check="",  # llama.cpp and others list without a key
@@ -22108,10 +22110,11 @@ class Upstream:
         made = self._heads.get(place)
         if made is None:
             lines = {**COMMON_HEADERS, **dict(service.headers)}
-            if key and dialect == "messages":
-                lines["x-api-key"] = key
-            elif key:
-                lines["Authorization"] = f"Bearer {key}"
+            token = key or service.provider.bearer
+            if token and dialect == "messages":
+                lines["x-api-key"] = token
+            elif token:
+                lines["Authorization"] = f"Bearer {token}"
             made = self._heads[place] = header_lines(lines)
         return made
 

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from upstream import AUTH, HELLO, Reply, completion, provider
 
 import router
 
@@ -219,3 +220,16 @@ def test_any_text_is_a_usable_url_or_a_value_error(typed):
 def test_any_name_is_a_row_or_none(name):
     row = router.provider_named(name)
     assert row is None or row in router.PROVIDERS
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "sent"),
+    [("local", "", "Bearer local"), ("local", "k-mine", "Bearer k-mine"), ("llm7", "", None)],
+)
+def test_what_a_server_that_needs_no_key_is_sent(upstream, make_app, name, key, sent):
+    up = upstream(Reply(200, completion("the word local stands")))
+    rows = {**provider(name, up), f"{name.upper()}_API_KEYS": key}
+    client = make_app(**rows).test_client()
+    got = client.post("/v1/chat/completions", json={"messages": HELLO}, headers=AUTH)
+    assert got.json["choices"][0]["message"]["content"] == "the word local stands"
+    assert up.requests[0].headers.get("authorization") == sent
