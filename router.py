@@ -1543,11 +1543,11 @@ RATINGS = (
     ("phi-3-mini", 4), ("phi-3-medium", 3), ("phi-3-5", 3), ("phi-3-5-mini", 4), ("phi-4", 2),
     ("phi-4-mini", 4), ("phi-4-reasoning", 2), ("wizardlm-2-7b", 3), ("wizardlm-2-8x22b", 2),
     ("yi-large", 2), ("yi-medium", 3), ("yi-mini", 4), ("yi-6b", 3),
-    ("pro-exp", 1), ("r1-zero", 1),
+    ("pro-exp", 1), ("r1-zero", 1), ("8b-instant", 3), ("r7b", 4),
 )  # fmt: skip
 
 # Billions of parameters in all, largest first: at least this many is worth this.
-SIZE_RATINGS = ((200, 1), (60, 2), (14, 3), (3, 4), (0, 5))
+SIZE_RATINGS = ((200, 1), (32, 2), (14, 3), (3, 4), (0, 5))
 
 # What a name says of itself when neither family nor size is known; the humblest word counts.
 WORD_RATINGS = {
@@ -1561,7 +1561,7 @@ WORD_RATINGS = {
 # Families that take images, spelled like RATINGS; used for ids without a row.
 VISION_FAMILIES = (
     "gemini", "gpt-4o", "gpt-4-1", "gpt-4-turbo", "gpt-5", "gpt-6", "/-o1", "/-o3",
-    "claude", "pixtral", "llava", "vl", "llama-4", "grok", "vision", "gemma-4",
+    "claude", "pixtral", "llava", "vl", "internvl", "llama-4", "grok", "vision", "gemma-4",
 )  # fmt: skip
 
 # `:free` picks an offer and `:cheapest` a host; `:20b` is part of the name.
