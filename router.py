@@ -1998,8 +1998,8 @@ class Config:
         "INFO",
         "LOG_LEVEL",
         "Server",
-        "DEBUG, INFO, WARNING or ERROR",
-        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        "DEBUG, INFO, WARNING, ERROR or CRITICAL",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
         upper=True,
         lenient=True,
     )
@@ -2526,8 +2526,10 @@ class SettingsReader:
         if isinstance(default, bool):
             return text.lower() not in FALSE_WORDS
         if isinstance(default, str):
-            text = text.upper() if meta.get("upper") else text
-            if "choices" in meta and text not in meta["choices"]:
+            if "choices" not in meta:
+                return text
+            text = text.upper() if meta.get("upper") else text.lower()
+            if text not in meta["choices"]:
                 raise ValueError("expected " + " or ".join(meta["choices"]))
             return text
         kind, word = (int, "a whole number") if isinstance(default, int) else (float, "a number")

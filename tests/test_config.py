@@ -84,6 +84,12 @@ def test_an_unknown_rotation_is_round_robin_with_a_warning(read):
     assert "ROTATION_MODE" in " ".join(config.warnings)
 
 
+@pytest.mark.parametrize("word", ["sequential", "SEQUENTIAL", " Sequential "])
+def test_words_of_a_choice_may_be_in_capitals(read, word):
+    config = read(ROTATION_MODE=word)
+    assert (config.rotation_mode, config.warnings) == ("sequential", ())
+
+
 def test_the_configuration_cannot_be_changed(read):
     with pytest.raises(AttributeError):
         read().port = 1
