@@ -31444,8 +31444,10 @@ def tell_start(config: Config, router: Router, port: int | str) -> None:
             "no provider is configured: the built-in echo answers (`%s auth add` stores a key)",
             program(),
         )
+    elif router.directory.services:
+        log.info("providers: %s", ", ".join(router.directory.services))
     else:
-        log.info("providers: %s", ", ".join(router.directory.services) or "none")
+        log.warning("no provider can be asked: every request gets a 503 (ECHO_FALLBACK=0)")
     for line in settings_told(config, router, port):
         log.info("%s", line)
     # Said at every LOG_LEVEL: with PORT=0 nothing else tells the address.

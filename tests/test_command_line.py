@@ -295,8 +295,14 @@ def test_an_address_that_is_not_ours_is_told(run, host):
     assert f"cannot listen on {host}" in done.stderr
 
 
-def test_a_log_level_hides_all_but_the_address(running):
-    served = running(LOG_LEVEL="ERROR", PROXY_API_KEYS="k")
+def test_a_router_that_can_only_refuse_warns(running):
+    served = running(PROXY_API_KEYS="k", ECHO_FALLBACK="0")
+    assert "[WARNING] no provider can be asked" in served.lines[0]
+
+
+@pytest.mark.parametrize("level", ["ERROR", "critical"])
+def test_a_log_level_hides_all_but_the_address(running, level):
+    served = running(LOG_LEVEL=level, PROXY_API_KEYS="k")
     assert len(served.lines) == 1
     assert served.stop() == 0
 
