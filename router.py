@@ -19980,6 +19980,8 @@ PREFIXES: Final = (
 )
 
 
+# Ends of a model name that nobody knows, or of a router id, that choose among providers.
+PROFILES: Final = frozenset({"fast", "local"})
 # Claude Code's way to ask for a long context window: `claude-opus-4-8[1m]` (seen 2026-11).
 WINDOW_SUFFIX: Final = re.compile(r"\[\d+[km]\]$", re.IGNORECASE)
 
@@ -20299,7 +20301,7 @@ class Directory:
         routers = {self._config.router_model_id.lower(), "hermes-router", "auto"}
         if not name or name in routers:
             return Choice()
-        if base in routers and profile in ("fast", "local"):
+        if base in routers and profile in PROFILES:
             return Choice(profile=profile, why=f"profile {profile}")
         if name == "dummy" and self._config.echo_fallback:
             return Choice(echo=True)
@@ -20316,7 +20318,9 @@ class Directory:
             if lead := find():
                 return Choice(lead, spill, why=why)
         if spill:
-            return Choice()
+            profile = name.rpartition(":")[2]
+            found = profile in PROFILES
+            return Choice(profile=profile, why=f"profile {profile}") if found else Choice()
         raise NotFound(
             f"the model {model[:200]!r} is not served here; GET /v1/models lists what is",
             param="model",
@@ -26658,7 +26662,7 @@ def respond_chat(
 ) -> Reply:
     """Answer whatever became a chat; `keep` gets the whole answer once it is known."""
     profile = environ.get("HTTP_X_HERMES_PROFILE", "").strip().lower()
-    profile = profile if profile in ("fast", "local") else ""
+    profile = profile if profile in PROFILES else ""
     return respond(router, environ, ask, lambda: router.complete(ask, profile), keep)
 
 

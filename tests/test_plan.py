@@ -232,6 +232,14 @@ def test_router_ids_may_carry_a_profile(directory, name):
     assert directory(groq="m", ROUTER_MODEL_ID="mine").choose(name).profile == "fast"
 
 
+def test_a_profile_at_the_end_of_a_name_that_nobody_knows_counts(directory):
+    made = directory(groq="m1:fast")
+    assert made.choose("gpt-4o:fast").profile == "fast"
+    assert made.choose("gpt-4o:LOCAL").profile == "local"
+    assert (lead(made, "m1:fast"), made.choose("m1:fast").profile) == (["groq/m1:fast"], "")
+    assert (lead(made, "gpt-4o:free"), made.choose("gpt-4o:free").profile) == ([], "")
+
+
 @pytest.mark.parametrize(
     ("name", "labels"),
     [
