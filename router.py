@@ -1546,6 +1546,9 @@ RATINGS = (
     ("pro-exp", 1), ("r1-zero", 1), ("8b-instant", 3), ("r7b", 4),
 )  # fmt: skip
 
+# What people read instead of the number.
+RATING_LABELS = {1: "Outstanding", 2: "Best", 3: "Good", 4: "Fair", 5: "Basic"}
+
 # Billions of parameters in all, largest first: at least this many is worth this.
 SIZE_RATINGS = ((200, 1), (32, 2), (14, 3), (3, 4), (0, 5))
 
@@ -25322,12 +25325,11 @@ def service_status(router: Router, service: Service) -> Json:
     name, tally = service.name, router.usage.tally(service.name)
     targets = [t for t in router.directory.targets if t.provider == name]
     chosen = next((s.models for s in router.settings.services if s.name == name), ())
+    latency = round(1000 * tally.latency_s / tally.answered, 1) if tally.answered else None
     return {
         "keys": router.keys.snapshot(name, service.models),
         "stats": {
-            "avg_latency_ms": round(1000 * tally.latency_s / tally.answered, 1)
-            if tally.answered
-            else None,
+            "avg_latency_ms": latency,
             "error_rate": round(tally.errors / tally.requests, 3) if tally.requests else 0.0,
             "total_requests": tally.requests,
             "errors": tally.errors,
@@ -25352,6 +25354,7 @@ def service_status(router: Router, service: Service) -> Json:
         "max_output_tokens": service.max_output_tokens,
         "note": service.provider.note,
         **head_status(targets),
+        **({} if latency is None else {"latency_ms": latency}),
     }
 
 
@@ -25871,13 +25874,14 @@ function drawProviders() {
     list(p.quota).length ? table("Quota of " + name, ["key", "model", "per", "left", "of", "back at", "runs dry"], p.quota.map(q => [q.key_tail, q.model, q.window, right(num(q.remaining)), right(num(q.limit)), q.resets_at, q.dry_at ? mark("warn", q.dry_at) : "–"])) : null])];
 }
 function readOnly() { return h("p", { class: "dim" }, "This key may look but not change anything: log in with an admin key (ADMIN_KEYS, or the first key)."); }
+const RATINGS = ["", "Outstanding", "Best", "Good", "Fair", "Basic"];
 function drawModels() {
   const settable = list(data.providers?.model_settable);
   return [h("h2", {}, "Models"), data.admin ? form("set-model", given => given.model.trim() ? change("model/" + enc(given.provider), "POST", { model: given.model }, "Models of " + given.provider + " are set.")
     : change("model/" + enc(given.provider), "DELETE", null, given.provider + " has its default models again."), "Set models",
   field("Provider", { name: "provider", required: true }, settable), field("Models, comma list; empty = default", { name: "model", size: "40" })) : readOnly(),
   table("Candidates", ["provider", "model", "rating", "tools", "images", "reasoning", "window", "cost"], rows(data.status.providers).flatMap(([name, p]) =>
-    list(p.model_caps).map(m => [name, m.model, right(m.rating), m.supports_tools ? "yes" : "no", m.supports_vision ? "yes" : "no", m.reasoning ? "yes" : "no", right(num(m.context_window)), right(["free", "low", "medium", "high", "very high"][m.cost_bucket] ?? m.cost_bucket)])))];
+    list(p.model_caps).map(m => [name, m.model, m.rating + " " + RATINGS[m.rating], m.supports_tools ? "yes" : "no", m.supports_vision ? "yes" : "no", m.reasoning ? "yes" : "no", right(num(m.context_window)), right(["free", "low", "medium", "high", "very high"][m.cost_bucket] ?? m.cost_bucket)])))];
 }
 const QUOTAS = [["rpm", "requests/min"], ["req_per_day", "requests/day"], ["tokens_per_day", "tokens/day"], ["cost_per_day", "USD/day"], ["streams", "streams at once"]];
 // Empty = what the settings say for everybody, which 0 would lift.
@@ -29106,7 +29110,7 @@ def status_view(status: Json) -> str:
         rows.append(
             (
                 name,
-                str(row.get("rating") or "-"),
+                f"{rating} {RATING_LABELS[rating]}" if (rating := row.get("rating")) else "-",
                 health_of(row),
                 f"{ready}/{len(row['keys'])}",
                 f"{latency:.0f} ms" if latency is not None else "-",

@@ -334,7 +334,7 @@ def test_status_of_a_running_router(running, run):
     served = running(**settings)
     done = run("status", "--url", served.url + "/", PROXY_API_KEYS="k")
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"groq +\d +✅ ok +2/2 +- +0 +0 +0 +m1", done.stdout)
+    assert re.search(r"groq +3 Good +✅ ok +2/2 +- +0 +0 +0 +m1", done.stdout)
     done = run("status", "--json", "--url", served.url, PROXY_API_KEYS="k")
     assert [row["key_tail"] for row in json.loads(done.stdout)["providers"]["groq"]["keys"]] == [
         "abcdef",
@@ -389,6 +389,7 @@ def test_status_has_the_members_people_read(upstream, make_app):
     } <= set(row)  # fmt: skip
     assert {"key_tail", "status", "ready_in", "requests"} <= set(row["keys"][0])
     assert set(row["stats"]) >= {"avg_latency_ms", "error_rate", "total_requests", "errors"}
+    assert row["latency_ms"] == row["stats"]["avg_latency_ms"] > 0
     assert set(row["breaker"]) == {"open", "opens_in_s", "recent_health_fails"}
     assert {"model", "rating", "supports_tools", "reasoning"} <= set(row["model_caps"][0])
     assert (row["tokens"], row["stats"]["total_requests"], row["keys"][0]["requests"]) == (10, 1, 1)
