@@ -20667,7 +20667,7 @@ RULES: Final = (
 # Outcomes without a usable status. A silent or unreachable provider is not asked again with
 # its other keys: they lead to the same silence.
 SORTS: Final = {
-    "network": Verdict("unreachable", "model", 15.0, counts=True),
+    "network": Verdict("unreachable", "model", 30.0, counts=True),
     "timeout": Verdict("timeout", "model", 30.0, counts=True),
     "reset": Verdict("reset", "route", 15.0, counts=True, then="key"),
     "empty": Verdict("empty_answer", "route", 30.0, counts=True),
