@@ -17427,6 +17427,12 @@ class Usage:
                 tally.errors += 1
                 row.errors += 1
 
+    def broke_off(self, place: Place) -> None:
+        """An attempt that was counted as answered failed before its end."""
+        with self._lock:
+            self._tallies.setdefault(place.provider, Tally()).errors += 1
+            self._row(place).errors += 1
+
     def spent(self, place: Place, tokens: Tokens, cost: float | None) -> None:
         """Tokens of one answer and its price in USD (None = unknown)."""
         prompt, completion, cached, estimated = tokens
@@ -21703,6 +21709,7 @@ class Attempt:
     final: Json | None = None  # the client's answer, parsed
     left_out: Sequence[str] = ()  # tools that were not sent on
     filtered: bool = False  # a content filter ended it (CONTENT_FILTER_FAILOVER only)
+    begun: bool = False  # it failed after it had begun to answer, and was counted then
     refusal: bytes = b""  # the body of an error status
     sizes: Sizes = Sizes()  # what an overflow states, or what is known of the window
     headers: Mapping[str, str] | None = None  # of the answer, in small letters
@@ -23969,8 +23976,11 @@ class Router:
 
     def count_failed(self, target: Target, lease: Lease, ask: Ask, attempt: Attempt) -> None:
         blameless = attempt.verdict is not None and attempt.verdict.name in BLAMELESS
-        ok = None if blameless else False
-        self.usage.attempt(self.place(target, lease, ask), ok, attempt.seconds)
+        place = self.place(target, lease, ask)
+        if not attempt.begun:
+            self.usage.attempt(place, None if blameless else False, attempt.seconds)
+        elif not blameless:
+            self.usage.broke_off(place)
 
     def deliver(
         self, target: Target, lease: Lease, ask: Ask, attempt: Attempt, attempts: int
@@ -24011,7 +24021,7 @@ class Router:
         """What one provider's part of a stream cost, and what its end means."""
         self.charge(target, lease, relay.flow.spent(), ask)
         if relay.failure:
-            attempt = failed(relay.failure, in_ok=True)
+            attempt = replace(failed(relay.failure, in_ok=True), begun=True)
             ask.trace.note(step_of(target, lease, attempt, ask))
             self.learn(target, lease, attempt, ask)
 

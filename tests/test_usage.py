@@ -10,7 +10,20 @@ from typing import Any
 
 import pytest
 import requests
-from upstream import AUTH, HELLO, KEY, Clock, Reply, chat, completion, good, provider, until
+from upstream import (
+    AUTH,
+    HELLO,
+    KEY,
+    Clock,
+    Reply,
+    Stream,
+    chat,
+    chunks,
+    completion,
+    good,
+    provider,
+    until,
+)
 
 import router
 
@@ -311,6 +324,16 @@ def test_limits_and_faults_of_requests_are_no_errors(upstream, serve, status, me
     assert told["total_requests"] > 0
     assert (told["errors"] > 0) == bool(errors)
     assert told["error_rate"] == errors
+
+
+def test_a_stream_that_breaks_off_is_one_request_and_one_error(upstream, serve):
+    first = upstream(Stream(chunks=chunks("a", "b", "c"), stop_at=700))
+    live = serve(**provider("groq", first, "m1"), RESCUE="0")
+    assert "stream_interrupted" in live.chat(stream=True).text
+    tally = live.app.extensions["router"].usage.tally
+    until(lambda: tally("groq").errors)
+    told = live.session.get(f"{live.url}/v1/status").json()["providers"]["groq"]["stats"]
+    assert (told["total_requests"], told["errors"], told["error_rate"]) == (1, 1, 1.0)
 
 
 def test_an_admin_sees_it_all(busy):
