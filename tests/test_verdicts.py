@@ -134,6 +134,11 @@ def test_every_outcome_has_a_verdict(status, text, in_ok):
     assert bool(found.rests) == (found.rest_s > 0)
 
 
+def test_who_cannot_be_reached_rests_as_long_as_who_keeps_silent():
+    found = [judge(Outcome(0, "", sort)) for sort in ("network", "timeout")]
+    assert {(v.rests, v.rest_s, v.counts) for v in found} == {("model", 30.0, True)}
+
+
 def test_what_may_be_overlooked_is_about_health_only():
     rules = [rule.verdict for rule in router.RULES] + list(router.SORTS.values())
     assert {v.name for v in rules if v.counts} | {"bad_answer"} == router.GUESSES
