@@ -2038,7 +2038,7 @@ class Config:
         "models.json", "MODELS_FILE", "Files", "JSON file that adds or overrides model rows"
     )
     max_request_bytes: int = setting(
-        10_485_760, "MAX_REQUEST_BYTES", "Server", "larger request bodies get 413", low=1024
+        10_485_760, "MAX_REQUEST_BYTES", "Server", "larger request bodies get 413", low=1
     )
     large_total_bytes: int = setting(
         0,

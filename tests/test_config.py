@@ -90,6 +90,11 @@ def test_words_of_a_choice_may_be_in_capitals(read, word):
     assert (config.rotation_mode, config.warnings) == ("sequential", ())
 
 
+def test_request_bodies_may_be_kept_small(read, problems):
+    assert read(MAX_REQUEST_BYTES="100").max_request_bytes == 100
+    assert "MAX_REQUEST_BYTES" in problems(MAX_REQUEST_BYTES="0")[0]
+
+
 def test_the_configuration_cannot_be_changed(read):
     with pytest.raises(AttributeError):
         read().port = 1
