@@ -497,6 +497,7 @@ class Provider:
     tier: str  # free, trial, paid, subscription or local
     dialects: tuple[str, ...] = ("chat",)  # what it speaks, the usual one first
     responses_only: str = ""  # regular expression of models that answer nothing but Responses
+    all_see: bool = False  # every model of it takes images
     embed_model: str = ""
     skip_tokens_over: int = 0  # larger requests are never sent; 0 = no ceiling
     max_output_tokens: int = 0  # larger wishes are lowered to this; 0 = no ceiling
@@ -891,6 +892,7 @@ PROVIDERS = (
         ("claude-haiku-5-5", "claude-haiku-4-5", "claude-sonnet-5-5"),
         "paid",
         dialects=("messages",),
+        all_see=True,
         stream_options=False,  # not part of its dialect; usage always comes
         free=FreeLimits(text="none, prepaid"),
         trains_on_prompts="no",
@@ -910,6 +912,7 @@ PROVIDERS = (
         ("gpt-6.1-terra", "gpt-6-luna", "gpt-5.6-terra"),
         "subscription",
         dialects=("codex",),
+        all_see=True,
         accounts=True,
         stream_options=False,  # refuses fields it does not know
         free=FreeLimits(text="the plan's 5-hour and weekly quota"),
@@ -1666,7 +1669,9 @@ class ModelFacts:
                 model, provider=provider, id=id, price_in=None, price_out=None, retired=False
             )
         else:
-            sees = said.get("vision", sees_images(id))  # what it says is worth more than a name
+            row = provider_named(provider)
+            named = sees_images(id) or (row is not None and row.all_see)
+            sees = said.get("vision", named)  # what it says is worth more than a name
             model = Model(provider, id, rate_model(id), vision=sees)
         if is_free_id(id):
             model = replace(model, price_in=0.0, price_out=0.0)

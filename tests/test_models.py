@@ -103,6 +103,13 @@ def test_ratings_people_rely_on(model, rating):
     assert FACTS.facts("anyone", model).rating == rating
 
 
+@pytest.mark.parametrize(
+    ("provider", "sees"), [("anthropic", True), ("codex", True), ("groq", False), ("mine", False)]
+)
+def test_models_that_nobody_knows_see_images_where_all_do(provider, sees):
+    assert FACTS.facts(provider, "something-new").vision is sees
+
+
 CLASSIC = {
     1: "gpt-5.3-codex gpt-5-codex gpt-5.5 gpt-4o o1 o3 claude-opus claude-opus-4 gemini-2.5-pro "
     "nemotron-3-ultra gpt-4.5 claude-3-7 gemini-2.0-ultra deepseek-r2 qwen3-235b qwen3-72b",
