@@ -2609,8 +2609,10 @@ class SettingsReader:
 
     def prices(self, home: Path, name: str) -> dict[str, Price]:
         """The rows of MODEL_PRICES_FILE in lower case; what cannot be used is a warning."""
-        found = {}
-        for key, row in self.document(home / Path(name).expanduser()).items() if name else ():
+        path, found = home / Path(name).expanduser(), {}
+        if name and not path.exists():
+            self.warnings.append(f"MODEL_PRICES_FILE: there is no {path.name}")
+        for key, row in self.document(path).items() if name else ():
             price = read_price(row)
             if price is None or not key.strip():
                 self.warnings.append(

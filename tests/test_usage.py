@@ -258,6 +258,9 @@ def test_rows_that_are_no_prices_are_told(tmp_path):
     (tmp_path / "prices.json").write_text("{")
     config = router.Config.from_env(env)
     assert not config.prices and "prices.json is ignored" in config.warnings[0]
+    (tmp_path / "prices.json").unlink()
+    config = router.Config.from_env(env)
+    assert config.warnings == ("MODEL_PRICES_FILE: there is no prices.json",)
 
 
 @pytest.mark.parametrize(
