@@ -31494,7 +31494,8 @@ def settings_told(config: Config, router: Router, port: int | str) -> Iterator[s
     yield f"rotation: {config.rotation_mode}"
     if most := [f"{s.name} {s.skip_tokens_over}" for s in services if s.skip_tokens_over]:
         yield f"largest requests, in tokens: {', '.join(most)}"
-    yield f"dashboard: {address(config.host, port)}/dashboard"
+    everywhere = config.host in ("0.0.0.0", "::")
+    yield f"dashboard: {address('localhost' if everywhere else config.host, port)}/dashboard"
     yield "serving with waitress"
 
 

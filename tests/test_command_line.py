@@ -319,7 +319,7 @@ def test_the_first_lines_tell_the_settings(running):
         "fast routing: below 500 tokens",
         "rotation: sequential",
         "largest requests, in tokens: groq 5500",
-        f"dashboard: {served.url}/dashboard",
+        f"dashboard: http://localhost:{served.url.rpartition(':')[2]}/dashboard",
         "serving with waitress",
         f"listening on {served.url}",
     ]
