@@ -23694,6 +23694,7 @@ class Router:
                 " (set e.g. GEMINI_API_KEYS or MISTRAL_API_KEYS)"
             )
         limits = Limits(0, self.breakers.bucket, self.breakers.is_open)
+        family.sort(key=lambda target: self.breakers.bucket(target.provider))
         return self.answer(ask, plan(family, (), limits, 0, "embedding family"), 0)
 
     def admit(self, ask: Ask, targets: Sequence[Target]) -> None:

@@ -612,6 +612,21 @@ def test_a_failing_provider_is_left_alone_after_a_while(pair):
     assert len(both.groq.requests) <= 6
 
 
+def test_embeddings_keep_the_order_of_the_settings_but_who_fails_comes_last(upstream, make_app):
+    vectors = {"data": [{"embedding": [0.5], "index": 0, "object": "embedding"}], "model": "e1"}
+    ups = {name: upstream(Reply(200, vectors)) for name in ("groq", "mistral")}
+    rows = {k: v for name, up in ups.items() for k, v in provider(name, up).items()}
+    app = make_app(**rows, GROQ_EMBED_MODEL="e1", MISTRAL_EMBED_MODEL="e1")
+
+    def asked() -> str:
+        got = app.test_client().post("/v1/embeddings", json={"input": "a"}, headers=AUTH)
+        return got.headers["X-Provider"]
+
+    assert [asked() for _ in range(4)] == ["groq"] * 4
+    app.extensions["router"].breakers.note("groq", False)  # one of five: degraded, not open
+    assert [asked() for _ in range(4)] == ["mistral"] * 4
+
+
 def test_when_every_breaker_is_open_all_are_tried_again(single):
     broken = [True]
     up, client = single(
