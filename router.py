@@ -13914,12 +13914,15 @@ class Surface:
     writer: Callable[[Opening, str], Writer]  # for an answer of the provider named
     whole: Callable[[Json, Opening, str], Json]
     beat: bytes = KEEP_ALIVE
+    exhausted: str = "All providers exhausted"  # when nobody answered
 
 
 CHAT: Final = Surface("chat", ChatWriter, chat_reply_to_chat)
 # With `functions`: no provider is spoken to in it any more.
 OLDER_CHAT: Final = replace(CHAT, dialect="older chat")
-EMBEDDINGS: Final = replace(CHAT, dialect="embeddings")
+EMBEDDINGS: Final = replace(
+    CHAT, dialect="embeddings", exhausted="All embedding providers exhausted"
+)
 MESSAGES: Final = Surface("messages", MessagesWriter, chat_reply_to_messages, PING)
 COMPLETIONS: Final = Surface(
     "completions",
@@ -23774,7 +23777,7 @@ class Router:
                 attempt.stream.close()
             raise
         self.watchdog.unwatch(ask.guard)
-        error = self.exhausted(walk, tokens, self.now() >= deadline, ask.privacy)
+        error = self.exhausted(walk, tokens, self.now() >= deadline, ask)
         error.attempts = walk.candidates
         raise error
 
@@ -24082,7 +24085,7 @@ class Router:
                 return count_tokens(ask.chat, self.encoder) or estimate.likely
         return estimate.likely
 
-    def exhausted(self, walk: Walk, tokens: int, late: bool, privacy: str = "") -> RouterError:
+    def exhausted(self, walk: Walk, tokens: int, late: bool, ask: Ask) -> RouterError:
         """The one error that says honestly why nobody answered."""
         told = walk.told()
         if NO_ROOM.name in walk.verdicts:
@@ -24090,13 +24093,13 @@ class Router:
         if error := self.clients_own(walk, told):
             return self.sized(error, walk, tokens)
         if not walk.tried and not walk.waits:
-            return self.nobody(tokens, privacy)
+            return self.nobody(tokens, ask.privacy)
         wait = self.soonest(walk)
         if walk.limited and not late:
             return OverLimit(
                 "every provider that could serve this is rate limited", retry_after=wait, tried=told
             )
-        why = "the request's deadline passed" if late else "All providers exhausted"
+        why = "the request's deadline passed" if late else ask.surface.exhausted
         code = None
         if keys := self.rejected_keys(walk):
             why = f"{why}: {keys}"

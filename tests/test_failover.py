@@ -627,6 +627,19 @@ def test_embeddings_keep_the_order_of_the_settings_but_who_fails_comes_last(upst
     assert [asked() for _ in range(4)] == ["mistral"] * 4
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [("chat/completions", {"messages": HELLO}, "All providers exhausted"),
+     ("embeddings", {"input": "a"}, "All embedding providers exhausted")],
+)  # fmt: skip
+def test_that_nobody_answered_is_told(upstream, make_app, path, body, said):
+    up = upstream(lambda _: Reply(500, ERROR))
+    client = make_app(**provider("groq", up), GROQ_EMBED_MODEL="e1").test_client()
+    got = client.post(f"/v1/{path}", json=body, headers=AUTH)
+    assert (got.status_code, got.json["error"]["type"]) == (503, "router_error")
+    assert got.json["error"]["message"].startswith(f"{said}: groq/")
+
+
 def test_when_every_breaker_is_open_all_are_tried_again(single):
     broken = [True]
     up, client = single(
