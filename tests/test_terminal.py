@@ -118,7 +118,7 @@ SCENES: Mapping[str, tuple[Scene, ...]] = {
     ),
     "restart": (scene("restart", r"answers on http://127.0.0.1:\d+ "),),
     "status": (
-        scene("status", r"^groq +\d +✅ ok +2/2", home="running"),
+        scene("status", r"^groq +3 Good +✅ ok +2/2", home="running"),
         scene("status", "no router answers", "hr start -d", status=3),
         ctrl_c("status --watch 0.5", ("groq", ""), ("Ctrl-C ends it", ""), ("Ctrl-C ends it", ""),
                at="Ctrl-C ends it", status=0, home="running"),
