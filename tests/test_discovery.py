@@ -528,12 +528,12 @@ def test_a_chatgpt_account_is_asked_with_its_token(hub, shelf, tmp_path):
     assert get.headers["chatgpt-account-id"] == "acc-1"
 
 
-def test_a_local_server_is_asked_without_a_key(hub, shelf):
+def test_a_local_server_is_asked_with_what_stands_for_a_key(hub, shelf):
     up = shelf(Reply(200, {"models": [{"name": "qwen3:8b"}, {"name": "nomic-embed-text"}]}))
     here = hub(provider("local", up, "gone"), LOCAL_AUTO_DISCOVER_MODELS="1")
     here.asked("local")
     assert here.models("local") == ["qwen3:8b"]
-    assert "authorization" not in up.gets[0].headers
+    assert up.gets[0].headers["authorization"] == "Bearer local"
 
 
 def test_a_provider_without_models_gets_those_it_lists(hub, shelf):
