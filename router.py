@@ -20452,7 +20452,7 @@ TOO_BIG_WORDS: Final = re.compile(r"request (?:is )?too large", re.IGNORECASE)
 # "Limit 7000, Used 0, Requested ~12903" (groq, Fabric#364): it would not fit an empty minute.
 SIZES: Final = re.compile(r"\blimit (\d{1,12}), used \d+, requested ~?(\d{1,12})", re.IGNORECASE)
 NO_TIER_WORDS: Final = re.compile(
-    r"\blimit: 0(?![\d.])"  # gemini: not in the free tier at all (continue#10062, #12643)
+    r"\blimit: 0(?!\.?\d)"  # gemini: not in the free tier at all (continue#10062, #12643)
     r"|FreeTierOnly|free tier of the model"  # alibaba (2026)
     r"|not yet include access|#1311\b",  # zai coding plans (api-code page, 2026-09)
     re.IGNORECASE,

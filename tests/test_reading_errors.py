@@ -686,7 +686,7 @@ WORDED: dict[str, tuple[int, str]] = {
     "day_quota": (429, "limit of requests per day"),
     "plan_quota": (429, "weekly limit of the plan"),
     "no_credit": (429, "Insufficient balance"),
-    "no_tier": (429, "Quota exceeded for metric: x, limit: 0, model: y"),
+    "no_tier": (429, "Quota exceeded for metric: x, limit: 0. Please retry in 9s."),
     "overloaded": (503, "the model is overloaded"),
     "dead_key": (400, "API key not valid"),
     "region": (400, "User location is not supported"),
