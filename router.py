@@ -25861,7 +25861,9 @@ const PAGES = {
   models: { title: "Models", draw: drawModels }, callers: { title: "Callers", draw: drawCallers },
   log: { title: "Log", draw: drawLog }, cache: { title: "Cache", draw: drawCache },
   settings: { title: "Settings", draw: drawSettings } };
-const page = () => PAGES[location.hash.slice(1)] ? location.hash.slice(1) : "overview";
+// What the pages were called on other routers: bookmarks go on to work.
+const FORMERLY = { keys: "providers", access: "callers", addons: "settings", logs: "log" };
+const page = () => { const name = location.hash.slice(1), found = FORMERLY[name] || name; return Object.hasOwn(PAGES, found) ? found : "overview"; };
 
 function health(name, row) {
   if (row.out_of_use) return mark("dim", "not used: " + row.out_of_use);

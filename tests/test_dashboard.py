@@ -231,6 +231,17 @@ def test_every_page_opens_by_keyboard_on_a_phone_in_the_dark(site):
     assert page.tab.evaluate("document.documentElement.dataset.theme") == "light"
 
 
+@pytest.mark.parametrize(
+    ("bookmark", "page"),
+    [("keys", "providers"), ("access", "callers"), ("addons", "settings"), ("logs", "log"),
+     ("constructor", "overview")],
+)  # fmt: skip
+def test_pages_under_older_names_open(site, bookmark, page):
+    opened = site().login().sees("mode")
+    opened.tab.goto(f"{opened.live.url}/dashboard#{bookmark}")
+    opened.tab.locator(f"#to-{page}[aria-current=page]").wait_for()
+
+
 def test_every_control_has_a_name_and_every_table_a_caption(site):
     page = site()
     page.live.chat()
