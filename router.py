@@ -13972,10 +13972,13 @@ class Step(NamedTuple):
 
     label: str  # provider/model
     key_tail: str
-    verdict: str  # "ok", or why it failed
+    verdict: str  # "ok", LEFT, or why it failed
     status: int  # HTTP status of the provider; 0 = none came
     seconds: float
     text: str = ""  # the provider's reason, scrubbed
+
+
+LEFT: Final = "cancelled"  # the client did not wait for the end of this attempt
 
 
 @dataclass
@@ -23115,6 +23118,8 @@ class Embedder:
             told = ask.unquoted(error.message[:200])
             log.warning("questions are not compared for a while: %s", told)
             return None
+        if ask.trace.cost:
+            whose.trace.cost = ask.trace.cost  # the first that this request has to pay for
         made = objects_in(read_json(cast(bytes, answer.body))["data"])
         return embedding_family(answer.model), made[0].get("embedding") if made else None
 
@@ -23826,6 +23831,7 @@ class Router:
             self.breakers.leave(target.provider, ask.guard)
             if ask.guard.gone:  # the provider had the prompt: what it made of it nobody knows
                 self.charge(target, lease, None, ask)
+                self.note_left(target, lease, ask)
             raise
         if attempt.verdict is CONTENT_FILTER and self.config.content_filter_failover:
             attempt.verdict = FILTERED_HERE
@@ -23838,6 +23844,13 @@ class Router:
                 attempt.stream.close()
             attempt.verdict, attempt.outcome = FILTERED_HERE, FILTER_ENDED
         return attempt
+
+    def note_left(self, target: Target, lease: Lease, ask: Ask) -> None:
+        """The client went away while this one was asked: neither an answer nor an error."""
+        earlier = sum(step.seconds for step in ask.trace.steps)
+        seconds = max(0.0, self.now() - ask.started - earlier)
+        ask.trace.note(Step(target.label, lease.tail, LEFT, 0, seconds, "the client left"))
+        self.usage.attempt(self.place(target, lease, ask), None, seconds)
 
     def headroom(self, target: Target) -> int:
         """How much quota its best key has left: 0 plenty, 1 low, 2 nearly dry."""
@@ -25480,12 +25493,16 @@ def log_entries(router: Router, caller: Caller, wanted: Mapping[str, str]) -> Js
     size, latest = router.traces.size, router.traces.latest()
     limit = wanted.get("limit", "")
     most = min(int(limit) if re.fullmatch(r"[0-9]{1,18}", limit) else 100, size)
-    keys = (("status", "outcome"), ("endpoint", "endpoint"), ("provider", "provider"))
-    asked = [(member, value) for name, member in keys if (value := wanted.get(name))]
+    keys: tuple[tuple[str, Callable[[Trace], str]], ...] = (
+        ("status", operator.attrgetter("outcome")),
+        ("endpoint", operator.attrgetter("endpoint")),
+        ("provider", answered_by),
+    )
+    asked = [(read, value) for name, read in keys if (value := wanted.get(name))]
     fitting = (
         trace
         for trace in latest
-        if may_see(caller, trace) and all(getattr(trace, member) == v for member, v in asked)
+        if may_see(caller, trace) and all(read(trace) == value for read, value in asked)
     )
     entries = [log_entry(trace) for trace in itertools.islice(fitting, most)]
     return {
@@ -25496,28 +25513,38 @@ def log_entries(router: Router, caller: Caller, wanted: Mapping[str, str]) -> Js
     }
 
 
+def answered_by(trace: Trace) -> str:
+    """The provider that answered; "cache" where none was asked, "" where nobody did."""
+    return "cache" if trace.outcome == "cache_hit" else trace.provider
+
+
+def cost_of(trace: Trace) -> float | None:
+    """USD, None = unknown; an answer from memory costs at most what comparing the question did."""
+    known = trace.cost or 0.0 if trace.outcome == "cache_hit" else trace.cost
+    return None if known is None else round(known, 6)
+
+
 def log_entry(trace: Trace) -> Json:
-    hit = trace.outcome == "cache_hit"
     return {
         "id": trace.id,
         "ts": utc_text(trace.at),
         "endpoint": trace.endpoint,
-        "caller": key_tail(trace.caller.key) or trace.caller.name,
+        "caller": key_tail(trace.caller.key) or "anon",
         "caller_name": trace.caller.name,
         "streaming": trace.streaming,
         "asked": trace.asked,
         "complexity": trace.level,
         "est_tokens": trace.tokens,
-        "provider": "cache" if hit else trace.provider or None,
+        "provider": answered_by(trace) or None,
         "model": trace.model or None,
         "latency_ms": round(1000 * trace.seconds, 1),
         "ttft_ms": None if trace.ttft_s is None else round(1000 * trace.ttft_s, 1),
-        "cascades": sum(step.verdict != "ok" for step in trace.steps),
+        "cascades": sum(step.verdict not in ("ok", LEFT) for step in trace.steps),
         "status": trace.outcome,
         "http_status": trace.status,
         "prompt_tokens": trace.prompt,
         "completion_tokens": trace.completion,
-        "cost_usd": None if trace.cost is None else round(trace.cost, 6),
+        "cost_usd": cost_of(trace),
         "error": trace.error or None,
     }
 
@@ -25938,7 +25965,7 @@ async function why(id) {
   const w = await api("/v1/why/" + enc(id));
   tell("Why " + id, h("p", {}, [w.choice, w.difficulty && "difficulty " + w.complexity + " (" + w.difficulty + ")", "about " + num(w.est_tokens) + " tokens", "cache: " + w.cache, w.rescued_by && "gone on with by " + w.rescued_by, w.cost_usd != null && usd(w.cost_usd)].filter(Boolean).join(" · ")),
     w.error ? h("p", { class: "bad" }, w.error) : null,
-    table("Attempts", ["candidate", "key", "verdict", "status", "seconds", "reason"], list(w.attempts).map(a => [a.label, a.key_tail, mark(a.verdict === "ok" ? "good" : "bad", a.verdict), right(a.status || "–"), right(a.seconds), a.text || "–"])),
+    table("Attempts", ["candidate", "key", "verdict", "status", "seconds", "reason"], list(w.attempts).map(a => [a.label, a.key_tail, mark(a.verdict === "ok" ? "good" : KINDS[a.verdict] || "bad", a.verdict), right(a.status || "–"), right(a.seconds), a.text || "–"])),
     table("Candidates in order", ["candidate", "why there", "outcome"], list(w.candidates).map(c => [c.candidate, c.why, c.outcome])),
     list(w.left_out).length ? table("Left out", ["candidate", "why"], w.left_out.map(c => [c.candidate, c.why])) : null,
     list(w.skipped).length ? h("ul", {}, w.skipped.map(text => h("li", {}, text))) : null);

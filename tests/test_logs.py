@@ -177,6 +177,29 @@ def test_newest_first_filters_and_limits(pair):
     assert (whole["buffer_size"], whole["stored"], whole["returned"]) == (500, 6, 2)
 
 
+def test_the_filter_of_providers_goes_by_what_an_entry_shows(pair):
+    live = pair(good(), CACHE_TTL_SECONDS="300")
+    asked = [live.chat() for _ in range(2)][0].headers["X-Provider"]
+    for name in ("groq", "cerebras", "cache", "nobody"):
+        expected = [name] if name in (asked, "cache") else []
+        assert [e["provider"] for e in entries(live, provider=name)] == expected
+
+
+def test_an_answer_from_memory_costs_nothing_which_is_not_unknown(pair, tmp_path):
+    (tmp_path / "prices.json").write_text('{"groq/m1": [1, 1]}')
+    live = pair(good(), CACHE_TTL_SECONDS="300", MODEL_PRICES_FILE="prices.json")
+    for _ in range(2):
+        live.chat(model="groq/m1")
+    assert [e["cost_usd"] for e in entries(live)] == [0.0, 0.00001]
+
+
+def test_a_caller_without_a_key_is_anon(pair):
+    live = pair(good(), AUTH_MODE="open", PROXY_API_KEYS="")
+    requests.post(f"{live.url}/v1/chat/completions", json={"messages": HELLO}, timeout=10)
+    (entry,) = entries(live)
+    assert entry["caller"] == "anon"
+
+
 @pytest.mark.parametrize("name", ["status", "endpoint"])
 def test_an_unknown_filter_names_what_there_is(pair, name):
     answer = get(pair(good()), "/v1/logs", **{name: "nothing"})
@@ -317,4 +340,14 @@ def test_a_client_that_left_is_cancelled(pair):
         )
     until(lambda: entries(live, status="cancelled"), 5)
     (entry,) = entries(live)
-    assert entry["http_status"] == 499
+    assert entry["http_status"] == 499 and entry["cascades"] == 0
+    why = get(live, f"/v1/why/{entry['id']}").json()
+    (attempt,) = why["attempts"]
+    assert attempt["verdict"] == "cancelled" and 0.2 < attempt["seconds"] < 5
+    told = {row["candidate"]: row["outcome"] for row in why["candidates"]}
+    assert sorted(told.values()) == ["cancelled", "not asked"]
+    assert told[attempt["label"]] == "cancelled"
+    asked, _ = attempt["label"].split("/")
+    lines = get(live, "/metrics").text.splitlines()
+    assert f'hermes_router_requests_total{{provider="{asked}"}} 1' in lines
+    assert f'hermes_router_errors_total{{provider="{asked}"}} 0' in lines

@@ -689,6 +689,15 @@ def test_a_question_of_the_same_meaning_gets_the_same_answer(near):
     )
 
 
+def test_a_semantic_hit_costs_what_comparing_costs(near, tmp_path):
+    (tmp_path / "prices.json").write_text('{"groq/e1": [1000, 0], "groq/m1": [1, 1]}')
+    talk = near(MODEL_PRICES_FILE="prices.json")
+    assert [said(talk(text)) for text in (TALL, HEIGHT, TALL)] == ["miss", "semantic", "hit"]
+    entries = talk.http.get("/v1/logs", headers=AUTH).json["entries"]
+    exact, alike, asked = (entry["cost_usd"] for entry in entries)
+    assert exact == 0 and 0.001 < alike < 0.1 and 0.001 < asked < 0.1
+
+
 def test_streams_are_compared_too(near):
     talk = near()
     assert [said(talk(text, stream=True)) for text in (TALL, HEIGHT)] == ["miss", "semantic"]
