@@ -15056,8 +15056,12 @@ class Database:
             self._writer = self._prepare(path)
 
     def _prepare(self, path: Path) -> Any:
+        # SQLite's own files beside it get the same mode.
         if not path.exists():
-            write_private(path, "")  # SQLite's own files beside it get the same mode
+            write_private(path, "")
+        elif path.stat().st_mode & 0o077:  # made by another program
+            with suppress(PermissionError):  # its owner decides
+                path.chmod(0o600)
         connection = self._connect()
         try:
             connection.execute("PRAGMA journal_mode=WAL")
@@ -18516,8 +18520,10 @@ class DiskShelf(Shelf):
     """A copy of what is in memory in an SQLite file: written behind, read at the start only."""
 
     name = "sqlite"
+    # Another router's table of this file held callers' keys: nothing readable stays of it.
     SCHEMA: ClassVar[str] = (
-        "CREATE TABLE IF NOT EXISTS answers"
+        "PRAGMA secure_delete = ON; DROP TABLE IF EXISTS cache;"
+        " CREATE TABLE IF NOT EXISTS answers"
         " (key BLOB PRIMARY KEY, data BLOB NOT NULL, until REAL NOT NULL) WITHOUT ROWID;"
     )
 
