@@ -18277,7 +18277,7 @@ def has_answers(chat: Json) -> bool:
 # 37. Cache
 # =============================================================================
 
-CACHE_FORM: Final = 1  # of what is kept; another one is not read
+CACHE_FORM: Final = 2  # of what is kept; another one is not read
 MAX_QUESTION: Final = 1000  # characters; longer texts are alike by their length alone
 UNSAID: Final = frozenset({"stream", "stream_options"})  # members that change no answer
 TURNS: Final = frozenset({"messages", "input", "prompt"})  # where each dialect has what was said
@@ -18423,6 +18423,36 @@ def finish_of(event: Json) -> str:
     return str(next(filter(None, told), ""))
 
 
+class Question(NamedTuple):
+    """A question that was answered: its vector, of length 1, and the signs of its numbers."""
+
+    unit: array[float]
+    signs: int
+
+
+def question_made(unit: array[float]) -> Question:
+    return Question(unit, int("".join(["1" if value > 0 else "0" for value in unit]), 2))
+
+
+class Asked(NamedTuple):
+    """A question as it is compared with others."""
+
+    space: bytes
+    question: Question
+
+    def packed(self) -> list[str]:
+        return [self.space.hex(), base64.b64encode(self.question.unit.tobytes()).decode()]
+
+
+def asked_again(space: str, vector: str) -> Asked | None:
+    """What `packed` made; None for anything else."""
+    try:
+        unit = array("f", base64.b64decode(vector, validate=True))
+        return Asked(bytes.fromhex(space), question_made(unit)) if unit else None
+    except ValueError:
+        return None
+
+
 @dataclass(frozen=True)
 class Saved:
     """One answer as its client got it: JSON, or the events of a stream."""
@@ -18434,16 +18464,19 @@ class Saved:
     until: float  # unix seconds
     wants_usage: bool = True  # the events hold usage where the provider told any
     usage: bytes = b""  # the event of usage that the client did not want
+    asked: Asked | None = None  # the question, where questions are compared
 
     @property
     def size(self) -> int:
-        return len(self.body) + len(self.usage) + 512
+        vector = 4 * len(self.asked.question.unit) if self.asked else 0
+        return len(self.body) + len(self.usage) + vector + 512
 
     def packed(self) -> bytes:
         """One line that says what it is, then the body."""
         usage = self.usage.decode("utf-8", "replace")
         head = [CACHE_FORM, self.stream, self.provider, self.model, self.until]
-        return dump_json([*head, self.wants_usage, usage]) + b"\n" + self.body
+        asked = self.asked.packed() if self.asked else ["", ""]
+        return dump_json([*head, self.wants_usage, usage, *asked]) + b"\n" + self.body
 
     def with_usage(self) -> bytes | None:
         """The events with those of usage; None where they are not known."""
@@ -18479,7 +18512,7 @@ class Saved:
         return b"".join(map(writer.feed, chunks_from_reply(chat))) + writer.finish()
 
 
-PACKED: Final = [int, bool, str, str, float, bool, str]
+PACKED: Final = [int, bool, str, str, float, bool, str, str, str]
 
 
 def unpacked(data: bytes) -> Saved | None:
@@ -18488,10 +18521,11 @@ def unpacked(data: bytes) -> Saved | None:
     head = read_json(line)
     if not isinstance(head, list) or list(map(type, head)) != PACKED or head[0] != CACHE_FORM:
         return None
-    _, stream, provider, model, until, wants_usage, usage = head
+    _, stream, provider, model, until, wants_usage, usage, *asked = head
     if not (provider + model).isprintable():  # they become headers
         return None
-    return Saved(body, stream, provider, model, until, wants_usage, usage.encode())
+    question = asked_again(*asked)
+    return Saved(body, stream, provider, model, until, wants_usage, usage.encode(), question)
 
 
 class Shelf:
@@ -18612,7 +18646,8 @@ class RedisShelf(Shelf):
         """Queue it; of a full queue the oldest is dropped."""
         left_ms = int(1000 * (saved.until - self._wall()))
         if self._client is not None and left_ms > 0:
-            self._queue.append((self.PREFIX + key.hex(), saved.packed(), left_ms))
+            data = replace(saved, asked=None).packed()  # it is asked for exact names only
+            self._queue.append((self.PREFIX + key.hex(), data, left_ms))
             self._some.set()
 
     def clear(self) -> None:
@@ -18731,6 +18766,11 @@ class Cache:
         with self._lock:
             self.counts[what] += 1
 
+    def questions(self) -> list[tuple[bytes, Asked]]:
+        """The names of the answers whose questions are known, and these; the oldest first."""
+        with self._lock:
+            return [(key, saved.asked) for key, saved in self._kept.items() if saved.asked]
+
     def until(self) -> float:
         """When an answer made now is forgotten, in unix seconds."""
         return self._wall() + self._ttl_s
@@ -18814,13 +18854,6 @@ class Cache:
         return dropped
 
 
-class Question(NamedTuple):
-    """A question that was answered: its vector, of length 1, and the signs of its numbers."""
-
-    unit: array[float]
-    signs: int
-
-
 def unit_vector(values: object) -> array[float] | None:
     """The vector with length 1; None for what is none."""
     if not isinstance(values, list) or not values or not all(map(is_number, values)):
@@ -18832,10 +18865,6 @@ def unit_vector(values: object) -> array[float] | None:
     if not 0 < length < math.inf:
         return None
     return array("f", [value / length for value in values])
-
-
-def question_made(unit: array[float]) -> Question:
-    return Question(unit, int("".join(["1" if value > 0 else "0" for value in unit]), 2))
 
 
 class Questions:
@@ -23159,13 +23188,6 @@ class Embedder:
             self._name = ""
 
 
-class Asked(NamedTuple):
-    """A question as it is compared with others."""
-
-    space: bytes
-    question: Question
-
-
 class Sharing:
     """Gives an answer twice where that is right: from memory, or to all who wait for it.
 
@@ -23189,6 +23211,11 @@ class Sharing:
     def adopt(self, config: Config, _stay: frozenset[str]) -> None:
         self._single, self._deadline = config.single_flight, config.request_deadline
         self._embedder.deadline = config.request_deadline
+
+    def start(self) -> None:
+        """Compare with the questions of answers that survived a restart as well."""
+        for key, asked in self._cache.questions():
+            self.questions.add(*asked, key)
 
     def answer(self, ask: Ask, make: Callable[[], Answer]) -> Answer:
         """The answer to a request, which `make` gets from a provider where need be."""
@@ -23276,7 +23303,8 @@ class Sharing:
         usage: bytes = b"",
     ) -> None:
         until, named = self._cache.until(), (answer.provider, answer.model)
-        self._cache.put(key, Saved(body, ask.stream, *named, until, ask.wants_usage, usage))
+        saved = Saved(body, ask.stream, *named, until, ask.wants_usage, usage, asked)
+        self._cache.put(key, saved)
         if asked:
             self.questions.add(asked.space, asked.question, key)
 
@@ -23573,6 +23601,7 @@ class Router:
         self.usage.start()
         self.quotas.restore(self.usage.places())
         self.cache.start()
+        self.sharing.start()
         self.checks.start()
         self.discovery.start()
 

@@ -253,11 +253,20 @@ def test_the_same_of_streams(body, expected):
 SAVED = router.Saved(b'{"a": "\xc3\xa9"}\n', False, "groq", "m1", 2000.0)
 
 
-@given(st.binary(), st.booleans(), st.text("abc/-.", max_size=9), st.booleans(), st.text())
-def test_what_was_packed_comes_out_as_it_was(body, stream, name, wants, usage):
-    usage = usage.encode("utf-8", "replace")
-    saved = router.Saved(body, stream, name, name, 1.5, wants, usage)
+@given(
+    st.binary(),
+    st.booleans(),
+    st.text("abc/-.", max_size=9),
+    st.booleans(),
+    st.text(),
+    st.lists(st.floats(-1, 1, width=32), max_size=9),
+)
+def test_what_was_packed_comes_out_as_it_was(body, stream, name, wants, usage, vector):
+    usage, unit = usage.encode("utf-8", "replace"), router.unit_vector(vector)
+    asked = unit and router.Asked(b"\x00space", router.question_made(unit))
+    saved = router.Saved(body, stream, name, name, 1.5, wants, usage, asked)
     assert router.unpacked(saved.packed()) == saved
+    assert saved.size == len(body) + len(usage) + 512 + (4 * len(vector) if unit else 0)
 
 
 @given(st.binary())
@@ -268,15 +277,21 @@ def test_anything_else_is_nothing(data):
 @pytest.mark.parametrize(
     "head",
     [
-        b'[0,false,"groq","m1",2.0,true,""]',  # another form
-        b'[1,false,"groq","m1",2,true,""]',
-        b'[1,false,"groq","m1\\r\\nX-Evil: 1",2.0,true,""]',
-        b'[1,false,"groq","m1",2.0,true]',
+        b'[1,false,"groq","m1",2.0,true,"","",""]',  # another form
+        b'[2,false,"groq","m1",2,true,"","",""]',
+        b'[2,false,"groq","m1\\r\\nX-Evil: 1",2.0,true,"","",""]',
+        b'[2,false,"groq","m1",2.0,true,""]',
         b"{}",
     ],
 )
 def test_a_head_that_is_not_ours_is_nothing(head):
     assert router.unpacked(head + b"\n{}") is None
+
+
+@pytest.mark.parametrize("vector", ["", "AAAA", "AAA", "!", "AAAAAAA="])
+def test_a_question_that_cannot_be_read_leaves_its_answer(vector):
+    head = b'[2,false,"groq","m1",2.0,true,"","zz","%s"]' % vector.encode()
+    assert router.unpacked(head + b"\n{}") == router.Saved(b"{}", False, "groq", "m1", 2.0)
 
 
 # --- how much, how long ---------------------------------------------------------------
@@ -388,6 +403,19 @@ def test_answers_survive_a_restart(clock, tmp_path):
     late.clear()
     late.close()
     assert rows_of(path) == []
+
+
+def test_nothing_stays_of_a_file_that_others_could_read_keys_in(clock, tmp_path):
+    path, key = tmp_path / "cache.db", "sk-router-readable"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE cache (hash TEXT PRIMARY KEY, data TEXT, ns TEXT)")
+        connection.execute("INSERT INTO cache VALUES ('a', '{}', ?)", (key,))
+    path.chmod(0o644)
+    cache = disk(clock, path)
+    cache.put(b"a", saved_at(cache))
+    cache.close()
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o600}
+    assert key.encode() not in path.read_bytes() and len(rows_of(path)) == 1
 
 
 def rows_of(path):

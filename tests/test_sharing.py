@@ -698,6 +698,20 @@ def test_a_semantic_hit_costs_what_comparing_costs(near, tmp_path):
     assert exact == 0 and 0.001 < alike < 0.1 and 0.001 < asked < 0.1
 
 
+def test_questions_survive_a_restart_with_their_answers(near, make_app):
+    talk = near(CACHE_BACKEND="sqlite")
+    talk.router.start()
+    assert [said(talk(text)) for text in (TALL, WHERE)] == ["miss", "miss"]
+    talk.router.close()
+    rows = provider("groq", talk.up, "m1")
+    app = make_app(**rows, **ON, **SEMANTIC, CACHE_BACKEND="sqlite")
+    talk.http, again = app.test_client(), app.extensions["router"]
+    again.start()
+    assert [said(talk(text)) for text in (HEIGHT, TALL, NEARLY)] == ["semantic", "hit", "semantic"]
+    assert len(chats(talk)) == 2
+    assert said(talk(HEIGHT, temperature=0.5)) == "miss"
+
+
 def test_streams_are_compared_too(near):
     talk = near()
     assert [said(talk(text, stream=True)) for text in (TALL, HEIGHT)] == ["miss", "semantic"]
