@@ -16115,8 +16115,12 @@ def numbers_in(sense: Sense, headers: Mapping[str, str]) -> tuple[float, float] 
     try:
         left = float(headers[sense.left])
         limit = float(headers[sense.limit]) if sense.limit else 0.0
-    except (KeyError, ValueError):
+    except KeyError:
         return None
+    except ValueError:  # "100, 100;w=60": the limit before its policies (IETF's older drafts)
+        names = (name for name in (sense.left, sense.limit) if "," in headers.get(name, ""))
+        first = {name: headers[name].partition(",")[0] for name in names}
+        return numbers_in(sense, {**headers, **first}) if first else None
     sane = 0 <= left < 1e15 and (0 < limit < 1e15 or not sense.limit)
     return (left, limit) if sane else None
 

@@ -156,6 +156,14 @@ HEADS = {
         {"ratelimit-limit": "10", "ratelimit-remaining": "3", "ratelimit-reset": "20"},
         {"requests/minute": (3, 10)},
     ),
+    "venice": (  # their third
+        {
+            "ratelimit-limit": "50, 50;w=60, 1000;w=3600",
+            "ratelimit-remaining": "0",
+            "ratelimit-reset": "50",
+        },
+        {"requests/minute": (0, 50)},
+    ),
     "codex": (
         {
             "x-codex-primary-used-percent": "41.5",
@@ -205,6 +213,7 @@ def test_what_they_say_about_the_end_of_a_window(clock):
         {"x-ratelimit-remaining-requests": "-1", "x-ratelimit-limit-requests": "-1"},
         {"x-ratelimit-remaining-requests": "0", "x-ratelimit-limit-requests": "0"},
         {"x-ratelimit-limit-requests": "20"},
+        {"ratelimit-remaining": "a, 5", "ratelimit-limit": ",,"},
         {"ratelimit": "x" * 5000, "ratelimit-policy": ";;;,,,"},
         {"x-codex-primary-used-percent": "", "x-codex-primary-window-minutes": "5"},
         {"x-codex-primary-used-percent": "100", "x-codex-primary-window-minutes": "-1065512161"},
