@@ -16205,6 +16205,9 @@ class Gauge:
             most = self.cap or self.limit
             return most - self.counted(now) if most else math.inf
         plain = self.said - (self.balance.totals[self.kind] - self.mark)
+        own = self.cap - self.counted(now) if self.cap else math.inf
+        if self.cap and plain >= own and need < math.inf:
+            return own  # whether or not the stated window has ended
         if plain >= need and plain > self.low and not self.cap:
             return plain
         if now >= self.ends_at():
@@ -16212,8 +16215,7 @@ class Gauge:
             return self._own(now)
         if self.refills:
             plain += (self.limit - self.said) * (now - self.at) / (self.resets - self.at)
-        plain = min(plain, self.limit)
-        return min(plain, self.cap - self.counted(now)) if self.cap else plain
+        return min(plain, self.limit, own)
 
     def wait(self, now: float, need: float) -> float:
         """Seconds until `need` may be used, 0 = now; inf = it never fits."""
@@ -16259,21 +16261,23 @@ class Gauge:
         if self.slides:
             return self._slid(now, more)
         if self.refills:
-            if more > 0:
-                self._drain(min(self.balance.seen, now))
-            self.used = max(0.0, self.used + more)
-            self._drain(now)
-            self.ends = now
-            return self.used
+            return self._refilled(now, more)
         if not now < self.ends <= now + MONTH:
             self.used, self.ends = 0.0, now + self._pause(now)
         self.used = max(0.0, self.used + more)
         return self.used
 
-    def _drain(self, now: float) -> None:
-        if now > self.ends:
-            back = (now - self.ends) * (self.cap or self.limit) / self.period
-            self.used, self.ends = max(0.0, self.used - back), now
+    def _refilled(self, now: float, more: float) -> float:
+        """What of `more`, used when the balance was last, and of earlier uses has not come back."""
+        used, since, at = self.used, self.ends, min(self.balance.seen, now)
+        back = (self.cap or self.limit) / self.period
+        if more > 0 and at > since:
+            used, since = max(used - (at - since) * back, 0.0), at
+        used = max(used + more, 0.0)
+        if now > since:
+            used = max(used - (now - since) * back, 0.0)
+        self.used, self.ends = used, now
+        return used
 
     def _slid(self, now: float, more: float) -> float:
         slots, at = self.slots, min(self.balance.seen, now)
@@ -16581,11 +16585,6 @@ class Ledger:
         for place, balance in found:
             balance.use(now, tokens)
             places.append((place, balance, tuple(balance.totals)))
-            if balance.spare_until != now + self.CALM_S:
-                continue  # counted with the next one that looks
-            for gauge in balance.gauges.values():
-                if gauge.slides or gauge.refills:
-                    gauge.counted(now)  # at this moment
         return Draft(tokens, places, guesses)
 
     def redraw(self, lease: Lease) -> Lease:
