@@ -15234,6 +15234,15 @@ class KeyPool:
                     if rest and rest.why in GUESSES:
                         del self._rests[lease.provider, key, model]
 
+    def wake(self, provider: str) -> int:
+        """End every rest at a provider, dead keys' included; how many there were."""
+        with self._lock:
+            now = self._now()
+            ended = {place: rest for place, rest in self._rests.items() if place[0] == provider}
+            for place in ended:
+                del self._rests[place]
+        return sum(rest.until > now for rest in ended.values())
+
     def held(self) -> Mapping[str, tuple[str, ...]]:
         """The keys of each provider."""
         return self._keys
@@ -15725,6 +15734,11 @@ class Breakers:
             circuit = self._circuits.get(provider)
             if circuit and self._owns(circuit, owner):
                 circuit.probe_until = 0.0
+
+    def wake(self, provider: str) -> None:
+        """Begin anew with a provider: closed, and nothing known of it."""
+        with self._lock:
+            self._circuits.pop(provider, None)
 
     @staticmethod
     def _owns(circuit: Circuit, owner: object) -> bool:
@@ -16242,6 +16256,13 @@ class Gauge:
         self.sure_until, self.disproofs = now + SURE_S, 0
         if self.said is None and self.limit > self.listed:  # it was raised too far
             self.bound(max(self.listed, min(self.limit, math.floor(self.used))))
+
+    def forget(self) -> None:
+        """Somebody says that it is full again; of what the settings allow as much is used."""
+        self.said, self.sure_until, self.disproofs = None, 0.0, 0
+        if not self.cap:
+            self.used, self.ends, self.seen = 0.0, 0.0, self.balance.totals[self.kind]
+            self.slots.clear()
 
     def disprove(self) -> None:
         """A request was answered that was beyond the limit; our count may be a little off."""
@@ -16827,6 +16848,16 @@ class Ledger:
         self._found.clear()
         balance = self._balances[place] = Balance(now)
         return balance
+
+    def wake(self, provider: str) -> None:
+        """Take every quota of a provider for full, but for those that the settings allow."""
+        with self._lock:
+            for place, balance in self._balances.items():
+                if place[0] == provider:
+                    balance.calm_until = balance.spare_until = balance.probed = 0.0
+                    self._tight.discard(place)
+                    for gauge in balance.gauges.values():
+                        gauge.forget()
 
     # -- keys that share one quota ---------------------------------------------------------
 
@@ -24945,6 +24976,16 @@ def set_rotation(desk: Desk, body: Json) -> Json:
     return {"mode": mode, **desk.store({"ROTATION_MODE": mode})}
 
 
+def end_rests(desk: Desk, body: Json, provider: str) -> Json:
+    """Ask a provider again at once: somebody knows better than what it stated."""
+    only(body)
+    row, router = some_provider(provider), desk.router
+    ended = router.keys.wake(row.name)
+    router.breakers.wake(row.name)
+    router.ledger.wake(row.name)
+    return {"provider": row.name, "ended": ended, "restart_required": False}
+
+
 def list_settings(desk: Desk, _body: Json) -> Json:
     return {
         "settings": setting_states(desk.config),
@@ -25128,6 +25169,7 @@ ERRANDS: Final[tuple[tuple[str, str, Errand], ...]] = (
     ("POST", "features/<name>", set_feature),
     ("GET", "rotation", show_rotation),
     ("POST", "rotation", set_rotation),
+    ("DELETE", "rests/<provider>", end_rests),
     ("GET", "settings", list_settings),
     ("POST", "settings", set_settings),
     ("GET", "proxy-keys", list_proxy_keys),
@@ -25957,10 +25999,12 @@ function drawProviders() {
     note(told.duplicate ? "That key was there already." : "Added; " + given.provider + " has " + told.total_keys + (told.total_keys === 1 ? " key now." : " keys now."), "good"); made.reset();
   }, "Add key", field("Provider", { name: "provider", required: true }, known), field("Key", { name: "key", type: "password", required: true })) : readOnly(),
   rows(data.status.providers).map(([name, p]) => [h("h2", {}, name), h("p", {}, health(name, p), " · ", p.tier || "", p.note ? " · " + p.note : ""),
+    data.admin && rests(p) ? button("wake-" + name, "Ask " + name + " again now", () => change("rests/" + enc(name), "DELETE", null, name + " is asked again.")) : null,
     table("Keys of " + name, ["key", "state", "ready in", "handed out", "resting for"], list(p.keys).map(k => [k.key_tail, mark(k.status === "ready" ? "good" : "warn", k.status),
       right(k.ready_in ? span(k.ready_in) : "–"), right(num(k.requests)), rows(k.models).map(([m, r]) => m + ": " + r.why).join(", ") || "–"])),
     list(p.quota).length ? table("Quota of " + name, ["key", "model", "per", "left", "of", "back at", "runs dry"], p.quota.map(q => [q.key_tail, q.model, q.window, right(num(q.remaining)), right(num(q.limit)), q.resets_at, q.dry_at ? mark("warn", q.dry_at) : "–"])) : null])];
 }
+const rests = p => p.breaker?.open || list(p.keys).some(k => k.status !== "ready") || list(p.quota).some(q => q.remaining < 1);
 function readOnly() { return h("p", { class: "dim" }, "This key may look but not change anything: log in with an admin key (ADMIN_KEYS, or the first key)."); }
 const RATINGS = ["", "Outstanding", "Best", "Good", "Fair", "Basic"];
 function drawModels() {

@@ -17,7 +17,7 @@ import requests
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from upstream import HELLO, KEY, Hang, chat, free_port, provider, until
+from upstream import HELLO, KEY, Hang, Reply, chat, free_port, good, provider, until
 
 import router
 
@@ -768,3 +768,60 @@ def test_who_stops_it_while_it_begins_anew_is_obeyed(process, upstream):
         assert here.child.wait(30) == 0
         assert under_way.exception(30), "cut off"
     assert "restarting" not in here.text
+
+
+# --- asking a provider again -----------------------------------------------------------
+
+LONG = {"Retry-After": "86400"}
+NOTHING_LEFT = {
+    "x-ratelimit-limit-requests": "1000",
+    "x-ratelimit-remaining-requests": "0",
+    "x-ratelimit-reset-requests": "20h",
+}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Reply(429, {"error": {"message": "limit of requests per day"}}, LONG),
+        Reply(401, {"error": {"message": "invalid api key"}}),
+        Reply(429, {"error": {"message": "slow down"}}, NOTHING_LEFT),
+    ],
+    ids=["day", "dead", "dry"],
+)
+def test_a_provider_is_asked_again_at_once(api, upstream, fault):
+    up = upstream(fault, chat())
+    here = api(provider("groq", up, "m1"), CACHE_TTL_SECONDS="0", KEY_RECHECK="0")
+    for _ in range(2):
+        assert asked(here) in (429, 503)
+    assert len(up.requests) == 1
+    told = here.delete("rests/groq")
+    assert told == {"provider": "groq", "ended": 1, "restart_required": False}
+    assert asked(here) == 200 and len(up.requests) == 2
+
+
+def asked(here):
+    headers = {"Authorization": f"Bearer {GUEST}"}
+    url, body = f"{here.url}/v1/chat/completions", {"messages": HELLO}
+    return requests.post(url, json=body, headers=headers, timeout=60).status_code
+
+
+def test_its_breaker_is_closed(api, upstream):
+    here = api(provider("groq", upstream(), "m1"))
+    for _ in range(8):
+        here.hub.breakers.note("groq", False)
+    assert here.hub.breakers.is_open("groq")
+    assert here.delete("rests/groq")["ended"] == 0
+    assert here.hub.breakers.bucket("groq") == 0 and not here.hub.breakers.is_open("groq")
+
+
+def test_what_the_settings_allow_holds_on_when_a_provider_is_asked_again(api, upstream):
+    up = upstream(good())
+    here = api(provider("groq", up, "m1"), GROQ_RPD="2", CACHE_TTL_SECONDS="0")
+    assert [asked(here) for _ in range(3)] == [200, 200, 429]
+    here.delete("rests/groq")
+    assert asked(here) == 429 and len(up.requests) == 2
+
+
+def test_who_is_no_provider_does_not_rest(api):
+    assert "nobody" in api().fails(400, "DELETE", "rests/nobody")[1]

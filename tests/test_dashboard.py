@@ -291,6 +291,17 @@ def test_a_key_of_a_provider_is_added_and_used(desk, tmp_path):
     assert "mistral-key" not in desk.tab.content()
 
 
+def test_a_provider_that_rests_is_asked_again(desk):
+    page = desk
+    router_ = page.live.app.extensions["router"]
+    router_.keys.rest("groq", router.ANY, router.ANY, 3600.0, "day_quota")
+    page.open("providers")
+    page.tab.click("#wake-groq")
+    page.sees("groq is asked again.")
+    page.tab.locator("#wake-groq").wait_for(state="detached")
+    assert router_.keys.rests() == {}
+
+
 def test_a_limit_holds_at_once(desk, tmp_path):
     desk.open("callers")
     desk.tab.fill("#limit-1 input[name=rpm]", "1")
