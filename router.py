@@ -5628,6 +5628,10 @@ class ChatReader:
         told = {"index": reader.index, "delta": {"content": content}, "finish_reason": None}
         return [{**self._head, "choices": [told]}]
 
+    def counted(self) -> Json | None:
+        """The usage as stated so far."""
+        return self._usage
+
     def finish(self) -> list[Json]:
         """What is left of a stream that ended well: held text, finish reasons, usage."""
         if self._over:
@@ -10422,6 +10426,10 @@ class MessagesReader:
         self.reasoned = False  # is there reasoning_content already?
         self.gap = False  # has something else come since the last text?
 
+    def counted(self) -> Json | None:
+        """The usage as stated so far, canonical."""
+        return usage_from_messages(self.usage) if self.usage else None
+
     def feed(self, event: Json) -> list[Json]:
         """Chunks for one event; pings and unknown events give none."""
         kind = event.get("type") if isinstance(event, dict) else None
@@ -12844,6 +12852,10 @@ class ResponsesReader:
         self._calls = 0
         self._said: set[str] = set()  # content, reasoning, role: what has begun
 
+    def counted(self) -> Json | None:
+        """Nothing: a stream of this dialect states its usage at its end."""
+        return None
+
     def feed(self, event: Json) -> list[Json]:
         """The chunks that one event makes; an error becomes [{"error": {...}}]."""
         if self.finished or not isinstance(event, dict):
@@ -13620,6 +13632,8 @@ class Reader(Protocol):
 
     def feed(self, event: Json) -> list[Json]: ...
     def finish(self) -> list[Json]: ...
+    def counted(self) -> Json | None:
+        """A canonical usage as stated so far."""
 
 
 class Writer(Protocol):
@@ -14427,10 +14441,23 @@ class Flow:
         return self._read(split_events(b"".join([*self._passed, *came])))
 
     def spent(self) -> Tokens | None:
-        """The tokens of the answer, as far as it came; an estimate where none were stated."""
-        if self.useful and not self._is_counted():
+        """The tokens of the answer, as far as it came; an estimate where none were stated.
+
+        What a stream said before it was cut off is of that moment: Claude's begin with a count
+        of 1. There the larger of that and of the estimate is taken.
+        """
+        stated = self.tokens = self.tokens or self._stated()
+        ended = self.finished or self.done
+        if self.useful and not (ended and self._is_counted()):
             self._estimated()
+            if stated and self.tokens:
+                completion = max(stated.completion, self.tokens.completion)
+                self.tokens = Tokens(self.tokens.prompt, completion, stated.cached, True)
         return self.tokens
+
+    def _stated(self) -> Tokens | None:
+        """What the provider stated and nobody was told of yet."""
+        return None
 
     def _is_counted(self) -> bool:
         """Did the provider state what its answer took?"""
@@ -14801,6 +14828,9 @@ class Translation(Flow):
 
     def _told_chunks(self) -> Sequence[Json]:
         return self._told
+
+    def _stated(self) -> Tokens | None:
+        return tokens_of({"usage": self._reader.counted()})
 
     def said(self) -> Said | None:
         text = spoken(self._told) if len(self._told) < MAX_TOLD else None

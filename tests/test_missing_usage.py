@@ -216,3 +216,55 @@ def test_an_estimate_is_the_same_however_the_stream_is_cut():
         (usage,) = re.findall(rb'"completion_tokens":\s*(\d+)', told)
         found.add((int(usage), flow.spent().completion))
     assert len(found) == 1 and min(found)[0] > 10
+
+
+def claude_begins(*texts: str) -> Stream:
+    """The beginning of a Messages stream: what it counts is the prompt, and one token."""
+    usage = {"input_tokens": 1000, "output_tokens": 1, "cache_read_input_tokens": 4000}
+    message = {"id": "m", "type": "message", "role": "assistant", "model": "m1", "content": []}
+    events = [
+        {"type": "message_start", "message": {**message, "usage": usage}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        *(
+            {
+                "type": "content_block_delta",
+                "index": 0,
+                "delta": {"type": "text_delta", "text": text},
+            }
+            for text in texts
+        ),
+    ]
+    return Stream(chunks=[named(event) for event in events], done=False, hold_after=len(events))
+
+
+def chat_begins(*texts: str) -> Stream:
+    """The beginning of a chat stream that counts as it goes on (NVIDIA's NIM)."""
+    counts = {"prompt_tokens": 5000, "completion_tokens": 1, "total_tokens": 5001}
+    counts["prompt_tokens_details"] = {"cached_tokens": 4000}
+    events = [{**event, "usage": counts} for event in chunks(*texts, with_usage=False)[:-1]]
+    return Stream(chunks=events, done=False, hold_after=len(events))
+
+
+ENDPOINTS = {
+    "/v1/chat/completions": {"messages": HELLO},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 500},
+    "/v1/responses": {"input": "hello", "store": False},
+}
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize(("name", "begin"), [("anthropic", claude_begins), ("nvidia", chat_begins)])
+def test_a_client_that_leaves_pays_for_what_was_made(upstream, make_app, path, name, begin):
+    up = upstream(begin(*["word " * 40] * 5))
+    http = make_app(**provider(name, up, "claude-haiku-4-5")).test_client()
+    body = {**ENDPOINTS[path], "stream": True}
+    answer = http.post(path, json=body, headers=AUTH, buffered=False)
+    text, blocks = b"", iter(answer.iter_encoded())
+    while text.count(b"word") < 200:
+        text += next(blocks)
+    answer.close()  # as the server does when the connection is gone
+    row = http.get("/v1/usage", headers=AUTH).json["providers"][name]
+    assert (row["prompt_tokens"], row["cached_tokens"]) == (5000, 4000)
+    assert 200 <= row["completion_tokens"] <= 300
+    (entry,) = http.get("/v1/logs", headers=AUTH).json["entries"]
+    assert entry["status"] == "cancelled" and entry["prompt_tokens"] == 5000
