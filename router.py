@@ -25608,7 +25608,9 @@ def log_entries(router: Router, caller: Caller, wanted: Mapping[str, str]) -> Js
         ("endpoint", operator.attrgetter("endpoint")),
         ("provider", answered_by),
     )
-    asked = [(read, value) for name, read in keys if (value := wanted.get(name))]
+    named = provider_named(wanted.get("provider", ""))  # other names of it mean the same
+    given = {**wanted, "provider": named.name} if named else wanted
+    asked = [(read, value) for name, read in keys if (value := given.get(name))]
     fitting = (
         trace
         for trace in latest

@@ -185,6 +185,13 @@ def test_the_filter_of_providers_goes_by_what_an_entry_shows(pair):
         assert [e["provider"] for e in entries(live, provider=name)] == expected
 
 
+def test_a_provider_is_found_under_its_other_names(upstream, serve):
+    live = serve(**provider("gemini", upstream(good()), "m1"))
+    live.chat()
+    for name in ("gemini", "google", "Gemini"):
+        assert [e["provider"] for e in entries(live, provider=name)] == ["gemini"]
+
+
 def test_an_answer_from_memory_costs_nothing_which_is_not_unknown(pair, tmp_path):
     (tmp_path / "prices.json").write_text('{"groq/m1": [1, 1]}')
     live = pair(good(), CACHE_TTL_SECONDS="300", MODEL_PRICES_FILE="prices.json")
