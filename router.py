@@ -15727,10 +15727,11 @@ class Breakers:
         self._window, self._min, self._rate = window, min(min_samples, window), error_rate
         self._cooldown = cooldown
 
-    def note(self, provider: str, ok: bool, owner: object = None) -> None:
+    def note(self, provider: str, ok: bool, owner: object = None, *, instead: bool = False) -> None:
         """Record one outcome; 429s and client faults are no outcome and are not noted.
 
-        While open nothing counts; when half open only the probe's outcome does.
+        While open nothing counts; when half open only the probe's outcome does. `instead`: it
+        takes the place of a success, that of an answer which began well.
         """
         with self._lock:
             circuit = self._circuits.get(provider)
@@ -15740,6 +15741,8 @@ class Breakers:
                 if self._now() >= circuit.open_until and self._owns(circuit, owner):
                     self._settle(circuit, ok)
                 return
+            if instead and True in circuit.outcomes:
+                circuit.outcomes.remove(True)
             circuit.outcomes.append(ok)
             if not ok and self._tripped(circuit):
                 self._open(circuit)
@@ -24082,7 +24085,7 @@ class Router:
         if verdict.name in DEAD:
             self.checks.wake()
         if verdict.counts and first:
-            self.breakers.note(target.provider, False, ask.guard)
+            self.breakers.note(target.provider, False, ask.guard, instead=attempt.begun)
         self.breakers.leave(target.provider, ask.guard)
         if verdict is not NO_ROOM:
             self.count_failed(target, lease, ask, attempt)

@@ -8,7 +8,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from upstream import AUTH, HELLO, Clock, Hang, Reply, provider
+from upstream import AUTH, HELLO, Clock, Hang, Reply, Stream, chunks, provider
 
 from router import Breakers
 
@@ -55,6 +55,28 @@ def test_it_opens_by_the_share_of_failures_in_the_window(breakers, outcomes, is_
     assert breakers.is_open("p") is is_open
     assert breakers.enter("p") is not is_open
     assert breakers.snapshot("p")["open"] is is_open
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "is_open"), [("S", False), ("SSS", False), ("SSSS", True), ("SSSSS", False)]
+)
+def test_an_answer_that_breaks_off_was_no_success(clock, outcomes, is_open):
+    breakers = Breakers(error_rate=0.9, now=clock)
+    note(breakers, outcomes)
+    for _ in range(min(len(outcomes), 4)):
+        breakers.note("p", False, instead=True)
+    assert breakers.snapshot("p")["recent_health_fails"] == min(len(outcomes), 4)
+    assert breakers.is_open("p") is is_open
+
+
+def test_a_provider_whose_streams_all_break_off_rests(upstream, make_app):
+    up = upstream(Stream(chunks=chunks("a")[:2], done=False))
+    keys = ",".join(f"groq-key-{number}" for number in range(6))
+    app = make_app(BREAKER_ERROR_RATE="0.9", **provider("groq", up, keys=keys))
+    asked = {"json": {"model": "m1", "messages": HELLO, "stream": True}, "headers": AUTH}
+    for _ in range(4):
+        app.test_client().post("/v1/chat/completions", **asked).get_data()
+    assert app.extensions["router"].breakers.snapshot("groq")["open"]
 
 
 def test_it_is_one_providers_affair(breakers):
