@@ -3836,6 +3836,8 @@ def legible(block: bytes) -> bytes:
 
 def last_event_end(data: bytes) -> int:
     """Position after the last complete event in `data`, 0 when there is none."""
+    if data.endswith(b"\n\n"):
+        return len(data)
     at = data.rfind(b"\n\n") + 2
     # The rarer ends only matter behind the usual one: most of a block is looked at once.
     at = max(at, data.rfind(b"\n\r\n", max(at - 2, 0)) + 3)
@@ -21306,6 +21308,8 @@ class ChunkSizes(dict[bytes, int]):
 class Dechunker:
     """HTTP/1.1 chunked coding undone: bytes in any pieces in, content out."""
 
+    MANY_BYTES: ClassVar[int] = 4096  # from here on it pays to look at all chunks together
+
     __slots__ = ("_left", "_rest", "_sizes", "_state", "finished", "surplus")
 
     def __init__(self) -> None:
@@ -21346,7 +21350,8 @@ class Dechunker:
 
     def _whole_chunks(self, data: bytes, at: int, out: list[bytes]) -> int:
         """Take the chunks that have come whole, which most do; returns where the rest begins."""
-        at = at or self._plain_chunks(data, out)
+        if not at and len(data) > self.MANY_BYTES:
+            at = self._plain_chunks(data, out)
         find, ends, sizes = data.find, data.startswith, self._sizes
         while (stop := find(b"\r\n", at, at + 17)) >= 0:
             size, start = sizes[data[at:stop]], stop + 2

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from upstream import Hang, Reply, Request, Reset, Stream, chat, chat_stream, completion, until
 
@@ -40,6 +40,14 @@ def coded(parts: list[bytes], extension: bytes = b"", trailer: bytes = b"") -> b
 PARTS = st.lists(st.binary(min_size=1, max_size=40) | st.just(b"\r\n0\r\n\r\n"), max_size=5)
 
 
+@pytest.fixture(params=[0, 4096], ids=["together", "one by one"])
+def _chunks_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks in any number take both ways."""
+    monkeypatch.setattr(router.Dechunker, "MANY_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("_chunks_looked_at")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     PARTS,
     st.sampled_from([b"", b";a=b", b' ; name="v"']),
@@ -57,6 +65,7 @@ def test_chunked_coding_in_any_pieces(
     assert chunks.finished and not chunks.surplus
 
 
+@pytest.mark.usefixtures("_chunks_looked_at")
 def test_chunked_coding_byte_by_byte() -> None:
     whole = coded([b"hello", b"\r\n", b"x" * 300], b";q", b"X-A: b\r\n")
     content, chunks = fed([whole[at : at + 1] for at in range(len(whole))])
