@@ -1263,234 +1263,235 @@ def host_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | N
 MODELS_AS_OF: Final = "2026-11-20"
 # One line per offer, in the order of PROVIDERS, as of that day:
 # provider/id, rating 1 (strongest) to 5, window and longest answer in tokens, USD per 1M tokens
-# in and out, flags. - is unknown. t tools, v vision, r reasoning, j JSON schema (a ? behind
-# the letter: unknown; no letter: no; ? alone: nothing known), e embedding, x retired.
+# in, out and in from the provider's cache, flags. - is unknown. t tools, v vision, r reasoning,
+# j JSON schema (a ? behind the letter: unknown; no letter: no; ? alone: nothing known),
+# e embedding, x retired.
 MODELS = """
-gemini/gemini-2.5-flash                                 2 1048576   65536    0.3    2.5 tvrj
-gemini/gemini-2.5-flash-lite                            3 1048576   65536    0.1    0.4 tvrj
-gemini/gemini-2.5-pro                                   1 1048576   65536   1.25     10 tvrj
-gemini/gemini-3-flash-preview                           2 1048576   65536    0.5      3 tvrj
-gemini/gemini-3.1-flash-lite                            3 1048576   65536   0.25    1.5 tvrj
-gemini/gemini-3.1-pro-preview                           1 1048576   65536      2     12 tvrj
-gemini/gemini-3.5-flash                                 2 1048576   65536    1.5      9 tvrj
-gemini/gemini-3.5-flash-lite                            2 1048576   65536    0.3    2.5 tvrj
-gemini/gemini-3.8-flash                                 2 1048576   65536   0.75   3.75 tvrj
-gemini/gemini-4-argon                                   1 1048576   32768      2     10 tvrj
-gemini/gemini-embedding-001                             5    2048       -   0.15      0 e
-gemini/gemini-flash-latest                              2 1048576   65536   0.75   3.75 tvrj
-gemini/gemini-flash-lite-latest                         2 1048576   65536    0.3    2.5 tvrj
-gemini/gemini-pro-latest                                1 1048576   65536      2     12 tvrj
-gemini/gemma-4-26b-a4b-it                               3  262144   32768      0      0 tvrj
-gemini/gemma-4-31b-it                                   3  262144   32768      0      0 tvrj
-openrouter/anthropic/claude-haiku-5.5                   2 1000000  128000    0.1    0.5 tvrj?
-openrouter/anthropic/claude-sonnet-5.5                  1 1000000  128000      2     10 tvrj
-openrouter/deepseek/deepseek-v4.1-flash                 2 1048576  943718  0.006    0.5 tvrj
-openrouter/google/gemini-3.5-flash-lite                 2 1048576   65536    0.3    2.5 tvrj
-openrouter/google/gemini-3.8-flash                      2 1048576   65536  0.825  4.125 tvrj
-openrouter/google/gemma-4-26b-a4b-it:free               3  262144   32768      0      0 tvr
-openrouter/google/gemma-4-31b-it:free                   3  262144   32768      0      0 tvr
-openrouter/nvidia/nemotron-3-super-120b-a12b:free       2  262144  235929      0      0 trjx
-openrouter/nvidia/nemotron-3-ultra-550b-a55b:free       1 1000000   65536      0      0 tr
-openrouter/nvidia/nemotron-3.5-lightning:free           3 1000000   65536      0      0 tr
-openrouter/nvidia/nemotron-3.5-super-vl:free            2 1000000  131072      0      0 tvrj?
-openrouter/openai/gpt-6-luna                            2 1050000  128000    0.1    0.5 tvrj
-openrouter/openai/gpt-6.1-terra                         1 1050000  128000      1      5 tvrj?
-openrouter/openai/gpt-oss-120b                          3  131072   65536   0.15    0.6 trj
-openrouter/openrouter/auto                              2 2000000    4096      -      - tvrj
-openrouter/openrouter/free                              3  200000    4096      0      0 tvrj
-openrouter/thinkingmachines/inkling-2-small:free        2 1048576  131072      0      0 tvrj?
-openrouter/z-ai/glm-5.3-flash                           2 1048575  943717   0.15    0.5 tvrj
-sambanova/DeepSeek-V3.1                                 2  131072  131072      3    4.5 trj?
-sambanova/DeepSeek-V3.2                                 2   32768   32768      3    4.5 tj?
-sambanova/gemma-4-31B-it                                3  131072  131072   0.38   1.15 t?vj?
-sambanova/gpt-oss-120b                                  3  131072  131072   0.22   0.59 trj?
-sambanova/Meta-Llama-3.3-70B-Instruct                   2  131072  131072    0.6    1.2 tj
-sambanova/MiniMax-M2.7                                  3  196608  131072    0.6    2.4 trj?
-cerebras/gpt-oss-120b                                   3  131072   40960   0.35   0.75 trj
-cerebras/qwen-3.8-27b                                   3  131072   40960   0.99   1.49 tvrj
-groq/llama-3.1-8b-instant                               3  131072  131072   0.05   0.08 tj?x
-groq/llama-3.3-70b-versatile                            2  131072   32768   0.59   0.79 tj?x
-groq/openai/gpt-oss-120b                                3  131072   65536   0.15    0.6 trj
-groq/openai/gpt-oss-20b                                 4  131072   65536  0.075    0.3 trj
-groq/qwen/qwen3.8-27b                                   3  131072   16384    0.8      4 tvrj
-mistral/codestral-latest                                4  256000    4096    0.3    0.9 tj
-mistral/devstral-latest                                 3  262144  262144    0.4      2 tj
-mistral/ministral-14b-latest                            4  262144  262144    0.2    0.2 tvj
-mistral/ministral-8b-latest                             5  262144  128000   0.15   0.15 tvj
-mistral/mistral-embed                                   5    8192       -    0.1      0 e
-mistral/mistral-large-4                                 2 1048576  262144    0.7    2.1 tvrj
-mistral/mistral-large-latest                            2  262144  262144    0.5    1.5 tvj
-mistral/mistral-medium-3.5                              2  262144  262144    1.5    7.5 tvrj
-mistral/mistral-medium-latest                           2  262144  262144    1.5    7.5 tvrj
-mistral/mistral-small-latest                            3  262144  256000   0.15    0.6 tvrj
-cohere/command-a-03-2025                                2  256000    8000    2.5     10 tj?
-cohere/command-a-plus-05-2026                           2  128000   64000    2.5     10 tvrj
-cohere/command-r-plus-08-2024                           2  128000    4096    2.5     10 tj?
-cohere/command-r7b-12-2024                              4  128000    4096 0.0375   0.15 tj?
-cohere/embed-v4.0                                       5  128000       -   0.12      0 e
-cohere/north-mini-code-1-0                              3  256000   64000      0      0 trj
-zai/glm-4.5                                             3  128000   32000    0.6    2.2 trj?
-zai/glm-4.5-flash                                       3  128000   32000      0      0 trj?
-zai/glm-4.6                                             2  200000  128000    0.6    2.2 trj?
-zai/glm-4.6v-flash                                      4  128000   32768      0      0 tvrj?
-zai/glm-4.7                                             2  204800  131072    0.6    2.2 trj?
-zai/glm-4.7-flash                                       3  200000  128000      0      0 trj?
-zai/glm-5                                               2  200000  128000      1    3.2 trj?
-zai/glm-5.2                                             1 1000000  131072    1.4    4.4 trj
-zai/glm-5.3                                             1 1000000  131072    1.4    4.4 trj
-zai/glm-5.3-flash                                       2 1000000  131072   0.15    0.5 tvrj
-naga/llama-3.3-70b-instruct:free                        2  131072       -      0      0 ?
-naga/llama-4-scout-17b-16e-instruct:free                2       -       -      0      0 ?
-naga/nemotron-3-super-120b-a12b:free                    2  262144       -      0      0 ?
-naga/nex-n2.5-mini:free                                 3       -       -      0      0 ?
-nvidia/deepseek-ai/deepseek-v4-flash                    2 1048576  393216      0      0 trjx
-nvidia/deepseek-ai/deepseek-v4.1-flash                  2 1000000  384000      0      0 tvrj?
-nvidia/meta/muse-glimmer-30b                            3  131072  131072      0      0 tvrj
-nvidia/minimaxai/minimax-m3.1-flash                     2  262144  262144      0      0 tvrj?
-nvidia/moonshotai/kimi-k2.6                             2  262144  262144      0      0 tvrj
-nvidia/nvidia/nemotron-3-nano-omni-30b-a3b-reasoning    4  256000   65536      0      0 tvrj
-nvidia/nvidia/nemotron-3-ultra-550b-a55b                1 1000000   65536      0      0 trj
-nvidia/nvidia/nemotron-3.5-lightning-30b-a3b            3  262144  262144      0      0 trj
-nvidia/nvidia/nemotron-3.5-super-vl-120b-a12b           2 1048576    8192      0      0 tvrj?
-nvidia/openai/gpt-oss-20b                               4  131072   32768      0      0 trj
-nvidia/stepfun-ai/step-5-preview                        2 1048576 1048576      0      0 tvrj?
-nvidia/z-ai/glm-5.3-flash                               2 1000000  131072      0      0 tvrj
-huggingface/deepseek-ai/DeepSeek-V4.1-Flash:cheapest    2 1048576  384000    0.3    1.2 tvrj
-huggingface/openai/gpt-oss-120b:cheapest                3  131072   32768   0.25   0.69 trj
-huggingface/zai-org/GLM-5.3-Flash:cheapest              2 1048576  131072   0.15    0.5 tvrj
-kimi/k3                                                 1 1048576  131072      0      0 tvrj
-kimi/k3.1-pro                                           1 1048576  131072      0      0 tvrj?
-kimi/kimi-for-coding                                    3 1048576   32768      0      0 tvrj?
-kimi/kimi-k2.6                                          2  262144  262144   0.95      4 tvrj
-kimi/kimi-k2.7-code                                     2  262144  262144   0.95      4 tvrj
-kimi/kimi-k3                                            1 1048576 1048576      3     15 tvrj
-kimi/kimi-k3.1-pro                                      1 1048576 1048576      2     10 tvrj
-opencode/big-pickle                                     2  200000   32000      0      0 trj
-opencode/deepseek-v4-flash-free                         2  200000  128000      0      0 trjx
-opencode/deepseek-v4-pro                                1 1000000  384000   1.74   3.48 trj
-opencode/deepseek-v4.1-flash                            2 1000000  384000    0.3    1.2 tvrj
-opencode/glm-5.3                                        1 1000000  131072    1.4    4.4 trj
-opencode/glm-5.3-flash                                  2 1000000  131072   0.15    0.5 tvrj
-opencode/kimi-k3                                        1 1048576  131072      3     15 tvrj
-opencode/minimax-m3                                     2  512000  128000    0.3    1.2 tvrj?
-opencode/minimax-m3-free                                2  200000   32000      0      0 tvrj?x
-opencode/qwen3.6-plus-free                              2  262144   65536      0      0 tvrj?x
-opencode_go/deepseek-v4-pro                             1 1000000  384000   0.66   1.98 trj
-opencode_go/deepseek-v4.1-flash                         2 1000000  384000   0.15    0.6 tvrj
-opencode_go/glm-5.3                                     1 1000000  131072    1.4    4.4 trj
-opencode_go/glm-5.3-flash                               2 1000000  131072   0.15    0.5 tvrj
-opencode_go/kimi-k2.7-code                              2  262144  262144   0.95      4 tvrj
-opencode_go/kimi-k3                                     1 1048576  131072      3     15 tvrj
-opencode_go/mimo-v2.6-flash                             3 1048576  131072   0.14   0.28 tvrj?
-opencode_go/mimo-v2.6-pro                               2 1048576  131072  0.435   0.87 tvrj?
-opencode_go/minimax-m3.1-flash                          2 1000000  512000   0.15    0.6 tvrj?
-openai/gpt-3.5-turbo                                    5   16385    4096    0.5    1.5 tx
-openai/gpt-4-turbo                                      4  128000    4096     10     30 tvx
-openai/gpt-4.1                                          3 1047576   32768      2      8 tvj
-openai/gpt-4.1-mini                                     4 1047576   32768    0.4    1.6 tvj
-openai/gpt-4.1-nano                                     4 1047576   32768    0.1    0.4 tvjx
-openai/gpt-4o                                           1  128000   16384    2.5     10 tvj
-openai/gpt-4o-mini                                      3  128000   16384   0.15    0.6 tvj
-openai/gpt-5                                            1  400000  128000   1.25     10 tvrj
-openai/gpt-5-mini                                       3  400000  128000   0.25      2 tvrj
-openai/gpt-5-nano                                       4  400000  128000   0.05    0.4 tvrj
-openai/gpt-5.4                                          1 1050000  128000    2.5     15 tvrj
-openai/gpt-5.4-mini                                     3  400000  128000   0.75    4.5 tvrj
-openai/gpt-5.4-nano                                     4  400000  128000    0.2   1.25 tvrj
-openai/gpt-5.5                                          1 1050000  128000      5     30 tvrj
-openai/gpt-5.6-luna                                     2 1050000  128000    0.2    1.2 tvrj
-openai/gpt-5.6-sol                                      1 1050000  128000      4     20 tvrj
-openai/gpt-5.6-terra                                    1 1050000  128000      2     12 tvrj
-openai/gpt-6-astra                                      1 1050000  128000     10     50 tvrj
-openai/gpt-6-luna                                       2 1050000  128000    0.1    0.5 tvrj
-openai/gpt-6-sol                                        1 1050000  128000      2     10 tvrj
-openai/gpt-6.1-sol                                      1 1050000  128000      2     10 tvrj
-openai/gpt-6.1-terra                                    1 1050000  128000      1      5 tvrj
-openai/o1                                               1  200000  100000     15     60 tvrjx
-openai/o1-mini                                          3  128000   65536    1.1    4.4 rx
-openai/o3                                               1  200000  100000      2      8 tvrj
-openai/o3-mini                                          3  200000  100000    1.1    4.4 trjx
-openai/o4-mini                                          3  200000  100000    1.1    4.4 tvrjx
-openai/text-embedding-3-large                           5    8191       -   0.13      0 e
-openai/text-embedding-3-small                           5    8191       -   0.02      0 e
-anthropic/claude-3-5-haiku-latest                       2  200000    8192    0.8      4 tx
-anthropic/claude-fable-5-2                              1 1000000  128000      8     40 tvrj?
-anthropic/claude-haiku-4-5                              3  200000   64000      1      5 tvrj
-anthropic/claude-haiku-4-5-20251001                     3  200000   64000      1      5 tvrj
-anthropic/claude-haiku-5-5                              2 1000000  128000    0.1    0.5 tvrj
-anthropic/claude-opus-4-1                               1  200000   32000     15     75 tvr
-anthropic/claude-opus-4-5                               1  200000   64000      5     25 tvrj
-anthropic/claude-opus-4-7                               1 1000000  128000      5     25 tvrj
-anthropic/claude-opus-4-8                               1 1000000  128000      5     25 tvrj
-anthropic/claude-opus-5                                 1 1000000  128000      5     25 tvrj
-anthropic/claude-opus-5-5                               1 1000000  128000      4     20 tvrj
-anthropic/claude-sonnet-4-5                             2  200000   64000      3     15 tvrj
-anthropic/claude-sonnet-4-6                             2 1000000  128000      3     15 tvrj
-anthropic/claude-sonnet-5                               1 1000000  128000      2     10 tvrj
-anthropic/claude-sonnet-5-5                             1 1000000  128000      2     10 tvrj
-codex/gpt-5.5                                           1 1050000  128000      0      0 tvrjx
-codex/gpt-5.6-luna                                      2  272000  128000      0      0 tvrj
-codex/gpt-5.6-sol                                       1  272000  128000      0      0 tvrj
-codex/gpt-5.6-terra                                     1  272000  128000      0      0 tvrj
-codex/gpt-6-astra                                       1  272000  128000      0      0 tvrj
-codex/gpt-6-luna                                        2  272000  128000      0      0 tvrj
-codex/gpt-6-sol                                         1  272000  128000      0      0 tvrj
-codex/gpt-6.1-sol                                       1  500000  128000      0      0 tvrj
-codex/gpt-6.1-terra                                     1  500000  128000      0      0 tvrj
-local/gpt-oss:120b                                      3  131072       -      0      0 trj?
-local/gpt-oss:20b                                       4  131072       -      0      0 trj?
-local/llama3.1                                          3  131072       -      0      0 tj?
-local/nomic-embed-text                                  5    8192       -      0      0 j?e
-local/qwen3:8b                                          3   40960       -      0      0 trj?
-xai/grok-4.3                                            2 1000000   30000   1.25    2.5 tvrj
-xai/grok-4.5                                            1  500000  500000      2      6 tvrj
-xai/grok-4.6                                            1  500000  500000      2      6 tvrj
-xai/grok-4.7                                            1  500000  500000      2      6 tvrj
-xai/grok-build-0.1                                      3  256000  256000      1      2 tvrj
-deepseek/deepseek-chat                                  3  131072    8192   0.27    1.1 tjx
-deepseek/deepseek-flash                                 2 1000000  384000    0.3    1.2 tvrj
-deepseek/deepseek-reasoner                              3  131072   65536   0.55   2.19 t?rjx
-deepseek/deepseek-v4-pro                                1 1000000  384000   1.32   3.96 trj
-together/deepseek-ai/DeepSeek-V4.1-Flash                2 1048576  384000    0.3    1.2 tvrj
-together/openai/gpt-oss-120b                            3  131072  131072   0.15    0.6 trj
-together/zai-org/GLM-5.3-Flash                          2 1048575  400000   0.15    0.5 tvrj
-fireworks/accounts/fireworks/models/deepseek-v4p1-flash 2 1000000  384000    0.3    1.2 tvrj
-fireworks/accounts/fireworks/models/glm-5p3-flash       2 1048573  131072   0.15    0.5 tvrj
-fireworks/accounts/fireworks/models/kimi-k3p1-pro       1 1048576  131072      2     10 tvrj?
-venice/openai-gpt-oss-120b                              3  128000   16384   0.07    0.3 trj
-venice/qwen-3-8-flash                                   2 1000000  131072   0.14   0.49 tvrj
-venice/z-ai-glm-5-3-flash                               2 1048576  131072   0.15    0.5 tvrj
-cloudflare/@cf/baai/bge-m3                              5    8192       -      0      0 j?e
-cloudflare/@cf/google/gemma-4-26b-a4b-it                3  256000   16384    0.1    0.3 tvrj
-cloudflare/@cf/meta/llama-3.3-70b-instruct-fp8-fast     2   24000   24000  0.293  2.253 t
-cloudflare/@cf/meta/llama-4-scout-17b-16e-instruct      2  131000   16384   0.27   0.85 tv
-cloudflare/@cf/nvidia/nemotron-3-120b-a12b              2  256000  256000    0.5    1.5 trj
-cloudflare/@cf/openai/gpt-oss-120b                      3  128000   16384   0.35   0.75 trj
-cloudflare/@cf/openai/gpt-oss-20b                       4  128000   16384    0.2    0.3 trj
-cloudflare/@cf/qwen/qwen3.8-27b                         3  262144  262144   0.45    3.2 tvrj
-cloudflare/@cf/zai-org/glm-4.7-flash                    3  131072  131072   0.06    0.4 trj
-kilo/dots-studio/dots-3-note-preview:free               3  512000  460800      0      0 tvrj
-kilo/kilo-auto/free                                     3  256000   32768      0      0 tr
-kilo/nvidia/nemotron-3-ultra-550b-a55b:free             1 1000000   65536      0      0 tr
-kilo/nvidia/nemotron-3.5-lightning:free                 3 1000000   65536      0      0 tr
-llm7/DeepSeek-V4-Flash-0731                             2  400000       -      0      0 t?rj?
-llm7/gpt-oss:20b                                        4  128000       -      0      0 trj?
-llm7/minimax-m2.7                                       3  180000       -      0      0 t?rj?
-ollama_cloud/gemma4:31b                                 3  262144  262144   0.14    0.4 tvrj?
-ollama_cloud/gpt-oss:120b                               3  131072   32768   0.15    0.6 trj?
-ollama_cloud/gpt-oss:20b                                4  131072   32768   0.07    0.3 trj?
-ollama_cloud/nemotron-3-super                           2  262144   65536  0.015    0.6 trj?
-ovhcloud/bge-m3                                         5    8192       -   0.01      0 j?e
-ovhcloud/gpt-oss-120b                                   3  131000  131000   0.09   0.47 trj
-ovhcloud/gpt-oss-20b                                    4  131000  131000   0.05   0.18 trj
-ovhcloud/Qwen3.5-397B-A17B                              2  262144  262144   0.71   4.25 tvrj
-ovhcloud/Qwen3.8-27B                                    3  262144  262144   0.47   3.19 tvrj
-requesty/google/gemma-4-31b-it                          3  262144    8192      0      0 tvrj?
-requesty/nvidia/nemotron-3-ultra-550b-a55b              1 1048576   65536      0      0 trj?
-requesty/nvidia/nemotron-3.5-lightning-30b-a3b          3 1048576   65536      0      0 trj?
-vercel_ai_gateway/deepseek/deepseek-v4.1-flash          2 1048576   32768    0.3    1.2 tvrj
-vercel_ai_gateway/openai/gpt-oss-120b                   3  131072  131072    0.1    0.5 trj
-vercel_ai_gateway/zai/glm-5.3-flash                     2 1000000  131000   0.15    0.5 tvrj
+gemini/gemini-2.5-flash                                 2 1048576  65536    0.3    2.5   0.03 tvrj
+gemini/gemini-2.5-flash-lite                            3 1048576  65536    0.1    0.4   0.01 tvrj
+gemini/gemini-2.5-pro                                   1 1048576  65536   1.25     10  0.125 tvrj
+gemini/gemini-3-flash-preview                           2 1048576  65536    0.5      3   0.05 tvrj
+gemini/gemini-3.1-flash-lite                            3 1048576  65536   0.25    1.5  0.025 tvrj
+gemini/gemini-3.1-pro-preview                           1 1048576  65536      2     12    0.2 tvrj
+gemini/gemini-3.5-flash                                 2 1048576  65536    1.5      9   0.15 tvrj
+gemini/gemini-3.5-flash-lite                            2 1048576  65536    0.3    2.5   0.03 tvrj
+gemini/gemini-3.8-flash                                 2 1048576  65536   0.75   3.75  0.075 tvrj
+gemini/gemini-4-argon                                   1 1048576  32768      2     10    0.1 tvrj
+gemini/gemini-embedding-001                             5    2048      -   0.15      0      - e
+gemini/gemini-flash-latest                              2 1048576  65536   0.75   3.75  0.075 tvrj
+gemini/gemini-flash-lite-latest                         2 1048576  65536    0.3    2.5   0.03 tvrj
+gemini/gemini-pro-latest                                1 1048576  65536      2     12    0.2 tvrj
+gemini/gemma-4-26b-a4b-it                               3  262144  32768      0      0      - tvrj
+gemini/gemma-4-31b-it                                   3  262144  32768      0      0      - tvrj
+openrouter/anthropic/claude-haiku-5.5                   2 1000000 128000    0.1    0.5   0.01 tvrj?
+openrouter/anthropic/claude-sonnet-5.5                  1 1000000 128000      2     10    0.1 tvrj
+openrouter/deepseek/deepseek-v4.1-flash                 2 1048576 943718  0.006    0.5  0.005 tvrj
+openrouter/google/gemini-3.5-flash-lite                 2 1048576  65536    0.3    2.5   0.03 tvrj
+openrouter/google/gemini-3.8-flash                      2 1048576  65536  0.825  4.125 0.0825 tvrj
+openrouter/google/gemma-4-26b-a4b-it:free               3  262144  32768      0      0      - tvr
+openrouter/google/gemma-4-31b-it:free                   3  262144  32768      0      0      - tvr
+openrouter/nvidia/nemotron-3-super-120b-a12b:free       2  262144 235929      0      0      - trjx
+openrouter/nvidia/nemotron-3-ultra-550b-a55b:free       1 1000000  65536      0      0      - tr
+openrouter/nvidia/nemotron-3.5-lightning:free           3 1000000  65536      0      0      - tr
+openrouter/nvidia/nemotron-3.5-super-vl:free            2 1000000 131072      0      0      - tvrj?
+openrouter/openai/gpt-6-luna                            2 1050000 128000    0.1    0.5   0.01 tvrj
+openrouter/openai/gpt-6.1-terra                         1 1050000 128000      1      5   0.05 tvrj?
+openrouter/openai/gpt-oss-120b                          3  131072  65536   0.15    0.6  0.075 trj
+openrouter/openrouter/auto                              2 2000000   4096      -      -      - tvrj
+openrouter/openrouter/free                              3  200000   4096      0      0      - tvrj
+openrouter/thinkingmachines/inkling-2-small:free        2 1048576 131072      0      0      - tvrj?
+openrouter/z-ai/glm-5.3-flash                           2 1048575 943717   0.15    0.5   0.03 tvrj
+sambanova/DeepSeek-V3.1                                 2  131072 131072      3    4.5      - trj?
+sambanova/DeepSeek-V3.2                                 2   32768  32768      3    4.5      - tj?
+sambanova/gemma-4-31B-it                                3  131072 131072   0.38   1.15      - t?vj?
+sambanova/gpt-oss-120b                                  3  131072 131072   0.22   0.59      - trj?
+sambanova/Meta-Llama-3.3-70B-Instruct                   2  131072 131072    0.6    1.2      - tj
+sambanova/MiniMax-M2.7                                  3  196608 131072    0.6    2.4      - trj?
+cerebras/gpt-oss-120b                                   3  131072  40960   0.35   0.75      - trj
+cerebras/qwen-3.8-27b                                   3  131072  40960   0.99   1.49      - tvrj
+groq/llama-3.1-8b-instant                               3  131072 131072   0.05   0.08      - tj?x
+groq/llama-3.3-70b-versatile                            2  131072  32768   0.59   0.79      - tj?x
+groq/openai/gpt-oss-120b                                3  131072  65536   0.15    0.6  0.075 trj
+groq/openai/gpt-oss-20b                                 4  131072  65536  0.075    0.3 0.0375 trj
+groq/qwen/qwen3.8-27b                                   3  131072  16384    0.8      4      - tvrj
+mistral/codestral-latest                                4  256000   4096    0.3    0.9   0.03 tj
+mistral/devstral-latest                                 3  262144 262144    0.4      2   0.04 tj
+mistral/ministral-14b-latest                            4  262144 262144    0.2    0.2   0.02 tvj
+mistral/ministral-8b-latest                             5  262144 128000   0.15   0.15  0.015 tvj
+mistral/mistral-embed                                   5    8192      -    0.1      0      - e
+mistral/mistral-large-4                                 2 1048576 262144    0.7    2.1   0.07 tvrj
+mistral/mistral-large-latest                            2  262144 262144    0.5    1.5   0.05 tvj
+mistral/mistral-medium-3.5                              2  262144 262144    1.5    7.5      - tvrj
+mistral/mistral-medium-latest                           2  262144 262144    1.5    7.5   0.15 tvrj
+mistral/mistral-small-latest                            3  262144 256000   0.15    0.6  0.015 tvrj
+cohere/command-a-03-2025                                2  256000   8000    2.5     10      - tj?
+cohere/command-a-plus-05-2026                           2  128000  64000    2.5     10      - tvrj
+cohere/command-r-plus-08-2024                           2  128000   4096    2.5     10      - tj?
+cohere/command-r7b-12-2024                              4  128000   4096 0.0375   0.15      - tj?
+cohere/embed-v4.0                                       5  128000      -   0.12      0      - e
+cohere/north-mini-code-1-0                              3  256000  64000      0      0      - trj
+zai/glm-4.5                                             3  128000  32000    0.6    2.2   0.11 trj?
+zai/glm-4.5-flash                                       3  128000  32000      0      0      - trj?
+zai/glm-4.6                                             2  200000 128000    0.6    2.2   0.11 trj?
+zai/glm-4.6v-flash                                      4  128000  32768      0      0      - tvrj?
+zai/glm-4.7                                             2  204800 131072    0.6    2.2   0.11 trj?
+zai/glm-4.7-flash                                       3  200000 128000      0      0      - trj?
+zai/glm-5                                               2  200000 128000      1    3.2    0.2 trj?
+zai/glm-5.2                                             1 1000000 131072    1.4    4.4   0.26 trj
+zai/glm-5.3                                             1 1000000 131072    1.4    4.4   0.26 trj
+zai/glm-5.3-flash                                       2 1000000 131072   0.15    0.5   0.03 tvrj
+naga/llama-3.3-70b-instruct:free                        2  131072      -      0      0      - ?
+naga/llama-4-scout-17b-16e-instruct:free                2       -      -      0      0      - ?
+naga/nemotron-3-super-120b-a12b:free                    2  262144      -      0      0      - ?
+naga/nex-n2.5-mini:free                                 3       -      -      0      0      - ?
+nvidia/deepseek-ai/deepseek-v4-flash                    2 1048576 393216      0      0      - trjx
+nvidia/deepseek-ai/deepseek-v4.1-flash                  2 1000000 384000      0      0      - tvrj?
+nvidia/meta/muse-glimmer-30b                            3  131072 131072      0      0      - tvrj
+nvidia/minimaxai/minimax-m3.1-flash                     2  262144 262144      0      0      - tvrj?
+nvidia/moonshotai/kimi-k2.6                             2  262144 262144      0      0      - tvrj
+nvidia/nvidia/nemotron-3-nano-omni-30b-a3b-reasoning    4  256000  65536      0      0      - tvrj
+nvidia/nvidia/nemotron-3-ultra-550b-a55b                1 1000000  65536      0      0      - trj
+nvidia/nvidia/nemotron-3.5-lightning-30b-a3b            3  262144 262144      0      0      - trj
+nvidia/nvidia/nemotron-3.5-super-vl-120b-a12b           2 1048576   8192      0      0      - tvrj?
+nvidia/openai/gpt-oss-20b                               4  131072  32768      0      0      - trj
+nvidia/stepfun-ai/step-5-preview                        2 1048576 1048576      0      0      - tvrj?
+nvidia/z-ai/glm-5.3-flash                               2 1000000 131072      0      0      - tvrj
+huggingface/deepseek-ai/DeepSeek-V4.1-Flash:cheapest    2 1048576 384000    0.3    1.2      - tvrj
+huggingface/openai/gpt-oss-120b:cheapest                3  131072  32768   0.25   0.69      - trj
+huggingface/zai-org/GLM-5.3-Flash:cheapest              2 1048576 131072   0.15    0.5      - tvrj
+kimi/k3                                                 1 1048576 131072      0      0      - tvrj
+kimi/k3.1-pro                                           1 1048576 131072      0      0      - tvrj?
+kimi/kimi-for-coding                                    3 1048576  32768      0      0      - tvrj?
+kimi/kimi-k2.6                                          2  262144 262144   0.95      4   0.16 tvrj
+kimi/kimi-k2.7-code                                     2  262144 262144   0.95      4   0.19 tvrj
+kimi/kimi-k3                                            1 1048576 1048576      3     15    0.3 tvrj
+kimi/kimi-k3.1-pro                                      1 1048576 1048576      2     10    0.2 tvrj
+opencode/big-pickle                                     2  200000  32000      0      0      - trj
+opencode/deepseek-v4-flash-free                         2  200000 128000      0      0      - trjx
+opencode/deepseek-v4-pro                                1 1000000 384000   1.74   3.48  0.145 trj
+opencode/deepseek-v4.1-flash                            2 1000000 384000    0.3    1.2  0.006 tvrj
+opencode/glm-5.3                                        1 1000000 131072    1.4    4.4   0.26 trj
+opencode/glm-5.3-flash                                  2 1000000 131072   0.15    0.5   0.03 tvrj
+opencode/kimi-k3                                        1 1048576 131072      3     15    0.3 tvrj
+opencode/minimax-m3                                     2  512000 128000    0.3    1.2   0.06 tvrj?
+opencode/minimax-m3-free                                2  200000  32000      0      0      - tvrj?x
+opencode/qwen3.6-plus-free                              2  262144  65536      0      0      - tvrj?x
+opencode_go/deepseek-v4-pro                             1 1000000 384000   0.66   1.98  0.022 trj
+opencode_go/deepseek-v4.1-flash                         2 1000000 384000   0.15    0.6  0.003 tvrj
+opencode_go/glm-5.3                                     1 1000000 131072    1.4    4.4   0.26 trj
+opencode_go/glm-5.3-flash                               2 1000000 131072   0.15    0.5   0.03 tvrj
+opencode_go/kimi-k2.7-code                              2  262144 262144   0.95      4   0.19 tvrj
+opencode_go/kimi-k3                                     1 1048576 131072      3     15    0.3 tvrj
+opencode_go/mimo-v2.6-flash                             3 1048576 131072   0.14   0.28 0.0028 tvrj?
+opencode_go/mimo-v2.6-pro                               2 1048576 131072  0.435   0.87 0.0036 tvrj?
+opencode_go/minimax-m3.1-flash                          2 1000000 512000   0.15    0.6  0.015 tvrj?
+openai/gpt-3.5-turbo                                    5   16385   4096    0.5    1.5      - tx
+openai/gpt-4-turbo                                      4  128000   4096     10     30      - tvx
+openai/gpt-4.1                                          3 1047576  32768      2      8    0.5 tvj
+openai/gpt-4.1-mini                                     4 1047576  32768    0.4    1.6    0.1 tvj
+openai/gpt-4.1-nano                                     4 1047576  32768    0.1    0.4  0.025 tvjx
+openai/gpt-4o                                           1  128000  16384    2.5     10   1.25 tvj
+openai/gpt-4o-mini                                      3  128000  16384   0.15    0.6  0.075 tvj
+openai/gpt-5                                            1  400000 128000   1.25     10  0.125 tvrj
+openai/gpt-5-mini                                       3  400000 128000   0.25      2  0.025 tvrj
+openai/gpt-5-nano                                       4  400000 128000   0.05    0.4  0.005 tvrj
+openai/gpt-5.4                                          1 1050000 128000    2.5     15   0.25 tvrj
+openai/gpt-5.4-mini                                     3  400000 128000   0.75    4.5  0.075 tvrj
+openai/gpt-5.4-nano                                     4  400000 128000    0.2   1.25   0.02 tvrj
+openai/gpt-5.5                                          1 1050000 128000      5     30    0.5 tvrj
+openai/gpt-5.6-luna                                     2 1050000 128000    0.2    1.2   0.02 tvrj
+openai/gpt-5.6-sol                                      1 1050000 128000      4     20    0.4 tvrj
+openai/gpt-5.6-terra                                    1 1050000 128000      2     12    0.2 tvrj
+openai/gpt-6-astra                                      1 1050000 128000     10     50      1 tvrj
+openai/gpt-6-luna                                       2 1050000 128000    0.1    0.5   0.01 tvrj
+openai/gpt-6-sol                                        1 1050000 128000      2     10    0.2 tvrj
+openai/gpt-6.1-sol                                      1 1050000 128000      2     10    0.1 tvrj
+openai/gpt-6.1-terra                                    1 1050000 128000      1      5   0.05 tvrj
+openai/o1                                               1  200000 100000     15     60    7.5 tvrjx
+openai/o1-mini                                          3  128000  65536    1.1    4.4   0.55 rx
+openai/o3                                               1  200000 100000      2      8    0.5 tvrj
+openai/o3-mini                                          3  200000 100000    1.1    4.4   0.55 trjx
+openai/o4-mini                                          3  200000 100000    1.1    4.4  0.275 tvrjx
+openai/text-embedding-3-large                           5    8191      -   0.13      0      - e
+openai/text-embedding-3-small                           5    8191      -   0.02      0      - e
+anthropic/claude-3-5-haiku-latest                       2  200000   8192    0.8      4   0.08 tx
+anthropic/claude-fable-5-2                              1 1000000 128000      8     40    0.2 tvrj?
+anthropic/claude-haiku-4-5                              3  200000  64000      1      5    0.1 tvrj
+anthropic/claude-haiku-4-5-20251001                     3  200000  64000      1      5    0.1 tvrj
+anthropic/claude-haiku-5-5                              2 1000000 128000    0.1    0.5   0.01 tvrj
+anthropic/claude-opus-4-1                               1  200000  32000     15     75    1.5 tvr
+anthropic/claude-opus-4-5                               1  200000  64000      5     25    0.5 tvrj
+anthropic/claude-opus-4-7                               1 1000000 128000      5     25    0.5 tvrj
+anthropic/claude-opus-4-8                               1 1000000 128000      5     25    0.5 tvrj
+anthropic/claude-opus-5                                 1 1000000 128000      5     25    0.5 tvrj
+anthropic/claude-opus-5-5                               1 1000000 128000      4     20    0.2 tvrj
+anthropic/claude-sonnet-4-5                             2  200000  64000      3     15    0.3 tvrj
+anthropic/claude-sonnet-4-6                             2 1000000 128000      3     15    0.3 tvrj
+anthropic/claude-sonnet-5                               1 1000000 128000      2     10    0.2 tvrj
+anthropic/claude-sonnet-5-5                             1 1000000 128000      2     10    0.1 tvrj
+codex/gpt-5.5                                           1 1050000 128000      0      0      - tvrjx
+codex/gpt-5.6-luna                                      2  272000 128000      0      0      - tvrj
+codex/gpt-5.6-sol                                       1  272000 128000      0      0      - tvrj
+codex/gpt-5.6-terra                                     1  272000 128000      0      0      - tvrj
+codex/gpt-6-astra                                       1  272000 128000      0      0      - tvrj
+codex/gpt-6-luna                                        2  272000 128000      0      0      - tvrj
+codex/gpt-6-sol                                         1  272000 128000      0      0      - tvrj
+codex/gpt-6.1-sol                                       1  500000 128000      0      0      - tvrj
+codex/gpt-6.1-terra                                     1  500000 128000      0      0      - tvrj
+local/gpt-oss:120b                                      3  131072      -      0      0      - trj?
+local/gpt-oss:20b                                       4  131072      -      0      0      - trj?
+local/llama3.1                                          3  131072      -      0      0      - tj?
+local/nomic-embed-text                                  5    8192      -      0      0      - j?e
+local/qwen3:8b                                          3   40960      -      0      0      - trj?
+xai/grok-4.3                                            2 1000000  30000   1.25    2.5    0.2 tvrj
+xai/grok-4.5                                            1  500000 500000      2      6    0.3 tvrj
+xai/grok-4.6                                            1  500000 500000      2      6    0.5 tvrj
+xai/grok-4.7                                            1  500000 500000      2      6    0.5 tvrj
+xai/grok-build-0.1                                      3  256000 256000      1      2    0.2 tvrj
+deepseek/deepseek-chat                                  3  131072   8192   0.27    1.1   0.07 tjx
+deepseek/deepseek-flash                                 2 1000000 384000    0.3    1.2  0.006 tvrj
+deepseek/deepseek-reasoner                              3  131072  65536   0.55   2.19   0.14 t?rjx
+deepseek/deepseek-v4-pro                                1 1000000 384000   1.32   3.96  0.044 trj
+together/deepseek-ai/DeepSeek-V4.1-Flash                2 1048576 384000    0.3    1.2  0.006 tvrj
+together/openai/gpt-oss-120b                            3  131072 131072   0.15    0.6      - trj
+together/zai-org/GLM-5.3-Flash                          2 1048575 400000   0.15    0.5   0.03 tvrj
+fireworks/accounts/fireworks/models/deepseek-v4p1-flash 2 1000000 384000    0.3    1.2  0.006 tvrj
+fireworks/accounts/fireworks/models/glm-5p3-flash       2 1048573 131072   0.15    0.5   0.03 tvrj
+fireworks/accounts/fireworks/models/kimi-k3p1-pro       1 1048576 131072      2     10    0.2 tvrj?
+venice/openai-gpt-oss-120b                              3  128000  16384   0.07    0.3      - trj
+venice/qwen-3-8-flash                                   2 1000000 131072   0.14   0.49  0.014 tvrj
+venice/z-ai-glm-5-3-flash                               2 1048576 131072   0.15    0.5   0.03 tvrj
+cloudflare/@cf/baai/bge-m3                              5    8192      -      0      0      - j?e
+cloudflare/@cf/google/gemma-4-26b-a4b-it                3  256000  16384    0.1    0.3      - tvrj
+cloudflare/@cf/meta/llama-3.3-70b-instruct-fp8-fast     2   24000  24000  0.293  2.253      - t
+cloudflare/@cf/meta/llama-4-scout-17b-16e-instruct      2  131000  16384   0.27   0.85      - tv
+cloudflare/@cf/nvidia/nemotron-3-120b-a12b              2  256000 256000    0.5    1.5      - trj
+cloudflare/@cf/openai/gpt-oss-120b                      3  128000  16384   0.35   0.75      - trj
+cloudflare/@cf/openai/gpt-oss-20b                       4  128000  16384    0.2    0.3      - trj
+cloudflare/@cf/qwen/qwen3.8-27b                         3  262144 262144   0.45    3.2      - tvrj
+cloudflare/@cf/zai-org/glm-4.7-flash                    3  131072 131072   0.06    0.4      - trj
+kilo/dots-studio/dots-3-note-preview:free               3  512000 460800      0      0      - tvrj
+kilo/kilo-auto/free                                     3  256000  32768      0      0      - tr
+kilo/nvidia/nemotron-3-ultra-550b-a55b:free             1 1000000  65536      0      0      - tr
+kilo/nvidia/nemotron-3.5-lightning:free                 3 1000000  65536      0      0      - tr
+llm7/DeepSeek-V4-Flash-0731                             2  400000      -      0      0      - t?rj?
+llm7/gpt-oss:20b                                        4  128000      -      0      0      - trj?
+llm7/minimax-m2.7                                       3  180000      -      0      0      - t?rj?
+ollama_cloud/gemma4:31b                                 3  262144 262144   0.14    0.4   0.05 tvrj?
+ollama_cloud/gpt-oss:120b                               3  131072  32768   0.15    0.6  0.014 trj?
+ollama_cloud/gpt-oss:20b                                4  131072  32768   0.07    0.3  0.035 trj?
+ollama_cloud/nemotron-3-super                           2  262144  65536  0.015    0.6  0.015 trj?
+ovhcloud/bge-m3                                         5    8192      -   0.01      0      - j?e
+ovhcloud/gpt-oss-120b                                   3  131000 131000   0.09   0.47      - trj
+ovhcloud/gpt-oss-20b                                    4  131000 131000   0.05   0.18      - trj
+ovhcloud/Qwen3.5-397B-A17B                              2  262144 262144   0.71   4.25      - tvrj
+ovhcloud/Qwen3.8-27B                                    3  262144 262144   0.47   3.19      - tvrj
+requesty/google/gemma-4-31b-it                          3  262144   8192      0      0      - tvrj?
+requesty/nvidia/nemotron-3-ultra-550b-a55b              1 1048576  65536      0      0      - trj?
+requesty/nvidia/nemotron-3.5-lightning-30b-a3b          3 1048576  65536      0      0      - trj?
+vercel_ai_gateway/deepseek/deepseek-v4.1-flash          2 1048576  32768    0.3    1.2  0.007 tvrj
+vercel_ai_gateway/openai/gpt-oss-120b                   3  131072 131072    0.1    0.5    0.1 trj
+vercel_ai_gateway/zai/glm-5.3-flash                     2 1000000 131000   0.15    0.5   0.03 tvrj
 """
 
 # What each family is worth, 1 (strongest) to 5, as of 2026-11. The longest match wins, so a row
@@ -1593,6 +1594,7 @@ class Model:
     max_output: int | None = None  # tokens
     price_in: float | None = None  # USD per 1M tokens, standard list price
     price_out: float | None = None
+    price_cached: float | None = None  # input the provider had cached; unknown = as any input
     tools: bool | None = None
     vision: bool | None = None
     reasoning: bool | None = None
@@ -1610,9 +1612,11 @@ class Price(NamedTuple):
 
     def of(self, prompt: int, completion: int, cached: int = 0) -> float:
         """The cost of one answer in USD; `cached` is a part of `prompt`."""
-        known = self.input if self.cached is None else self.cached
-        fresh = prompt - cached
-        return (fresh * self.input + cached * known + completion * self.output) / 1e6
+        if self.cached is None:
+            return (prompt * self.input + completion * self.output) / 1e6
+        known = cached if cached < prompt else prompt  # parts of a stream may not fit together
+        fresh = prompt - known
+        return (fresh * self.input + known * self.cached + completion * self.output) / 1e6
 
 
 NOTHING: Final = Price(0.0, 0.0)
@@ -1665,22 +1669,23 @@ class ModelFacts:
             model = replace(model, id=id)
         elif model := self._by_id.get(low) or self._by_family.get(family(low)):
             # A price and a retirement belong to one provider's offer, not to the model.
-            model = replace(
-                model, provider=provider, id=id, price_in=None, price_out=None, retired=False
-            )
+            model = replace(model, provider=provider, id=id, retired=False)
+            model = replace(model, price_in=None, price_out=None, price_cached=None)
         else:
             row = provider_named(provider)
             named = sees_images(id) or (row is not None and row.all_see)
             sees = said.get("vision", named)  # what it says is worth more than a name
             model = Model(provider, id, rate_model(id), vision=sees)
         if is_free_id(id):
-            model = replace(model, price_in=0.0, price_out=0.0)
+            model = replace(model, price_in=0.0, price_out=0.0, price_cached=0.0)
         new = {name: value for name, value in said.items() if getattr(model, name) is None}
         return replace(model, **new) if new else model
 
     def _overridden(self, model: Model) -> Model:
         for key in (model.id.lower(), f"{model.provider}/{model.id}".lower()):
             if fields := self._overrides.get(key):
+                if "price_in" in fields:  # a discount on another price would be a wrong one
+                    model = replace(model, price_cached=None)
                 model = replace(model, **fields)
         return model
 
@@ -1688,7 +1693,7 @@ class ModelFacts:
 def model_rows() -> Iterator[Model]:
     """The rows of MODELS. Price and size columns: - is unknown."""
     for line in MODELS.strip().splitlines():
-        name, rating, window, max_output, price_in, price_out, flags = line.split()
+        name, rating, window, max_output, price_in, price_out, price_cached, flags = line.split()
         provider, _, id = name.partition("/")
         yield Model(
             provider,
@@ -1698,6 +1703,7 @@ def model_rows() -> Iterator[Model]:
             None if max_output == "-" else int(max_output),
             None if price_in == "-" else float(price_in),
             None if price_out == "-" else float(price_out),
+            None if price_cached == "-" else float(price_cached),
             flag(flags, "t"),
             flag(flags, "v"),
             flag(flags, "r"),
@@ -1782,6 +1788,7 @@ OVERRIDE_CHECKS: Mapping[str, Callable[[object], bool]] = {
     "max_output": is_tokens,
     "price_in": is_price,
     "price_out": is_price,
+    "price_cached": is_price,
     "tools": is_answer,
     "vision": is_answer,
     "reasoning": is_answer,
@@ -17687,7 +17694,7 @@ class Prices:
         overrides: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
     ) -> None:
         self._own = {key: own[key] for key in sorted(own, key=len, reverse=True)}
-        priced = {"price_in", "price_out"}
+        priced = {"price_in", "price_out", "price_cached"}
         self._overridden = {key.lower() for key, row in overrides.items() if priced & row.keys()}
         # Reads and writes of one entry are atomic; two threads at worst find the same price.
         self._memo: dict[tuple[str, str], Price | None] = {}
@@ -17711,7 +17718,7 @@ class Prices:
             return NOTHING
         if facts.price_in is None or facts.price_out is None:
             return None
-        return Price(facts.price_in, facts.price_out)
+        return Price(facts.price_in, facts.price_out, facts.price_cached)
 
     def _is_free(self, row: Provider) -> bool:
         """Whether all its models are: one that marks free ids is paid for the others."""
@@ -20899,6 +20906,7 @@ LISTED_PRICES: Final[Mapping[str, tuple[str, ...]]] = {
     "price_in": ("prompt", "input", "input_price"),
     "price_out": ("completion", "output", "output_price"),
 }
+LISTED_CACHED: Final = ("input_cache_read", "cached_price")
 # What a list says of a model that chats: one of the words must be in the text beside them.
 WAYS: Final = (
     ("endpoints", "chat"),
@@ -20948,19 +20956,29 @@ def listed_sizes(parts: Sequence[Json]) -> dict[str, int]:
 
 
 def listed_prices(item: Json, row: Provider) -> dict[str, float]:
-    """USD per 1M tokens; {} unless both are known.
+    """USD per 1M tokens; {} unless those of input and output are known.
 
     Lists give them per token or per 1M. A 0 is believed only of those who have free models:
-    others write it where they sell something else.
+    others write it where they sell something else. For cached input it means that there is no
+    such price.
     """
-    found, parts = {}, (as_dict(item.get("pricing")), item)
+    found = {}
     for name, words in LISTED_PRICES.items():
-        told = (finite_number(part.get(word)) for part in parts for word in words)
-        price = next((number for number in told if number is not None), -1.0)
+        price = listed_price(item, words)
         if not 0 <= price < 1e4 or (price == 0 and row.tier != "free"):
             return {}
         found[name] = round(price * 1e6 if price < 0.001 else price, 6)
+    cached, full = listed_price(item, LISTED_CACHED), listed_price(item, LISTED_PRICES["price_in"])
+    if 0 < cached <= full:  # in the unit of the full price
+        found["price_cached"] = round(cached * 1e6 if full < 0.001 else cached, 6)
     return found
+
+
+def listed_price(item: Json, words: Iterable[str]) -> float:
+    """The first price that a row states by one of these names; -1 where it states none."""
+    parts = (as_dict(item.get("pricing")), item)
+    told = (finite_number(part.get(word)) for part in parts for word in words)
+    return next((number for number in told if number is not None), -1.0)
 
 
 def listed_abilities(parts: Sequence[Json]) -> dict[str, bool]:

@@ -109,13 +109,14 @@ FACTS = [
         {
             "id": "x/new-model",
             "context_length": 200_000,
-            "pricing": {"prompt": "0.0000005", "completion": "0.000002", "image": "0"},
+            "pricing": {"prompt": "0.0000005", "completion": "0.000002", "image": "0",
+                        "input_cache_read": "0.00000005", "input_cache_write": "0.0000006"},
             "architecture": {"input_modalities": ["text", "image"], "output_modalities": ["text"]},
             "top_provider": {"context_length": 100_000, "max_completion_tokens": 8192},
             "supported_parameters": ["tools", "temperature", "include_reasoning"],
         },
         {"window": 200_000, "max_output": 8192, "price_in": 0.5, "price_out": 2.0,
-         "tools": True, "vision": True, "reasoning": True},
+         "price_cached": 0.05, "tools": True, "vision": True, "reasoning": True},
     ),
     (
         "openrouter",
@@ -138,6 +139,20 @@ FACTS = [
      {"window": 131_072, "tools": True, "vision": True, "price_in": 1.25, "price_out": 10.0}),
     ("requesty", {"id": "m", "input_price": 0, "output_price": 0.0, "supports_vision": False},
      {"price_in": 0.0, "price_out": 0.0, "vision": False}),
+    ("requesty", {"id": "m", "input_price": 3e-6, "output_price": 1.5e-5, "cached_price": 3e-7,
+                  "caching_price": 3.75e-6},
+     {"price_in": 3.0, "price_out": 15.0, "price_cached": 0.3}),
+    # Per 1M, as the price of input shows; and what cannot be a price of cached input.
+    ("together", {"id": "m", "pricing": {"input": 0.006, "output": 0.5,
+                                         "input_cache_read": 0.0006}},
+     {"price_in": 0.006, "price_out": 0.5, "price_cached": 0.0006}),
+    *(
+        ("openrouter", {"id": "m", "pricing": {"prompt": "0.000001", "completion": "0.000002",
+                                               "input_cache_read": cached}},
+         {"price_in": 1.0, "price_out": 2.0})
+        for cached in ("0", "-1", "0.0000011", "NaN", "", None, {})
+    ),
+    ("openrouter", {"id": "m", "pricing": {"input_cache_read": "0.000001"}}, {}),
     ("mistral", {"id": "m", "max_context_length": 32_768,
                  "capabilities": {"completion_chat": True, "function_calling": True,
                                   "vision": False}},
@@ -326,7 +341,8 @@ def test_names_that_mean_a_listed_model(model, listed, there):
 
 
 def test_a_list_tells_what_is_not_known(config):
-    facts = {"window": 50_000, "price_in": 1.0, "price_out": 2.0, "tools": False, "vision": True}
+    facts = {"window": 50_000, "price_in": 1.0, "price_out": 2.0, "tools": False, "vision": True,
+             "price_cached": 0.1}  # fmt: skip
     known = ModelFacts({"groq/own": {"window": 7}}, {"groq/new-7b": facts, "groq/own": facts,
                                                      "groq/openai/gpt-oss-20b": facts})  # fmt: skip
     new = known.facts("groq", "New-7b")
@@ -337,6 +353,7 @@ def test_a_list_tells_what_is_not_known(config):
         True,
         4,
     )
+    assert new.price_cached == 0.1
     assert known.facts("groq", "own").window == 7
     assert known.facts("groq", "openai/gpt-oss-20b") == ModelFacts().facts(
         "groq", "openai/gpt-oss-20b"
@@ -953,7 +970,7 @@ def test_lists_of_the_file_that_cannot_be_used_are_passed_over(hub, shelf, tmp_p
 
 
 def test_facts_of_the_file_are_checked():
-    good = {"window": 9000, "price_in": 0.0, "vision": True}
+    good = {"window": 9000, "price_in": 0.0, "price_cached": 0.5, "vision": True}
     bad = {"window": -1, "id": "x", "rating": 9, "tools": "yes", "nothing": 1}
     assert router.kept_offer(["m", True, {**good, **bad, "window": 9000}]) == Offer("m", True, good)
 

@@ -38,8 +38,16 @@ def test_row_is_plausible(row):
     assert (row.price_in is None) == (row.price_out is None)
     assert row.price_in is None or 0 <= row.price_in <= 200
     assert row.embedding or row.price_in is None or row.price_in <= row.price_out
+    assert row.price_cached is None or 0 < row.price_cached <= row.price_in
     if router.is_free_id(row.id):
         assert row.price_in == row.price_out == 0
+
+
+def test_the_makers_whose_caches_agents_live_on_have_prices_of_cached_input():
+    makers = ("anthropic", "deepseek", "gemini", "openai", "xai")
+    paid = [row for row in ROWS if row.provider in makers and row.price_in and not row.embedding]
+    unknown = {row.id for row in paid if row.price_cached is None}
+    assert unknown == {"gpt-3.5-turbo", "gpt-4-turbo"}  # older than caches
 
 
 def test_every_default_model_has_a_living_row():
@@ -214,7 +222,7 @@ def test_one_spelling_for_all(spelling):
 def test_free_ids(model, free):
     assert router.is_free_id(model) is free
     model = FACTS.facts("anyone", model)
-    assert (model.price_in == model.price_out == 0) is free
+    assert (model.price_in == model.price_out == model.price_cached == 0) is free
 
 
 # ---- looking up
@@ -222,7 +230,8 @@ def test_free_ids(model, free):
 
 def test_exact_row_with_its_price():
     model = facts("openai/gpt-4o")
-    assert (model.price_in, model.price_out, model.window) == (2.5, 10.0, 128_000)
+    assert (model.price_in, model.price_out, model.price_cached) == (2.5, 10.0, 1.25)
+    assert model.window == 128_000
     assert model.tools and model.vision and not model.reasoning and not model.retired
     assert facts("groq/llama-3.3-70b-versatile").retired
 
@@ -230,7 +239,7 @@ def test_exact_row_with_its_price():
 def test_the_same_model_elsewhere_has_no_known_price():
     model = FACTS.facts("llm7", "GPT-4o")
     assert (model.provider, model.id, model.window) == ("llm7", "GPT-4o", 128_000)
-    assert model.price_in is None and model.price_out is None
+    assert model.price_in is None and model.price_out is None and model.price_cached is None
 
 
 def test_a_retirement_is_one_providers_affair():
@@ -252,7 +261,7 @@ def test_a_retirement_is_one_providers_affair():
 def test_vendor_offer_and_date_do_not_hide_a_model(model, row):
     found, known = FACTS.facts("together", model), facts(row)
     assert (found.rating, found.window, found.tools) == (known.rating, known.window, known.tools)
-    assert found.price_in is None
+    assert found.price_in is None and found.price_cached is None
 
 
 def test_a_size_tag_is_part_of_the_name():
@@ -311,6 +320,21 @@ def test_overrides_win_and_the_narrow_one_most():
 
 
 @pytest.mark.parametrize(
+    ("said", "cached"),
+    [
+        ({"price_cached": 0.5}, 0.5),
+        ({"price_cached": None}, None),
+        ({"price_in": 2, "price_cached": 0.5}, 0.5),
+        ({"price_out": 9}, 1.25),
+        ({"price_in": 1}, None),  # that of the table belongs to another price
+    ],
+)
+def test_the_price_of_cached_input_belongs_to_that_of_input(said, cached):
+    known = router.ModelFacts({"openai/gpt-4o": said})
+    assert known.facts("openai", "gpt-4o").price_cached == cached
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("rating", 0),
@@ -325,6 +349,8 @@ def test_overrides_win_and_the_narrow_one_most():
         ("price_in", float("nan")),
         ("price_out", float("inf")),
         ("price_out", True),
+        ("price_cached", -0.1),
+        ("price_cached", "0.1"),
         ("tools", 1),
         ("vision", "yes"),
         ("embedding", None),

@@ -16,6 +16,7 @@ from upstream import (
     KEY,
     Clock,
     Reply,
+    Request,
     Stream,
     chat,
     chunks,
@@ -212,7 +213,7 @@ def priced(name: str, id: str, own: dict[str, Any] | None = None, **overrides: A
 
 
 def test_the_list_price_of_this_provider():
-    assert priced("openai", "gpt-4o")[:2] == (2.5, 10.0)
+    assert priced("openai", "gpt-4o") == (2.5, 10.0, 1.25)
     assert priced("openai", "gpt-unheard-of") is None  # unknown is not free
 
 
@@ -238,13 +239,58 @@ def test_the_file_of_prices_wins_and_the_longest_key_of_it():
 
 
 def test_a_price_of_the_models_file_counts_at_a_free_provider():
-    price = priced("groq", "m9", **{"groq/m9": {"price_in": 1.0, "price_out": 2.0}})
-    assert price == (1.0, 2.0, None)
+    said = {"price_in": 1.0, "price_out": 2.0}
+    assert priced("groq", "m9", **{"groq/m9": said}) == (1.0, 2.0, None)
+    assert priced("groq", "m9", **{"groq/m9": {**said, "price_cached": 0.5}}) == (1.0, 2.0, 0.5)
+    cached = priced("groq", "openai/gpt-oss-120b", **{"openai/gpt-oss-120b": {"price_cached": 0.1}})
+    assert cached == (0.15, 0.6, 0.1)
 
 
 def test_cached_input_has_its_own_price_where_one_is_known():
     assert router.Price(10, 20).of(1_000_000, 500_000, 400_000) == 20.0
     assert router.Price(10, 20, 1).of(1_000_000, 500_000, 400_000) == pytest.approx(16.4)
+    assert router.Price(10, 20, 0).of(1_000_000, 500_000, 400_000) == 16
+    assert router.Price(10, 20, 1).of(1_000_000, 0, 9_000_000) == 1  # never less than nothing
+
+
+READ = {"input_tokens": 1000, "cache_read_input_tokens": 900_000, "output_tokens": 2000}
+
+
+def claude(request: Request) -> Reply:
+    """Claude's answer to a long conversation, nearly all of which it had in its cache."""
+    whole = {"id": "msg_1", "type": "message", "role": "assistant", "model": request.model,
+             "content": [{"type": "text", "text": "hi"}], "stop_reason": "end_turn",
+             "stop_sequence": None, "usage": READ}  # fmt: skip
+    if not request.json.get("stream"):
+        return Reply(200, whole)
+    begun = {**whole, "content": [], "stop_reason": None, "usage": {**READ, "output_tokens": 1}}
+    events = [
+        {"type": "message_start", "message": begun},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": READ},
+        {"type": "message_stop"},
+    ]
+    told = [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() for event in events]
+    return Stream(chunks=told, done=False)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["messages", "chat/completions", "responses"])
+def test_what_claude_had_in_its_cache_costs_what_it_costs_there(upstream, make_app, path, stream):
+    settings = provider("anthropic", upstream(claude), "claude-haiku-4-5")
+    http = make_app(**settings, PROXY_LIMIT_COST_DAY="1").test_client()
+    asked = {"input": "hi"} if path == "responses" else {"messages": HELLO, "max_tokens": 5000}
+    body = {"model": "anthropic/claude-haiku-4-5", "stream": stream, **asked}
+    answer = http.post(f"/v1/{path}", json=body, headers=AUTH, buffered=True)
+    assert answer.status_code == 200 and b"hi" in answer.data
+    told = http.get("/v1/usage", headers=AUTH).json
+    (row,) = told["models"]
+    assert (row["price"], row["cached_tokens"]) == ([1, 5, 0.1], 900_000)
+    usd = (1000 * 1 + 900_000 * 0.1 + 2000 * 5) / 1e6
+    assert row["cost"]["usd"] == told["totals"]["cost"]["usd"] == pytest.approx(usd)
+    assert told["keys"][0]["cost_today"] == pytest.approx(usd)  # what the limit of a day counts
 
 
 def test_rows_that_are_no_prices_are_told(tmp_path):
