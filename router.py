@@ -14531,10 +14531,10 @@ class Flow:
 
     def _note(self, sight: Sight) -> None:
         if sight.tokens:
-            old = self.tokens or Tokens()
-            pairs = zip(sight.tokens, old, strict=True)
-            prompt, completion, cached, _ = (new or before for new, before in pairs)
-            self.tokens = Tokens(prompt, completion, cached)
+            new, old = sight.tokens, self.tokens or Tokens()
+            # An end that repeats the prompt may leave out what of it was cached.
+            prompt, cached = max(new.prompt, old.prompt), new.cached or old.cached
+            self.tokens = Tokens(prompt, new.completion or old.completion, cached)
         self.finished = self.finished or sight.finished
         self.done = self.done or sight.done
         self.final = sight.final or self.final
@@ -27670,8 +27670,10 @@ class QuietServer:
         return getattr(self._server, name)
 
     def wake_loop(self) -> None:
-        with suppress(OSError):  # it has ended
-            self._server.pull_trigger()
+        # Where it has ended, the number of its pipe may be that of another file by now.
+        if self._server.trigger._fileno is not None:
+            with suppress(OSError):
+                self._server.pull_trigger()
 
     def pull_trigger(self) -> None:
         channel = self._channel

@@ -254,9 +254,11 @@ def test_cached_input_has_its_own_price_where_one_is_known():
 
 
 READ = {"input_tokens": 1000, "cache_read_input_tokens": 900_000, "output_tokens": 2000}
+# What the end of a stream repeats of it.
+ENDS = [READ, {"output_tokens": 2000}, {"input_tokens": 1000, "output_tokens": 2000}]
 
 
-def claude(request: Request) -> Reply:
+def claude(request: Request, end: dict[str, int]) -> Reply:
     """Claude's answer to a long conversation, nearly all of which it had in its cache."""
     whole = {"id": "msg_1", "type": "message", "role": "assistant", "model": request.model,
              "content": [{"type": "text", "text": "hi"}], "stop_reason": "end_turn",
@@ -269,17 +271,19 @@ def claude(request: Request) -> Reply:
         {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
         {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hi"}},
         {"type": "content_block_stop", "index": 0},
-        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": READ},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": end},
         {"type": "message_stop"},
     ]
     told = [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode() for event in events]
     return Stream(chunks=told, done=False)
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("end", [None, *ENDS])
 @pytest.mark.parametrize("path", ["messages", "chat/completions", "responses"])
-def test_what_claude_had_in_its_cache_costs_what_it_costs_there(upstream, make_app, path, stream):
-    settings = provider("anthropic", upstream(claude), "claude-haiku-4-5")
+def test_what_claude_had_in_its_cache_costs_what_it_costs_there(upstream, make_app, path, end):
+    stream = end is not None
+    up = upstream(lambda request: claude(request, end))
+    settings = provider("anthropic", up, "claude-haiku-4-5")
     http = make_app(**settings, PROXY_LIMIT_COST_DAY="1").test_client()
     asked = {"input": "hi"} if path == "responses" else {"messages": HELLO, "max_tokens": 5000}
     body = {"model": "anthropic/claude-haiku-4-5", "stream": stream, **asked}
