@@ -232,6 +232,14 @@ def test_models_that_chat_are_known_by_what_the_list_says(row):
     assert offer({"id": "m", **row}).chats
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["type", "task"])
+def test_long_words_of_a_list_hold_nobody_up(name):
+    """A pattern that takes the square of a length would stop the whole process for days."""
+    assert offer({"id": "m", name: "_" * 4_000_000}).chats
+    assert not offer({"id": "m", name: "_" * 4_000_000 + "guard"}).chats
+
+
 # --- which of them are used ---------------------------------------------------------------
 
 
