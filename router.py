@@ -22621,13 +22621,13 @@ class KeyChecks:
 
     def _run(self) -> None:
         while not self._closed:
-            self._bell.clear()
             try:
                 wait = self.run_due()
             except Exception:  # one question that fails must not end all others
                 log.exception("a dead key could not be checked")
                 wait = self.FIRST_S
             self._bell.wait(wait)
+            self._bell.clear()  # before the look at what it rang for, none of which is lost
 
     def run_due(self) -> float | None:
         """Ask what is due now; seconds until the next question, None while no key is dead."""
@@ -22824,13 +22824,13 @@ class Discovery:
 
     def _run(self) -> None:
         while not self._closed:
-            self._bell.clear()
             try:
                 wait = self.run_due()
             except Exception:  # the next list may be better
                 log.exception("the lists of models could not be looked at")
                 wait = self.RETRY_S
             self._bell.wait(wait)
+            self._bell.clear()  # before the look at what it rang for, none of which is lost
 
     def run_due(self) -> float | None:
         """Ask what is due now; seconds until the next question, None while there is none."""

@@ -779,6 +779,24 @@ def test_a_process_ends_while_a_list_is_waited_for(launch, shelf):
     assert time.monotonic() - began < 8
 
 
+@pytest.mark.parametrize("part", ["discovery", "checks"])
+def test_a_bell_that_rings_while_it_is_put_back_is_heard(make_app, part):
+    finder = getattr(make_app().extensions["router"], part)
+    put_back = finder._bell.clear
+
+    def clear():
+        finder._bell.clear = put_back
+        finder.close()
+        put_back()
+
+    finder._bell.clear = clear
+    finder._bell.set()
+    thread = threading.Thread(target=finder._run, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_only_a_few_are_asked_at_once_and_each_list_is_used_as_it_comes(hub, shelf):
     names = ("groq", "mistral", "cohere", "zai", "nvidia", "xai")
     slow = {name: shelf(Hang(60, lists("m1", "new"))) for name in names}
