@@ -16261,7 +16261,9 @@ class Gauge:
             most = self.cap or self.limit
             return most - self.counted(now) if most else math.inf
         plain = self.said - (self.balance.totals[self.kind] - self.mark)
-        own = self.cap - self.counted(now) if self.cap else math.inf
+        # Also where it decides nothing now: later all would seem to have been used just before.
+        used = self.counted(now) if self.cap or self.slides or self.refills else 0.0
+        own = self.cap - used if self.cap else math.inf
         if self.cap and plain >= own and need < math.inf:
             return own  # whether or not the stated window has ended
         if plain >= need and plain > self.low and not self.cap:

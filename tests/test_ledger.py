@@ -500,6 +500,20 @@ def test_plenty_is_not_read_anew_for_every_answer(clock):
     assert windows(ledger, "xai")["requests/minute"] == (39, 100)
 
 
+def test_our_own_count_goes_on_while_plenty_is_stated(clock):
+    """Or all of it would seem to have been used just now, once the stated window has ended."""
+    ledger, stated = Ledger((), clock), heads(25, 30, reset="5s", unit="requests")
+    ledger.hear(row("xai"), Lease("xai", "key", "m"), stated)
+    for _ in range(100):  # 20 a minute of 30
+        clock.pass_by(3)
+        lease = Lease("xai", "key", "m", drawn(ledger, "xai", "key"))
+        assert lease.draft
+        ledger.hear(row("xai"), lease, stated)
+    clock.pass_by(6)
+    assert drawn(ledger, "xai", "key")
+    assert 9 <= windows(ledger, "xai")["requests/minute"][0] <= 11
+
+
 def test_plenty_that_is_suddenly_gone_is_noticed_at_once(clock):
     ledger, lease = Ledger((), clock), Lease("xai", "key", "m")
     ledger.hear(row("xai"), lease, heads(90, 100, unit="requests"))
