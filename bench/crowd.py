@@ -304,7 +304,7 @@ def run(args: argparse.Namespace, home: Path) -> list[str]:
     env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     env |= {"HR_HOME": str(home), "PORT": "0", "PROXY_API_KEYS": KEY, "ROUTER_PROBE": "0"}
     env["CACHE_TTL_SECONDS"] = "0"  # the crowd asks the same, and each wants a provider
-    env["MAX_STREAMS"] = str(args.streams + 100)
+    env["MAX_STREAMS"] = str(max(args.streams, 200) + 100)
     env |= dict(item.split("=", 1) for item in args.set)
     for name, role in ROLES.items():
         env[f"{name.upper()}_BASE_URL"] = f"http://127.0.0.1:{providers.port}/{role}/v1"
