@@ -14280,18 +14280,35 @@ class Mould(NamedTuple):
     def fits(self, block: bytes) -> int:
         """Where the first event begins that is not surely like this one."""
         before, after = self
-        follows, find, escape = block.startswith, block.find, ord("\\")
-        at, events, lead, trail = 0, 0, len(before), len(after)
-        while follows(before, at):
-            stop = find(b'"', at + lead)
-            while block[stop - 1] == escape and stop > 0 and not follows(after, stop):
-                stop = find(b'"', stop + 1)
-            # A quote behind a backslash that seems to be the end may be none.
-            if not follows(after, stop) or block[stop - 1] == escape:
+        follows, find, between = block.startswith, block.find, after + before
+        if not follows(before):
+            return 0
+        events, text, lead, step = 0, len(before), len(before), len(between)
+        while True:
+            stop = find(b'"', text)
+            if block[stop - 1] == BACKSLASH:
+                stop = end_of_text(block, text, stop)
+            if not follows(between, stop):
                 break
-            at, events = stop + trail, events + 1
+            text, events = stop + step, events + 1
+        at = text - lead
+        if follows(after, stop):
+            at, events = stop + len(after), events + 1
         lines = before.count(b"\n") + after.count(b"\n")
         return at if block.count(b"\n", 0, at) == events * lines else 0
+
+
+BACKSLASH: Final = ord("\\")
+
+
+def end_of_text(block: bytes, text: int, quote: int) -> int:
+    """Where the JSON text that begins at `text` ends, as `quote` may be escaped; -1 = nowhere."""
+    while quote > 0:
+        said = block[text:quote]
+        if not (len(said) - len(said.rstrip(b"\\"))) & 1:
+            break
+        quote = block.find(b'"', quote + 1)
+    return quote
 
 
 class Said(NamedTuple):
@@ -21110,7 +21127,8 @@ READ_COST: Final = 3  # bytes of memory for one of a whole answer: as it came, a
 MAX_IDLE_S: Final = 50.0  # below the keep-alive of common front ends (60 s and more)
 TIDY_S: Final = 1.0
 MAX_IDLE_PER_ORIGIN: Final = 1024
-AT_ONCE: Final = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none
+AT_ONCE: Final = int(getattr(socket, "MSG_DONTWAIT", 0))  # Windows has none
+PEEK: Final = AT_ONCE | int(socket.MSG_PEEK)
 BRIEF_BYTES: Final = 65_536
 STALE: Final = (
     EOFError,
@@ -21149,7 +21167,8 @@ class BriefCalls:
 
     def silent(self, fd: int) -> bool:
         """Whether neither data nor the end has come; a reset shows when something is sent."""
-        return cast(int, self._recv(fd, self._byte, 1, socket.MSG_PEEK | AT_ONCE)) < 0
+        got: int = self._recv(fd, self._byte, 1, PEEK)
+        return got < 0
 
 
 @functools.cache
@@ -21357,12 +21376,12 @@ CHUNK_SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,15}")
 
 
 class ChunkSizes(dict[bytes, int]):
-    """What lines say that are nothing but the size of a chunk; those of a stream repeat.
+    """What lines say that are nothing but the size of a chunk; those of a provider repeat.
 
     -1 for the last chunk's and for what is more than a size.
     """
 
-    MOST: ClassVar[int] = 64
+    MOST: ClassVar[int] = 1024
 
     def __missing__(self, line: bytes) -> int:
         size = CHUNK_SIZE.fullmatch(line) and int(line, 16) or -1
@@ -21378,8 +21397,8 @@ class Dechunker:
 
     __slots__ = ("_left", "_rest", "_sizes", "_state", "finished", "surplus")
 
-    def __init__(self) -> None:
-        self._sizes = ChunkSizes()
+    def __init__(self, sizes: ChunkSizes | None = None) -> None:
+        self._sizes = ChunkSizes() if sizes is None else sizes
         self._left = 0
         self._rest = b""
         self._state: Literal["size", "data", "gap", "trailer"] = "size"
@@ -21431,11 +21450,13 @@ class Dechunker:
         """The same for those at the start that hold no CRLF, all in one go."""
         parts = data.split(b"\r\n")
         lines, contents = parts[:-2:2], parts[1:-1:2]
-        odd = list(map(operator.ne, map(len, contents), map(self._sizes.__getitem__, lines)))
-        if True in odd:
-            del lines[odd.index(True) :], contents[odd.index(True) :]
+        lengths, sizes = list(map(len, contents)), list(map(self._sizes.__getitem__, lines))
+        if lengths != sizes:
+            plain = list(map(operator.eq, lengths, sizes)).index(False)
+            del lines[plain:], contents[plain:]
         out += contents
-        return sum(map(len, lines)) + sum(map(len, contents)) + 4 * len(lines)
+        rest = parts[2 * len(lines) :]
+        return len(data) - sum(map(len, rest)) - 2 * (len(rest) - 1)
 
     def _line(self, line: bytes) -> None:
         """One line that is not content: a size, the gap after a chunk, a trailer."""
@@ -21521,7 +21542,7 @@ class Response:
         self._perhaps_raw = coding == "deflate"  # some send it without the header of zlib
         self._squeezed = b""  # what has come and is not yet inflated
         chunked = "chunked" in self.headers.get("transfer-encoding", "").lower()
-        self._chunks = Dechunker() if chunked else None
+        self._chunks = Dechunker(link.origin.sizes) if chunked else None
         self._left = None if chunked else self._length()  # None = not known
         self._arrived = head.rest
         self._open = True
@@ -21688,6 +21709,7 @@ class Origin:
         self.url, self.host = url, parts.netloc
         self.path = parts.path.rstrip("/")
         self.idle: deque[Link] = deque()
+        self.sizes = ChunkSizes()
         self.tidied = -math.inf  # monotonic seconds
         self.tls = parts.scheme == "https"
 

@@ -365,3 +365,35 @@ def test_a_deeply_nested_answer_is_a_failure_like_any_other(depth: int, frame: b
     body = frame % (b"[" * depth + b"]" * depth)
     assert router.judge_reply(body)[0]
     assert isinstance(router.error_text(body), str)
+
+
+# --- content that is like content looked at before -------------------------------------------
+
+
+def content_event(text: str, **more: object) -> bytes:
+    delta = {"content": text, **more}
+    return router.encode_event({"id": "c1", "choices": [{"index": 0, "delta": delta}], "a": '"'})
+
+
+ODD = content_event("x", tool_calls=[{"index": 0}])
+TEXTS = st.text(st.sampled_from('ab"\\\n,:{}é') | st.characters(codec="utf-8"), max_size=12)
+
+
+@given(st.lists(TEXTS, max_size=6), st.booleans(), st.lists(TEXTS, max_size=2))
+def test_events_like_one_that_was_looked_at_pass_up_to_the_first_other_one(
+    before: list[str], odd: bool, after: list[str]
+) -> None:
+    mould = router.Mould.of(content_event("hello"))
+    plain = b"".join(map(content_event, before))
+    rest = b"".join([ODD, *map(content_event, after)]) if odd else b""
+    assert mould and mould.fits(plain + rest) == len(plain)
+
+
+@pytest.mark.parametrize("end", [b"", b"\\", b"\\\\", b'\\"', b"\\\\\\"])
+def test_a_member_behind_an_escaped_backslash_is_no_text(end: bytes) -> None:
+    mould = router.Mould.of(content_event("hello"))
+    text = content_event("E").replace(b"E", b"a" + end)
+    other = content_event("E").replace(b'"E"', b'"a%b","tool_calls":"b"' % end)
+    assert mould
+    assert mould.fits(other) == 0 or len(end) % 2, "a quote that is escaped ends no text"
+    assert mould.fits(text) == (0 if end in (b"\\", b"\\\\\\") else len(text))
