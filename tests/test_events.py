@@ -397,3 +397,56 @@ def test_a_member_behind_an_escaped_backslash_is_no_text(end: bytes) -> None:
     assert mould
     assert mould.fits(other) == 0 or len(end) % 2, "a quote that is escaped ends no text"
     assert mould.fits(text) == (0 if end in (b"\\", b"\\\\\\") else len(text))
+
+
+# --- events that are known at a glance -------------------------------------------------------
+
+FINISHES = st.sampled_from([None, "stop", "length", "", "eos", "error", 0, [], {}])
+SAID = st.sampled_from([None, "", "a", " a", "<think>", "<b>", "\n", 0, False, [], ["a"], {}])
+CHOICES = st.fixed_dictionaries(
+    {},
+    optional={
+        "index": st.sampled_from([0, 1, None]),
+        "delta": st.none()
+        | st.fixed_dictionaries(
+            {},
+            optional={
+                "role": st.sampled_from(["assistant", None]),
+                "content": SAID,
+                "tool_calls": st.sampled_from([None, [], [{"index": 0}]]),
+            },
+        ),
+        "finish_reason": FINISHES,
+        "logprobs": st.none(),
+        "text": st.sampled_from(["", "a"]),
+    },
+)
+USAGES = st.sampled_from([None, {}, {"prompt_tokens": 3, "completion_tokens": 2}])
+SOME_CHUNKS = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.just("c1"),
+        "choices": st.sampled_from([None, [None]]) | st.lists(CHOICES, max_size=2),
+        "usage": USAGES,
+        "error": st.sampled_from([None, "", {"message": "no"}]),
+        "success": st.booleans(),
+    },
+)
+
+
+@given(SOME_CHUNKS | st.sampled_from([None, [], [{"error": "x"}], 0, "a"]))
+def test_a_glance_tells_nothing_else_than_a_close_look(chunk: object) -> None:
+    data = json.dumps(chunk).encode()
+    seen = router.see_chat(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router, "plain_sight", lambda _chunk: None)
+        assert router.see_chat(data) == seen
+
+
+@given(st.text(st.sampled_from("\r\na"), max_size=30))
+def test_events_end_at_the_same_places_with_and_without_carriage_returns(text: str) -> None:
+    data = text.encode()
+    ends = [match.end() for match in router.EVENT_END.finditer(data)]
+    assert list(router.event_ends(data)) == ends
+    data = data.replace(b"\r", b"")
+    assert list(router.event_ends(data)) == [m.end() for m in router.EVENT_END.finditer(data)]
