@@ -28014,6 +28014,18 @@ def make_server(app: flask.Flask, config: Config) -> Any:
     return server
 
 
+def close_server(server: Any) -> None:
+    """Have the loop of a running server close it; called from another thread."""
+    rung = threading.Event()
+
+    def close() -> None:
+        rung.wait(1.0)  # a loop that was awake would close the pipe before it is written to
+        server.close()
+
+    server.trigger.pull_trigger(close)
+    rung.set()
+
+
 class Ceilings:
     """What of the server's settings may change while it runs."""
 
@@ -28777,7 +28789,7 @@ def crash_router(config: Config, pace: Pace) -> Iterator[tuple[str, Router]]:
     try:
         yield f"http://127.0.0.1:{server.effective_port}", app.extensions["router"]
     finally:
-        server.trigger.pull_trigger(server.close)  # in its own thread
+        close_server(server)
         thread.join(10)
         app.extensions["router"].close()
 

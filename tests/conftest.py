@@ -157,7 +157,7 @@ def serve(upstreams: list[Upstream], tmp_path: Path) -> Iterator[Callable[..., L
         up.close()
     for server, thread, live in running:
         live.session.close()
-        server.trigger.pull_trigger(server.close)  # in its own thread: at once
+        router.close_server(server)
         thread.join(10)
         live.app.extensions["router"].close()
 

@@ -355,7 +355,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fort]:
     yield Fort(server.effective_port, app, ups, keeper.records)
     for up in ups:
         up.close()
-    server.trigger.pull_trigger(server.close)
+    router.close_server(server)
     thread.join(10)
     app.extensions["router"].close()
     for logger in loggers:

@@ -338,7 +338,7 @@ def test_a_client_that_leaves_while_the_router_connects(upstream, tmp_path):
         until(lambda: app.extensions["router"].gate.inside == 1)
     until(lambda: app.extensions["router"].gate.inside == 0)
     assert not up.requests
-    server.trigger.pull_trigger(server.close)
+    router.close_server(server)
     thread.join(10)
     app.extensions["router"].close()
 
