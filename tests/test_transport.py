@@ -361,6 +361,51 @@ def test_a_connection_that_closed_while_idle_is_replaced(post, wire, how):
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_the_same_where_only_the_calls_of_sockets_can_be_used(post, wire, how, monkeypatch):
+    monkeypatch.setattr(router, "brief_calls", lambda: None)
+    test_a_connection_that_closed_while_idle_is_replaced(post, wire, how)
+    test_a_late_second_answer_is_never_taken_for_the_next_one(post, wire)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    with one, other:
+        yield one, other
+
+
+def test_a_little_is_sent_at_once_and_never_waits(pair):
+    one, other = pair
+    assert router.send_briefly(one, b"hello") == 5
+    assert other.recv(10) == b"hello"
+    assert router.send_briefly(one, b"x" * (router.BRIEF_BYTES + 1)) == 0, "for its own send"
+    sent = 0
+    other.settimeout(5)
+    while some := router.send_briefly(one, b"y" * 60_000):  # a blocking socket that fills up
+        sent += some
+    while sent > 0:
+        sent -= len(other.recv(60_000))
+    assert sent == 0
+    other.close()
+    assert router.send_briefly(one, b"z") == 0
+    one.close()
+    assert router.send_briefly(one, b"z") == 0
+
+
+def test_a_connection_is_silent_until_something_or_its_end_comes(pair):
+    calls, (one, other) = router.brief_calls(), pair
+    if calls is None:
+        pytest.skip("no such calls here")
+    assert calls.silent(one.fileno())
+    other.send(b"ab")
+    assert not calls.silent(one.fileno())
+    assert one.recv(2) == b"ab", "it was only looked at"
+    assert calls.silent(one.fileno())
+    other.close()
+    assert not calls.silent(one.fileno())
+
+
 def test_a_kept_connection_that_fails_is_tried_anew_once_and_only_once(post, wire):
     def once(sock: socket.socket, number: int) -> str | None:
         if number > 1:
