@@ -13503,6 +13503,8 @@ def plain_sight(chunk: Any) -> Sight | None:
     """The same of a role, a text, or a stop alone, as nearly all are; None: look closer."""
     if not (isinstance(chunk, dict) and chunk.keys() <= PLAIN_CHUNK) or chunk.get("usage"):
         return None
+    if chunk.get("object") in ("error", "chat.completion"):
+        return None
     choices = chunk.get("choices")
     choice = choices[0] if isinstance(choices, list) and len(choices) == 1 else None
     if not (isinstance(choice, dict) and choice.keys() <= PLAIN_CHOICE):
@@ -14337,8 +14339,11 @@ class Mould(NamedTuple):
         at = text - lead
         if follows(after, stop):
             at, events = stop + len(after), events + 1
-        lines = before.count(b"\n") + after.count(b"\n")
-        return at if block.count(b"\n", 0, at) == events * lines else 0
+        lines, returns = between.count(b"\n"), between.count(b"\r")
+        whole = block.count(b"\n", 0, at) == events * lines
+        if block.find(b"\r", 0, at) >= 0:
+            whole = whole and block.count(b"\r", 0, at) == events * returns
+        return at if whole else 0
 
 
 BACKSLASH: Final = ord("\\")
@@ -14347,8 +14352,10 @@ BACKSLASH: Final = ord("\\")
 def end_of_text(block: bytes, text: int, quote: int) -> int:
     """Where the JSON text that begins at `text` ends, as `quote` may be escaped; -1 = nowhere."""
     while quote > 0:
-        said = block[text:quote]
-        if not (len(said) - len(said.rstrip(b"\\"))) & 1:
+        at = quote
+        while at > text and block[at - 1] == BACKSLASH:
+            at -= 1
+        if not (quote - at) & 1:
             break
         quote = block.find(b'"', quote + 1)
     return quote
@@ -14421,7 +14428,7 @@ class Flow:
         passed, block = block[:like], block[like:]
         if not block:
             return passed
-        if like and block.count(b"\n\n") <= self.FEW:
+        if like and b"\r" not in block and block.count(b"\n\n") <= self.FEW:
             return passed + self._look_on(block)
         if self._dialect.only_content(block):
             return passed + (self._recast(block) if self._casts else block)
@@ -18541,8 +18548,12 @@ def acts_or_refuses(choice: Json) -> bool:
     return any(map(told.get, ("tool_calls", "function_call", "refusal", "audio")))
 
 
-# In a text each quote stands behind a backslash: there this is never found.
-STATED_END: Final = re.compile(rb'"(?:finish|stop)_reason"\s*:\s*"([^"]+)"')
+# In a text each quote stands behind a backslash: there these are never found.
+STATED_ENDS: Final = {
+    "chat": re.compile(rb'"finish_reason"\s*:\s*"([^"]+)"'),
+    "completions": re.compile(rb'"finish_reason"\s*:\s*"([^"]+)"'),
+    "messages": re.compile(rb'"stop_reason"\s*:\s*"([^"]+)"'),
+}
 
 
 def stream_ended_well(dialect: str, body: bytes, final: Json | None) -> bool:
@@ -18552,7 +18563,7 @@ def stream_ended_well(dialect: str, body: bytes, final: Json | None) -> bool:
     acts = b"_call" in body and not all(only_null(body, name) for name in CALLING)
     if acts or (b'"refusal"' in body and not only_null(body, b"refusal")):
         return False
-    reasons = STATED_END.findall(body[-2048:])
+    reasons = STATED_ENDS[dialect].findall(body[-2048:])
     return bool(reasons) and all(reason.decode("latin-1") in WELL[dialect] for reason in reasons)
 
 
@@ -21735,7 +21746,8 @@ class Link:
         calls = brief_calls()
         if calls is None or not isinstance(self.sock, socket.socket):  # Windows; TLS inside TLS
             return cast(bool, self.connection.is_connected)
-        return calls.silent(self.sock.fileno())  # below a TLS layer
+        fd = self.sock.fileno()
+        return fd >= 0 and calls.silent(fd)  # below a TLS layer
 
     def close(self) -> None:
         with suppress(OSError, ssl.SSLError):
@@ -27695,6 +27707,7 @@ class Sockets(dict[int, Any]):
     """
 
     REFRESH_S: ClassVar[float] = 2.0
+    MOST_ACCEPTED: ClassVar[int] = 64  # in one turn
 
     def __init__(self) -> None:
         super().__init__()
@@ -27702,6 +27715,7 @@ class Sockets(dict[int, Any]):
         self._wanted: dict[int, int] = {}
         self._changed: deque[int | None] = deque()  # other threads append to it
         self._refreshed = 0.0
+        self.staying: set[Any] = set()  # whose threads read their requests: the loop need not
         self.before_wait: Callable[[], None] = lambda: None
 
     def __setitem__(self, fd: int, part: Any) -> None:
@@ -27731,8 +27745,23 @@ class Sockets(dict[int, Any]):
                 if part := self.get(fd):
                     if flags & select.EPOLLRDHUP:  # told where the loop does not read: it does now
                         flags |= select.EPOLLIN
-                    waitress.wasyncore.readwrite(part, flags)
+                    if part.accepting:
+                        self._accept(part)
+                    else:
+                        waitress.wasyncore.readwrite(part, flags)
                     self._changed.append(fd)
+
+    def _accept(self, listener: Any) -> None:
+        """Let in who waits at the door: under load the next turn of the loop is far away."""
+        for _ in range(self.MOST_ACCEPTED):
+            known = len(self)
+            try:
+                listener.handle_accept()
+            except Exception:  # for Waitress a reason to close the door
+                log.exception("a connection could not be taken")
+                return
+            if len(self) == known or not listener.readable():
+                return
 
     def _update(self) -> None:
         now = time.monotonic()
@@ -27761,6 +27790,17 @@ class Sockets(dict[int, Any]):
             else:
                 self._epoll.modify(fd, wanted)
             self._wanted[fd] = wanted
+
+
+def waits_at_most(sock: socket.socket, seconds: float) -> bool:
+    """Whether reading from `sock` now waits, and no longer than that."""
+    for form in ("@ll", "@qq"):  # a C timeval; wider on newer 32-bit systems
+        with suppress(OSError):
+            length = struct.pack(form, 0, int(seconds * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, length)
+            sock.setblocking(True)
+            return True
+    return False
 
 
 class QuietServer:
@@ -27820,8 +27860,9 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
     """
 
     QUICK_S: ClassVar[float] = 0.01  # from an answer to the next request
-    QUICK_TIME: ClassVar[bytes] = struct.pack("@ll", 0, int(QUICK_S * 1e6))  # a C timeval
     QUICK_ONES: ClassVar[int] = 3  # in a row, after which it stays
+    MOST_IN_A_ROW: ClassVar[int] = 200  # after which others have a turn
+    MOST_STAY: ClassVar[int] = 32  # at once: more of them would keep the loop from its work
 
     def __init__(self, server: Any, *arguments: Any, **options: Any) -> None:
         super().__init__(server, *arguments, **options)
@@ -27832,9 +27873,9 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         self._sending = threading.RLock()
         self.outbuf_lock = threading.Condition(self._sending)  # as Waitress names it
         self._quick, self._ended = 0, 0.0  # when the last request did, monotonic seconds
-        if isinstance(self._map, Sockets):  # Linux: whoever does not want to wait says so
-            self.socket.setblocking(True)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self.QUICK_TIME)
+        self._in_a_row = 0  # requests read by the threads that served the one before
+        # From here on whoever does not want to wait says so with each call.
+        self._can_stay = isinstance(self._map, Sockets) and waits_at_most(self.socket, self.QUICK_S)
 
     task_class = AppTask
     error_task_class = JsonErrorTask
@@ -27881,20 +27922,27 @@ class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
         """Whoever served a request decides it at the end: this thread, or the loop."""
         with self._reading:  # the loop leaves it alone as long
             stayed, stays = self.stays, False
-            tries = self._may_stay()
+            tries = self._can_stay and self._may_stay()
             try:
                 if tries:
+                    self._in_a_row += 1
                     if not stayed:
                         self.stays = True  # first, so that the loop looks away
+                        self._map.staying.add(self)
                         self._map.touch(self)
                     stays = self._read_here()
             finally:
                 self.stays = stays
-                if (stayed or tries) and not stays and self._map.touch(self):
-                    self.server.wake_loop()
+                if (stayed or tries) and not stays:
+                    self._quick = self._in_a_row = 0
+                    self._map.staying.discard(self)
+                    if self._map.touch(self):
+                        self.server.wake_loop()
 
     def _may_stay(self) -> bool:
-        if self._quick < self.QUICK_ONES or not isinstance(self._map, Sockets):
+        if self._quick < self.QUICK_ONES or self._in_a_row >= self.MOST_IN_A_ROW:
+            return False
+        if not self.stays and len(self._map.staying) >= self.MOST_STAY:
             return False
         ends = self.will_close or self.close_when_flushed or self.total_outbufs_len
         return self.connected and not (ends or self.requests)

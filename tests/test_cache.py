@@ -242,6 +242,9 @@ def events(*deltas, finish="stop"):
         (events({"refusal": "no"}, *[{"content": "x"}] * 100), False),
         (events({"content": '"finish_reason":"stop"'}, finish=None), False),
         (b"data: [DONE]\n\n", False),
+        # vLLM says which stop string ended it
+        (events({"content": "x"}).replace(b'"stop"', b'"stop","stop_reason":"###"'), True),
+        (events({"content": "x"}, finish=None).replace(b"null", b'null,"stop_reason":"#"'), False),
     ],
 )
 def test_the_same_of_streams(body, expected):

@@ -426,6 +426,7 @@ SOME_CHUNKS = st.fixed_dictionaries(
     {},
     optional={
         "id": st.just("c1"),
+        "object": st.sampled_from(["chat.completion.chunk", "chat.completion", "error", None]),
         "choices": st.sampled_from([None, [None]]) | st.lists(CHOICES, max_size=2),
         "usage": USAGES,
         "error": st.sampled_from([None, "", {"message": "no"}]),
@@ -450,3 +451,30 @@ def test_events_end_at_the_same_places_with_and_without_carriage_returns(text: s
     assert list(router.event_ends(data)) == ends
     data = data.replace(b"\r", b"")
     assert list(router.event_ends(data)) == [m.end() for m in router.EVENT_END.finditer(data)]
+
+
+@pytest.mark.parametrize("text", [b"a\nb", b"a\rb", b"\r\rdata: [DONE]\r\r", b"\n\ndata: {}"])
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+def test_a_text_that_holds_line_ends_is_like_no_other(text: bytes, end: bytes) -> None:
+    mould = router.Mould.of(b'data: {"content":"hello"}' + end)
+    plain = b'data: {"content":"a"}' + end
+    assert mould
+    assert mould.fits(2 * plain) == 2 * len(plain)
+    assert mould.fits(b'data: {"content":"' + text + b'"}' + end) == 0
+
+
+def test_a_text_full_of_quotes_is_read_once() -> None:
+    """Several megabytes; what looked back from each quote took hours."""
+    mould = router.Mould.of(content_event("hello"))
+    event = content_event('"' * 3_000_000)
+    assert mould and mould.fits(event) == len(event)
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+def test_many_changes_between_text_and_pings_in_one_block(end: bytes) -> None:
+    flow = chat_passage().flow()
+    start = b"data: " + json.dumps(delta(content="a")).encode() + end
+    block = start + (start + b": ping" + end) * 2000
+    assert flow.take(start) == start
+    assert flow.take(block) == block
+    assert not flow.failure

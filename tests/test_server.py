@@ -476,22 +476,27 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @pytest.fixture
-def hasty(serve, upstream) -> Iterator[tuple[socket.socket, Any, Any]]:
-    """A client whose connection stays with the thread that serves it, its channel, a provider."""
-    channels: list[Any] = []
+def channels(monkeypatch) -> list[Any]:
+    """Those of all connections from now on."""
+    found: list[Any] = []
 
     class Seen(router.Channel):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
-            channels.append(self)
+            found.append(self)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router, "Channel", Seen)
-        up = upstream(lambda request: Hang(20, chat()) if b"slow" in request.body else chat())
-        live = serve(**provider("groq", up))
-        with socket.create_connection(("127.0.0.1", live.port), timeout=10) as sock:
-            until(lambda: ask_often(sock) and channels[-1].stays)
-            yield sock, channels[-1], up
+    monkeypatch.setattr(router, "Channel", Seen)
+    return found
+
+
+@pytest.fixture
+def hasty(serve, upstream, channels) -> Iterator[tuple[socket.socket, Any, Any]]:
+    """A client whose connection stays with the thread that serves it, its channel, a provider."""
+    up = upstream(lambda request: Hang(20, chat()) if b"slow" in request.body else chat())
+    live = serve(**provider("groq", up))
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as sock:
+        until(lambda: ask_often(sock) and channels[-1].stays)
+        yield sock, channels[-1], up
 
 
 def read_answer(sock: socket.socket) -> bytes:
@@ -582,6 +587,63 @@ def test_a_fault_while_reading_leaves_the_client_to_the_loop(hasty, monkeypatch)
         sock.sendall(HEALTH)
         assert read_answer(sock).startswith(b"HTTP/1.1 200 OK")
     assert not faults
+
+
+def test_a_hasty_client_gives_way_now_and_then(hasty, monkeypatch):
+    sock, channel, _ = hasty
+    monkeypatch.setattr(router.Channel, "MOST_IN_A_ROW", 5)
+    seen = set()
+    for _ in range(200):
+        sock.sendall(HEALTH)
+        assert read_answer(sock).startswith(b"HTTP/1.1 200 OK")
+        seen.add(channel.stays)
+    assert seen == {True, False}
+
+
+def test_only_some_hasty_clients_stay_with_their_threads(serve, channels, monkeypatch):
+    """Each of them is a thread that asks for the interpreter; the loop has to get it as well."""
+    monkeypatch.setattr(router.Channel, "MOST_STAY", 3)
+    live, most = serve(), 0
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", live.port), timeout=10))
+            for _ in range(9)
+        ]
+        for _ in range(60):
+            for sock in clients:
+                sock.sendall(HEALTH)
+            for sock in clients:
+                assert read_answer(sock).startswith(b"HTTP/1.1 200 OK")
+            most = max(most, len(channels[0]._map.staying))
+    assert 1 <= most <= 3
+    until(lambda: not channels[0]._map.staying)
+
+
+def test_without_a_time_limit_for_reading_everybody_is_served_all_the_same(serve, monkeypatch):
+    monkeypatch.setattr(router.socket, "SO_RCVTIMEO", 9999)  # no such option
+    live = serve()
+    for _ in range(2):
+        with socket.create_connection(("127.0.0.1", live.port), timeout=10) as sock:
+            assert ask_often(sock)
+
+
+def test_a_connection_that_cannot_be_taken_leaves_the_door_open(serve, monkeypatch, caplog):
+    live = serve()
+    first, faults = router.Channel.__init__, [OSError("once")]
+
+    def fails_once(self: Any, *arguments: Any, **options: Any) -> None:
+        if faults:
+            arguments[1].close()
+            raise faults.pop()
+        first(self, *arguments, **options)
+
+    monkeypatch.setattr(router.Channel, "__init__", fails_once)
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as sock:
+        sock.settimeout(5)
+        assert sock.recv(1) == b"", "it is closed"
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as sock:
+        assert ask_often(sock)
+    assert "could not be taken" in caplog.text
 
 
 def test_a_long_blank_in_a_head_holds_nobody_up(serve, knock):
