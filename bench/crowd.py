@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a crowd costs: many at once, slow ones, hung ones, huge ones. Needs Linux.
+"""What a crowd costs: many at once, hasty, slow, hung and huge ones. Needs Linux.
 
     python bench/crowd.py [--streams 1000] [--health 1.0] [--router FILE]
     python bench/crowd.py --answers 20 --set LARGE_TOTAL_BYTES=201326592    how many huge ones
@@ -158,6 +158,16 @@ class Crowd:
                     del waiting[number]
         return heard
 
+    def ask_on(self, data: bytes, over: threading.Event) -> None:
+        """Each asks again as soon as it is answered, until it is over."""
+        poller, asking = select.poll(), {sock.fileno(): sock for sock in self.socks}
+        for number in asking:
+            poller.register(number, select.POLLIN)
+        while not over.is_set():
+            for number, _ in poller.poll(100):
+                if asking[number].recv(1 << 20).endswith(b"}"):
+                    asking[number].sendall(data)
+
     def leave(self) -> None:
         for sock in self.socks:
             sock.close()
@@ -244,6 +254,20 @@ def hung_calls(scene: Scene) -> None:
     crowd.leave()
 
 
+def hasty_clients(scene: Scene) -> None:
+    """More of them than threads can have a turn; the loop must have one all the same."""
+    crowd, whole, over = scene.crowd(), request("mistral/m", False), threading.Event()
+    for _ in range(250):
+        crowd.open(whole)
+    thread = threading.Thread(target=crowd.ask_on, args=(whole, over), daemon=True)
+    thread.start()
+    time.sleep(2)
+    scene.look("250 clients that ask without pause", STREAM_MB)
+    over.set()
+    thread.join()
+    crowd.leave()
+
+
 def half_open(scene: Scene) -> None:
     """A byte at a time: 200 never end their head, 200 never end their body."""
     crowd, whole = scene.crowd(), request("mistral/m", False)
@@ -320,6 +344,7 @@ def run(args: argparse.Namespace, home: Path) -> list[str]:
         print("| while | slowest /health | slowest short request | memory | threads |")
         print("|---|---|---|---|---|")
         scene.look("nobody else", STREAM_MB)
+        hasty_clients(scene)
         hung_calls(scene)
         half_open(scene)
         slow_readers(scene)
