@@ -27752,7 +27752,7 @@ class Sockets(dict[int, Any]):
                     self._changed.append(fd)
 
     def _accept(self, listener: Any) -> None:
-        """Let in who waits at the door: under load the next turn of the loop is far away."""
+        """Let in who waits at the door, and hear them: under load the next turn is far away."""
         for _ in range(self.MOST_ACCEPTED):
             known = len(self)
             try:
@@ -27760,7 +27760,10 @@ class Sockets(dict[int, Any]):
             except Exception:  # for Waitress a reason to close the door
                 log.exception("a connection could not be taken")
                 return
-            if len(self) == known or not listener.readable():
+            if len(self) == known:
+                return
+            waitress.wasyncore.readwrite(self[next(reversed(self))], select.EPOLLIN)
+            if not listener.readable():
                 return
 
     def _update(self) -> None:
